@@ -1,0 +1,1 @@
+"""Experiments: command-line modules that train and evaluate knowledge transfer graphs."""

@@ -1,0 +1,49 @@
+"""Knowledge transfer graphs in JAX: train several networks together, each learning from the others.
+
+Layers, lower ones knowing nothing of higher ones: gates and losses (arrays only) -> graph (the
+description) -> nodes and models -> state and step -> data, devices, checkpoints.
+"""
+
+from ktg_jax import graphs
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.gates import GATES, gate_weights
+from ktg_jax.graph import Graph, Node
+from ktg_jax.losses import cross_entropy, edge_losses, graph_loss, kl_divergence, node_losses
+from ktg_jax.models import build_model, model_names, register_model
+from ktg_jax.nodes import NodeFns, from_linen, from_nnx
+from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
+from ktg_jax.parallel import Parallel
+from ktg_jax.state import GraphState, init_state
+from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
+
+__all__ = [
+    "GATES",
+    "Graph",
+    "GraphState",
+    "InputError",
+    "Node",
+    "NodeFns",
+    "Parallel",
+    "RunError",
+    "build_model",
+    "cosine_schedule",
+    "cross_entropy",
+    "edge_losses",
+    "eval_step",
+    "from_linen",
+    "from_nnx",
+    "gate_weights",
+    "graph_gradients",
+    "graph_loss",
+    "graphs",
+    "init_state",
+    "kl_divergence",
+    "model_names",
+    "node_forward",
+    "node_losses",
+    "node_update",
+    "register_model",
+    "sgd",
+    "step_schedule",
+    "train_step",
+]

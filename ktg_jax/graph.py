@@ -1,0 +1,231 @@
+"""The description of a knowledge transfer graph: which networks, and the gate of every edge."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktg_jax.errors import InputError
+from ktg_jax.files import write_text
+from ktg_jax.gates import GATES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A network of the graph.
+
+    Attributes:
+        model: name of a registered model, such as `resnet32`.
+        name: unique within its graph: letters, digits, `_`, `.` and `-`. A node's initial weights
+            depend on its name and the seed alone. None: the graph names it `<model>-<index>`.
+        weights: where its initial weights come from (a run's folder, or one node of it as
+            `DIR:name`); None: random initialisation.
+    """
+
+    model: str
+    name: str | None = None
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An immutable, hashable, validated knowledge transfer graph. Node 0 is the *target*.
+
+    Attributes:
+        nodes: N nodes; strings are taken as model names.
+        gates: N x N gate names; row = receiver, column = sender, diagonal = label edge.
+        temperature: of every transfer edge.
+
+    Raises:
+        InputError: a gate that does not exist, a matrix of the wrong shape, two nodes of one name,
+            a target with only cutoff gates, or a temperature that is not a finite number above 0.
+
+    >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
+    ...               [["through", "correct"], ["cutoff", "cutoff"]])
+    >>> graph.frozen, graph.needed_nodes()
+    ((1,), (0, 1))
+    """
+
+    nodes: tuple[Node, ...]
+    gates: tuple[tuple[str, ...], ...]
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
+        set_field(self, "nodes", _named(self.nodes))
+        set_field(self, "gates", _checked_gates(self.gates, len(self.nodes)))
+        set_field(self, "temperature", _checked_temperature(self.temperature))
+        if 0 in self.frozen:
+            raise InputError(
+                "gates[0]",
+                list(self.gates[0]),
+                "at least one gate of the target (row 0) that is not cutoff",
+            )
+
+    @property
+    def gate_codes(self) -> np.ndarray:
+        """The gates as integer codes of `GATES`: int32 `[N, N]`."""
+        return np.array([[GATES.index(gate) for gate in row] for row in self.gates], np.int32)
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Indices of the nodes that never learn: all their incoming gates are cutoff."""
+        return tuple(
+            receiver
+            for receiver, row in enumerate(self.gates)
+            if all(gate == "cutoff" for gate in row)
+        )
+
+    def needed_nodes(self, roots: Iterable[int] = (0,)) -> tuple[int, ...]:
+        """The nodes that can influence a root: a path of non-cutoff edges leads from them to it.
+
+        Args:
+            roots: node indices; they are needed themselves.
+
+        Returns:
+            Sorted indices.
+        """
+        roots = tuple(roots)
+        for root in roots:
+            if root not in range(len(self.nodes)):
+                raise InputError("roots", root, f"node indices 0 to {len(self.nodes) - 1}")
+        needed: set[int] = set()
+        to_visit = set(roots)
+        while to_visit:
+            receiver = to_visit.pop()
+            needed.add(receiver)
+            senders = {s for s, gate in enumerate(self.gates[receiver]) if gate != "cutoff"}
+            to_visit |= senders - needed
+        return tuple(sorted(needed))
+
+    def pruned(self, roots: Iterable[int] = (0,)) -> "Graph":
+        """This graph without the nodes that cannot influence a root.
+
+        The target (and so every needed node) trains as it would have in the whole graph. Names
+        are kept, and with them the initial weights; node 0 stays the target.
+        """
+        kept = self.needed_nodes({0, *roots})
+        return Graph(
+            nodes=tuple(self.nodes[i] for i in kept),
+            gates=tuple(tuple(self.gates[t][s] for s in kept) for t in kept),
+            temperature=self.temperature,
+        )
+
+    def to_json(self) -> str:
+        """The graph as JSON text; `from_json` is its inverse."""
+        nodes = [{"name": n.name, "model": n.model, "weights": n.weights} for n in self.nodes]
+        rows = [list(row) for row in self.gates]
+        return json.dumps({"nodes": nodes, "gates": rows, "temperature": self.temperature})
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> "Graph":
+        """A graph from JSON text, or from what it decodes to.
+
+        Raises:
+            InputError: not JSON, an unknown or a missing field, or what `Graph` itself refuses.
+        """
+        fields = _decoded(text)
+        _check_fields("graph", fields, required={"nodes", "gates"}, optional={"temperature"})
+        if not isinstance(fields["nodes"], list):
+            raise InputError("nodes", fields["nodes"], "a list of nodes")
+        for i, node in enumerate(fields["nodes"]):
+            _check_fields(f"nodes[{i}]", node, required={"model"}, optional={"name", "weights"})
+        return cls(
+            nodes=tuple(Node(**node) for node in fields["nodes"]),
+            gates=fields["gates"],
+            temperature=fields.get("temperature", 1.0),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json`, indented, to a file."""
+        write_text(path, json.dumps(json.loads(self.to_json()), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Graph":
+        """Reads a graph from a JSON file.
+
+        Raises:
+            InputError: as `from_json`, and where the file is missing or unreadable.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("graph", str(path), f"a readable JSON file ({error})") from None
+        return cls.from_json(text)
+
+
+def _named(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
+    """Checks the nodes and names those that have no name."""
+    if isinstance(nodes, str) or not isinstance(nodes, Iterable):
+        raise InputError("nodes", nodes, "a sequence of nodes")
+    named: list[Node] = []
+    for i, given in enumerate(nodes):
+        node = Node(given) if isinstance(given, str) else given
+        if not isinstance(node, Node):
+            raise InputError(f"nodes[{i}]", given, "a Node or a model's name")
+        if not isinstance(node.model, str) or not node.model:
+            raise InputError(f"nodes[{i}].model", node.model, "a model's name")
+        if node.weights is not None and not isinstance(node.weights, str):
+            raise InputError(f"nodes[{i}].weights", node.weights, "a path, or null")
+        name = f"{node.model}-{i}" if node.name is None else node.name
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InputError(f"nodes[{i}].name", name, "letters, digits, '_', '.' and '-'")
+        if name in (other.name for other in named):
+            raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
+        named.append(Node(node.model, name, node.weights))
+    if not named:
+        raise InputError("nodes", nodes, "at least one node")
+    return tuple(named)
+
+
+def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
+    """Checks that the gates are an N x N matrix of gate names."""
+
+    def is_row(row: Any) -> bool:
+        return isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
+
+    shape = f"{num_nodes} rows of {num_nodes} gates (one row and one column a node)"
+    if not is_row(gates) or len(gates) != num_nodes:
+        raise InputError("gates", gates, shape)
+    for receiver, row in enumerate(gates):
+        if not is_row(row) or len(row) != num_nodes:
+            raise InputError(f"gates[{receiver}]", row, shape)
+        for sender, gate in enumerate(row):
+            if not isinstance(gate, str) or gate not in GATES:
+                raise InputError(f"gates[{receiver}][{sender}]", gate, ", ".join(GATES))
+    return tuple(tuple(str(gate) for gate in row) for row in gates)
+
+
+def _checked_temperature(temperature: Any) -> float:
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not math.isfinite(temperature) or temperature <= 0:
+        raise InputError("temperature", temperature, "a finite number above 0")
+    return float(temperature)
+
+
+def _decoded(text: str | Mapping[str, Any]) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise InputError("graph", shown, f"JSON ({error})") from None
+
+
+def _check_fields(where: str, fields: Any, required: set[str], optional: set[str]) -> None:
+    allowed = f"an object with {', '.join(sorted(required))} (and {', '.join(sorted(optional))})"
+    if not isinstance(fields, Mapping):
+        raise InputError(where, fields, allowed)
+    for field in sorted(required - fields.keys()):
+        raise InputError(f"{where}.{field}", None, allowed)
+    for field in sorted(fields.keys() - required - optional):
+        raise InputError(f"{where}.{field}", fields[field], allowed)

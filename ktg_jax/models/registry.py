@@ -1,0 +1,92 @@
+"""Models by name: the built-in ones, families of them, and those that a user registers."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ktg_jax.errors import InputError
+from ktg_jax.models.cnn import CNN
+from ktg_jax.models.resnet import ResNet
+from ktg_jax.models.wide_resnet import WideResNet
+from ktg_jax.nodes import NodeFns, from_linen
+
+ModelFactory = Callable[[int], nn.Module | NodeFns]
+
+_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+_WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
+_registered: dict[str, ModelFactory] = {"cnn": CNN}
+
+
+def register_model(name: str, factory: ModelFactory) -> None:
+    """Makes a model available by name, to graphs, to files and to the experiments.
+
+    Args:
+        name: letters, digits, `_`, `.` and `-`; a name that a model has already is refused,
+            unless with the same factory.
+        factory: `factory(num_classes)` returns a flax.linen module or a `NodeFns`. A linen module
+            with a field `dtype` can be trained in mixed precision, and one with a field
+            `axis_name` normalises its batches over all devices under `jax.pmap`.
+
+    Raises:
+        InputError: the name is taken or malformed, or the factory cannot be called.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise InputError("name", name, "letters, digits, '_', '.' and '-'")
+    if not callable(factory):
+        raise InputError("factory", factory, "a function of the number of classes")
+    if _factory(name) not in (None, factory):
+        raise InputError("name", name, "a name that no model has yet")
+    _registered[name] = factory
+
+
+def model_names() -> tuple[str, ...]:
+    """The names that are known; `resnet<6n+2>` and `wrn<6n+4>_<width>` exist in general."""
+    return tuple(dict.fromkeys((*_registered, *_RESNETS, *_WIDE_RESNETS)))
+
+
+def build_model(
+    name: str, num_classes: int, *, dtype: Any = jnp.float32, axis_name: str | None = None
+) -> NodeFns:
+    """The node functions of a model.
+
+    Args:
+        name: a registered name, `resnet<6n+2>` or `wrn<6n+4>_<width>`.
+        num_classes: number of logits.
+        dtype: of the computation (`jnp.bfloat16`: mixed precision); parameters stay float32.
+        axis_name: the mapped axis over which batches are spread under `jax.pmap`, else None.
+
+    Raises:
+        InputError: no such model, or one that cannot compute in another dtype.
+    """
+    factory = _factory(name)
+    if factory is None:
+        known = f"{', '.join(model_names())}, or resnet<6n+2>, wrn<6n+4>_<width>"
+        raise InputError("model", name, known)
+    module = factory(num_classes)
+    if isinstance(module, nn.Module):
+        fields = {field.name for field in dataclasses.fields(module)}
+        wanted = {"axis_name": axis_name, "dtype": dtype}
+        module = module.clone(**{k: v for k, v in wanted.items() if k in fields})
+        if "dtype" in fields or dtype == jnp.float32:
+            return from_linen(module)
+    elif dtype == jnp.float32:
+        return module
+    raise InputError("model", name, f"for {jnp.dtype(dtype)}, a linen module with a field dtype")
+
+
+def _factory(name: str) -> ModelFactory | None:
+    if name in _registered:
+        return _registered[name]
+    if match := re.fullmatch(r"resnet([1-9]\d*)", name):
+        depth = int(match[1])
+        if depth >= 8 and depth % 6 == 2:
+            return lambda num_classes: ResNet(depth, num_classes)
+    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", name):
+        depth, width = int(match[1]), int(match[2])
+        if depth >= 10 and depth % 6 == 4:
+            return lambda num_classes: WideResNet(depth, width, num_classes)
+    return None

@@ -1,0 +1,63 @@
+"""ResNets for small images (He et al., 2016, section 4.2): 16-32-64 basic blocks, option A."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ktg_jax.models.layers import CLASSIFIER_INIT, BatchNorm, conv
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free (option A) shortcut."""
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps float `[B, H, W, C]` to `[B, ceil(H/stride), ceil(W/stride), features]`."""
+        y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+        y = BatchNorm(self.dtype, self.axis_name, name="norm1")(y, train)
+        y = conv(self.features, 3, dtype=self.dtype, name="conv2")(nn.relu(y))
+        y = BatchNorm(self.dtype, self.axis_name, name="norm2")(y, train)
+        shortcut = x[:, :: self.stride, :: self.stride]
+        new_channels = self.features - x.shape[-1]
+        shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, new_channels)))
+        return nn.relu(shortcut + y)
+
+
+class ResNet(nn.Module):
+    """A ResNet of 6n + 2 layers: three stages of n blocks, global average pooling, a classifier.
+
+    The last block of stage g is the submodule `stage<g>_block<n>`.
+
+    Attributes:
+        depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...
+        num_classes: number of logits.
+        dtype: of the computation; parameters are float32.
+        axis_name: as in `BatchNorm`.
+    """
+
+    depth: int
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Maps images, float `[B, H, W, C]`, to logits, `[B, num_classes]`."""
+        x = conv(16, 3, dtype=self.dtype, name="stem_conv")(images)
+        x = nn.relu(BatchNorm(self.dtype, self.axis_name, name="stem_norm")(x, train))
+        for stage, features in enumerate((16, 32, 64), start=1):
+            for block in range(1, (self.depth - 2) // 6 + 1):
+                stride = 2 if stage > 1 and block == 1 else 1
+                name = f"stage{stage}_block{block}"
+                x = BasicBlock(features, stride, self.dtype, self.axis_name, name=name)(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(
+            self.num_classes, kernel_init=CLASSIFIER_INIT, dtype=self.dtype, name="classifier"
+        )(x)

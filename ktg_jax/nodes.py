@@ -1,0 +1,91 @@
+"""What a network must offer to be a node, and adapters from flax.linen and flax.nnx."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from ktg_jax.errors import InputError
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class NodeFns:
+    """A network as two pure functions: any model that can be written so is a node.
+
+    Attributes:
+        init: `init(rng, images) -> (params, model_state)`; images float32 `[B, H, W, C]`, of which
+            only the shape matters. `params` is what the optimiser updates, `model_state` what the
+            forward pass updates (batch statistics, say); both are pytrees of arrays.
+        apply: `apply(params, model_state, images, train) -> (logits, model_state)`; logits float
+            `[B, classes]`. With `train=False` the model state comes back unchanged.
+    """
+
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+
+
+def from_linen(module: nn.Module) -> NodeFns:
+    """A node from a flax.linen module: `module(images)` or `module(images, train=...)` -> logits.
+
+    All collections other than `params` are the model state.
+    """
+    takes_train = "train" in inspect.signature(module.__call__).parameters
+
+    def mode(train: bool) -> dict[str, Any]:
+        return {"train": train} if takes_train else {}
+
+    def init(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
+        variables = dict(module.init(rng, images, **mode(False)))
+        return variables.pop("params", {}), variables
+
+    def apply(
+        params: PyTree, model_state: PyTree, images: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        variables = {"params": params, **model_state}
+        mutable = list(model_state) if train else []
+        logits, new_model_state = module.apply(variables, images, **mode(train), mutable=mutable)
+        return logits, new_model_state if train else model_state
+
+    return NodeFns(init, apply)
+
+
+def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> NodeFns:
+    """A node from a flax.nnx module: `create(*args, rngs=rngs, **kwargs)` makes it.
+
+    `create` is the module's class, or a function with an argument `rngs`. The module is called as
+    `module(images)`, after `module.train()` or `module.eval()`. Its `nnx.Param` variables are the
+    params; all others (batch statistics, random streams) are the model state.
+
+    Raises:
+        InputError: `create` is a module, not what makes one: its weights could not depend on the
+            node and the seed.
+    """
+    if isinstance(create, nnx.Module):
+        raise InputError("create", type(create).__name__, "a module's class or a function of rngs")
+
+    def init(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
+        del images  # nnx modules know their shapes when they are made
+        module = create(*args, rngs=nnx.Rngs(rng), **kwargs)
+        return nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
+
+    # The static part does not depend on the random key: found once, without computing weights.
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(*args, rngs=nnx.Rngs(0), **kwargs)))
+
+    def apply(
+        params: PyTree, model_state: PyTree, images: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        module = nnx.merge(graphdef, params, model_state)
+        if not train:
+            module.eval()
+            return module(images), model_state
+        module.train()
+        logits = module(images)
+        return logits, nnx.state(module, nnx.Not(nnx.Param))
+
+    return NodeFns(init, apply)

@@ -1,0 +1,79 @@
+"""The state of a whole graph: one pytree of all nodes."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ktg_jax.errors import InputError
+from ktg_jax.graph import Graph
+from ktg_jax.nodes import NodeFns, PyTree
+
+
+@flax.struct.dataclass
+class GraphState:
+    """All nodes' parameters and what goes with them, in the order of the graph's nodes.
+
+    Attributes:
+        params: N pytrees, what optimisers update.
+        model_state: N pytrees, what forward passes update (batch statistics).
+        opt_state: N optimiser states; a frozen node has None.
+        step: int32 scalar, the number of updates made. With the seed it is the position in the
+            data, too.
+    """
+
+    params: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    opt_state: tuple[Any, ...]
+    step: jax.Array
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Indices of the nodes that run forward only: those without an optimiser state."""
+        return tuple(i for i, opt_state in enumerate(self.opt_state) if opt_state is None)
+
+
+def init_state(
+    graph: Graph,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    sample_images: jax.Array,
+) -> GraphState:
+    """Initialises every node.
+
+    A node's parameters depend on its name, its model and `rng`: not on the other nodes.
+
+    Args:
+        graph: whose `frozen` nodes get no optimiser state.
+        node_fns: one a node, in the graph's order.
+        optimizer: an optax transformation, applied to each node apart.
+        rng: a random key.
+        sample_images: float `[B, H, W, C]`, of which only the shape matters.
+
+    Raises:
+        InputError: the number of node functions is not the number of nodes.
+    """
+    if len(node_fns) != len(graph.nodes):
+        raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")
+    params, model_state = zip(
+        *(
+            jax.jit(fns.init)(node_rng(rng, str(node.name)), sample_images)
+            for node, fns in zip(graph.nodes, node_fns, strict=True)
+        ),
+        strict=True,
+    )
+    opt_state = tuple(
+        None if i in graph.frozen else optimizer.init(node_params)
+        for i, node_params in enumerate(params)
+    )
+    return GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
+
+
+def node_rng(rng: jax.Array, name: str) -> jax.Array:
+    """The random key of the node of that name."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))

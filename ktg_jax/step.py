@@ -1,0 +1,197 @@
+"""The training step of a graph, and the three pure pieces that it is made of.
+
+`node_forward` (a node), `graph_gradients` (the whole graph, on logits alone) and `node_update` (a
+node) are all there is to a step. `train_step` composes them in one program; since nodes meet only
+in their logits, they can as well be compiled apart or placed on devices of their own.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.losses import Logits, cross_entropy, edge_losses
+from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.state import GraphState
+
+Metrics = dict[str, jax.Array]
+
+
+def node_forward(
+    params: PyTree, model_state: PyTree, images: jax.Array, *, fns: NodeFns, frozen: bool = False
+) -> tuple[jax.Array, PyTree]:
+    """A node's forward pass in training.
+
+    Args:
+        params: the node's parameters.
+        model_state: the node's model state.
+        images: float `[B, H, W, C]`.
+        fns: the node's functions.
+        frozen: run with the stored statistics and change nothing.
+
+    Returns:
+        The logits, float `[B, classes]`, and the new model state.
+    """
+    return fns.apply(params, model_state, images, not frozen)
+
+
+def graph_gradients(
+    logits: Logits,
+    labels: jax.Array,
+    gates: jax.Array,
+    progress: ArrayLike,
+    temperature: ArrayLike = 1.0,
+) -> tuple[tuple[jax.Array, ...], Metrics]:
+    """Each node's own loss and its gradient with respect to that node's logits.
+
+    Args:
+        logits: N arrays, float `[B, C]`.
+        labels: int `[B]`.
+        gates: int `[N, N]`, as for `edge_losses`.
+        progress: scalar in [0, 1], as for `edge_losses`.
+        temperature: scalar T > 0.
+
+    Returns:
+        N gradients in the shape and dtype of the logits, and metrics: `loss` `[N]`, `accuracy`
+        `[N]`, `edge_losses` `[N, N]`, all float32.
+    """
+    logits = tuple(logits)
+
+    def loss_of(logits: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        losses = edge_losses(logits, labels, gates, progress, temperature)
+        return jnp.sum(losses), losses
+
+    gradients, losses = jax.grad(loss_of, has_aux=True)(logits)
+    accuracy = jnp.stack([jnp.mean(jnp.argmax(z, axis=-1) == labels) for z in logits])
+    metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
+    return gradients, metrics
+
+
+def node_update(
+    params: PyTree,
+    opt_state: optax.OptState,
+    gradients: PyTree,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> tuple[PyTree, optax.OptState]:
+    """A node's update by its own optimiser; returns the new params and optimiser state."""
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def train_step(
+    state: GraphState,
+    images: jax.Array,
+    labels: jax.Array,
+    gates: jax.Array,
+    progress: ArrayLike,
+    *,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    temperature: ArrayLike = 1.0,
+    axis_name: str | None = None,
+) -> tuple[GraphState, Metrics]:
+    """One update of every node at once, from one forward and one backward pass. Pure.
+
+    The models (`node_fns`) and the set of frozen nodes (the structure of `state`) are static; the
+    gates are data, so one compiled program serves every graph over the same models.
+
+    Args:
+        state: from `init_state`.
+        images: float `[B, H, W, C]`.
+        labels: int `[B]`.
+        gates: int `[N, N]`, `Graph.gate_codes`.
+        progress: scalar in (0, 1]; the k-th update of k_end has k / k_end.
+        node_fns: one a node.
+        optimizer: as given to `init_state`.
+        temperature: `Graph.temperature`.
+        axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
+            then that of the whole batch.
+
+    Returns:
+        The new state and the metrics of `graph_gradients`. Nothing of a frozen node changes.
+    """
+    logits, pullbacks, model_state = [], [], []
+    for i, fns in enumerate(node_fns):
+        frozen = i in state.frozen
+        forward = partial(
+            node_forward, model_state=state.model_state[i], images=images, fns=fns, frozen=frozen
+        )
+        with jax.named_scope(f"node{i}_forward"):
+            if frozen:
+                z, new_model_state = forward(state.params[i])
+                pullback = None
+            else:
+                z, pullback, new_model_state = jax.vjp(forward, state.params[i], has_aux=True)
+        logits.append(z)
+        pullbacks.append(pullback)
+        model_state.append(new_model_state)
+
+    logit_gradients, metrics = graph_gradients(logits, labels, gates, progress, temperature)
+
+    params, opt_state = list(state.params), list(state.opt_state)
+    for i, pullback in enumerate(pullbacks):
+        if pullback is None:
+            continue
+        with jax.named_scope(f"node{i}_update"):
+            (gradients,) = pullback(logit_gradients[i])
+            if axis_name is not None:
+                gradients = jax.lax.pmean(gradients, axis_name)
+            params[i], opt_state[i] = node_update(
+                params[i], opt_state[i], gradients, optimizer=optimizer
+            )
+    if axis_name is not None:
+        metrics = jax.lax.pmean(metrics, axis_name)
+    new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
+    return new_state, metrics
+
+
+def eval_step(
+    state: GraphState,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    node_fns: Sequence[NodeFns],
+) -> Metrics:
+    """Evaluates every node and their ensemble on a batch, with stored statistics. Pure.
+
+    Args:
+        state: from `init_state` or `train_step`.
+        images: float `[B, H, W, C]`.
+        labels: int `[B]`.
+        mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
+            all.
+        node_fns: one a node.
+
+    Returns:
+        Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
+        `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
+        logits, and `count` `[]`; float32.
+    """
+    counts = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask, jnp.float32)
+    logits = jnp.stack(
+        [
+            fns.apply(params, model_state, images, False)[0].astype(jnp.float32)
+            for fns, params, model_state in zip(
+                node_fns, state.params, state.model_state, strict=True
+            )
+        ]
+    )
+
+    def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
+        return jnp.sum(loss), jnp.sum((jnp.argmax(z, axis=-1) == labels) * counts)
+
+    loss, correct = jax.vmap(sums)(logits)
+    ensemble_loss, ensemble_correct = sums(jnp.sum(logits, axis=0))
+    return {
+        "loss": loss,
+        "correct": correct,
+        "ensemble_loss": ensemble_loss,
+        "ensemble_correct": ensemble_correct,
+        "count": jnp.sum(counts),
+    }
