@@ -16,6 +16,8 @@ from ktg_jax.parallel import Parallel
 from ktg_jax.state import GraphState, init_state
 from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GATES",
     "Graph",

@@ -69,10 +69,15 @@ def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> No
     if isinstance(create, nnx.Module):
         raise InputError("create", type(create).__name__, "a module's class or a function of rngs")
 
+    def split(module: nnx.Module) -> tuple[PyTree, PyTree]:
+        # Plain arrays: an nnx.Variable remembers the trace it was made in, and may not leave it.
+        params, model_state = nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
+        return nnx.as_pure(params), nnx.as_pure(model_state)
+
     def init(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
         del images  # nnx modules know their shapes when they are made
         module = create(*args, rngs=nnx.Rngs(rng), **kwargs)
-        return nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
+        return split(module)
 
     # The static part does not depend on the random key: found once, without computing weights.
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(*args, rngs=nnx.Rngs(0), **kwargs)))
@@ -86,6 +91,6 @@ def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> No
             return module(images), model_state
         module.train()
         logits = module(images)
-        return logits, nnx.state(module, nnx.Not(nnx.Param))
+        return logits, split(module)[1]
 
     return NodeFns(init, apply)

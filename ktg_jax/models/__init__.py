@@ -1,8 +1,16 @@
 """Networks by name, as flax.linen modules."""
 
 from ktg_jax.models.cnn import CNN
-from ktg_jax.models.registry import build_model, model_names, register_model
+from ktg_jax.models.registry import build_model, check_model, model_names, register_model
 from ktg_jax.models.resnet import ResNet
 from ktg_jax.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "ResNet", "WideResNet", "build_model", "model_names", "register_model"]
+__all__ = [
+    "CNN",
+    "ResNet",
+    "WideResNet",
+    "build_model",
+    "check_model",
+    "model_names",
+    "register_model",
+]

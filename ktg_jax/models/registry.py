@@ -48,6 +48,13 @@ def model_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*_registered, *_RESNETS, *_WIDE_RESNETS)))
 
 
+def check_model(name: str) -> None:
+    """Raises InputError unless a model of that name can be built."""
+    if _factory(name) is None:
+        known = f"{', '.join(model_names())}, or resnet<6n+2>, wrn<6n+4>_<width>"
+        raise InputError("model", name, known)
+
+
 def build_model(
     name: str, num_classes: int, *, dtype: Any = jnp.float32, axis_name: str | None = None
 ) -> NodeFns:
@@ -62,10 +69,9 @@ def build_model(
     Raises:
         InputError: no such model, or one that cannot compute in another dtype.
     """
+    check_model(name)
     factory = _factory(name)
-    if factory is None:
-        known = f"{', '.join(model_names())}, or resnet<6n+2>, wrn<6n+4>_<width>"
-        raise InputError("model", name, known)
+    assert factory is not None
     module = factory(num_classes)
     if isinstance(module, nn.Module):
         fields = {field.name for field in dataclasses.fields(module)}

@@ -1,0 +1,26 @@
+"""How a command ends: exit code 0, 2 for bad input, 1 for a failed run, one line, no traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from ktg_jax.errors import InputError, RunError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command's main function and exits."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
+    try:
+        main()
+    except InputError as error:
+        _end(f"error: {error}", 2)
+    except RunError as error:
+        _end(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command goes on from the last checkpoint", 130)
+    sys.exit(0)
+
+
+def _end(message: str, code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,210 @@
+"""Checkpoints of a graph's training, one an epoch (Orbax).
+
+Each holds two items: `nodes` (params and model state of every node by name, so that one can be
+read without the others) and `training` (optimiser states and the step), beside the checksums of
+both in `meta`. Kept are the last two and the best.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ktg_jax.errors import RunError
+from ktg_jax.state import GraphState
+from ktg_jax.trees import FlatTree, digest, flatten, unflatten
+
+
+class Checkpoints:
+    """The checkpoints in a folder, by epoch (1, 2, ...).
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = _manager(self._folder)
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs of which a finished checkpoint is there, in order."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    def save(
+        self, epoch: int, state: GraphState, names: Sequence[str], score: float | None
+    ) -> None:
+        """Saves a checkpoint. The state may be donated as soon as this returns.
+
+        Writing goes on in the background; a checkpoint appears under its name when it is whole.
+
+        Args:
+            epoch: greater than those saved before.
+            state: of the graph.
+            names: the nodes' names, in the state's order.
+            score: the checkpoint with the highest score (of several, the first) is kept; None:
+                not a candidate.
+        """
+        nodes, training = _to_items(state, names)
+        meta = {"digests": {"nodes": _digest(nodes), "training": _digest(training)}}
+        self._manager.save(
+            epoch,
+            args=ocp.args.Composite(
+                nodes=ocp.args.PyTreeSave(nodes),
+                training=ocp.args.PyTreeSave(training),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics=None if score is None else {"score": score, "epoch": epoch},
+        )
+
+    def restore(self, template: GraphState, names: Sequence[str], epoch: int) -> GraphState:
+        """Reads the checkpoint of an epoch.
+
+        Args:
+            template: a state of the same graph, for structure, shapes and dtypes.
+            names: the nodes' names, in the state's order.
+            epoch: one of `epochs`.
+
+        Raises:
+            RunError: the checkpoint is damaged.
+        """
+        items = self._read(epoch, ("nodes", "training"))
+        return _from_items(template, names, items["nodes"], items["training"])
+
+    def restore_latest(
+        self, template: GraphState, names: Sequence[str]
+    ) -> tuple[int, GraphState, list[str]]:
+        """Reads the newest checkpoint that is whole.
+
+        A damaged one is set aside, beside the folder, as `damaged-checkpoint-<epoch>`.
+
+        Returns:
+            The epoch (0 if there is no checkpoint: then the state is the template), the state, and
+            a message for each damaged checkpoint.
+
+        Raises:
+            RunError: there are checkpoints, and all are damaged.
+        """
+        messages: list[str] = []
+        for epoch in reversed(self.epochs):
+            try:
+                return epoch, self.restore(template, names, epoch), messages
+            except RunError as error:
+                messages.append(str(error))
+                self._set_aside(epoch)
+        if messages:
+            raise RunError(f"no checkpoint in {self._folder} can be read: {'; '.join(messages)}")
+        return 0, template, messages
+
+    def wait(self) -> None:
+        """Waits until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background work."""
+        self._manager.close()
+
+    def _read(self, epoch: int, wanted: Sequence[str]) -> dict[str, Any]:
+        try:
+            items = self._manager.restore(
+                epoch,
+                args=ocp.args.Composite(
+                    meta=ocp.args.JsonRestore(),
+                    **{item: ocp.args.PyTreeRestore() for item in wanted},
+                ),
+            )
+            found = {item: _digest(items[item]) for item in wanted}
+            stated = {item: items["meta"]["digests"][item] for item in wanted}
+        # A damaged file can make the reading libraries raise anything at all.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise RunError(f"checkpoint {epoch} is damaged ({reason})") from error
+        if found != stated:
+            raise RunError(f"checkpoint {epoch} is damaged (its checksum does not agree)")
+        return {item: items[item] for item in wanted}
+
+    def _set_aside(self, epoch: int) -> None:
+        aside = self._folder.parent / f"damaged-checkpoint-{epoch}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._folder / str(epoch)).rename(aside)
+        self._manager.close()
+        self._manager = _manager(self._folder)
+
+
+def read_nodes(
+    folder: str | os.PathLike[str], epoch: int | None = None
+) -> tuple[int, dict[str, dict[str, FlatTree]]]:
+    """Reads every node's weights from the newest whole checkpoint, or from that of an epoch.
+
+    Returns:
+        The epoch, and `{name: {"params": flat, "model_state": flat}}`.
+
+    Raises:
+        RunError: there is no checkpoint (of that epoch) that can be read.
+    """
+    if not Path(folder).is_dir():
+        raise RunError(f"{folder} holds no checkpoint")
+    checkpoints = Checkpoints(folder)
+    reasons: list[str] = []
+    try:
+        wanted = reversed(checkpoints.epochs) if epoch is None else [epoch]
+        for each in wanted:
+            try:
+                return each, checkpoints._read(each, ("nodes",))["nodes"]
+            except RunError as error:
+                reasons.append(str(error))
+    finally:
+        checkpoints.close()
+    raise RunError("; ".join(reasons) or f"{folder} holds no checkpoint")
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: (metrics["score"], -metrics["epoch"]),
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _to_items(state: GraphState, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    nodes = {
+        name: {"params": flatten(params), "model_state": flatten(model_state)}
+        for name, params, model_state in zip(names, state.params, state.model_state, strict=True)
+    }
+    opt_states = zip(names, state.opt_state, strict=True)
+    opt_state = {name: flatten(opt_state) for name, opt_state in opt_states}
+    return nodes, {"step": flatten({"step": state.step}), "opt_state": opt_state}
+
+
+def _from_items(
+    template: GraphState,
+    names: Sequence[str],
+    nodes: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> GraphState:
+    def per_node(part: tuple[Any, ...], flat_of: Mapping[str, FlatTree]) -> tuple[Any, ...]:
+        return tuple(
+            unflatten(tree, flat_of.get(name) or {}, f"checkpoint of {name}")
+            for name, tree in zip(names, part, strict=True)
+        )
+
+    return GraphState(
+        params=per_node(template.params, {n: node["params"] for n, node in nodes.items()}),
+        model_state=per_node(
+            template.model_state, {n: node["model_state"] for n, node in nodes.items()}
+        ),
+        opt_state=per_node(template.opt_state, training["opt_state"]),
+        step=unflatten({"step": template.step}, training["step"], "checkpoint")["step"],
+    )
+
+
+def _digest(item: Mapping[str, Any]) -> int:
+    return digest(flatten(item))

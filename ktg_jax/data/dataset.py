@@ -1,0 +1,157 @@
+"""Image-classification data in memory, and stratified subsets of it. Host arrays only, no JAX."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ktg_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 `[n, h, w, c]`, values 0 to 255, n at least 1.
+        labels: int32 `[n]`, class indices.
+
+    Raises:
+        InputError: another dtype or rank, no images, or not one label per image.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
+            raise InputError("images", describe(self.images), "uint8[n, h, w, c], none of them 0")
+        if self.labels.dtype != np.int32 or self.labels.shape != self.images.shape[:1]:
+            raise InputError("labels", describe(self.labels), f"int32[{len(self.images)}]")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """The images at `indices`, integers `[m]`, in that order, copied."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The splits of a data set.
+
+    Attributes:
+        name: what it is called in reports.
+        class_names: by class index.
+        train: what the networks learn from.
+        val: held out from training, to choose by; None: there is none.
+        test: only for the final numbers; None: there is none, or it was not read.
+        flip: whether an image mirrored left to right keeps its class.
+
+    Raises:
+        InputError: a split with another image shape than train, or with a label that is no class.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None
+    test: Split | None
+    flip: bool
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if split is None:
+                continue
+            shape = split.images.shape[1:]
+            if shape != self.image_shape:
+                raise InputError(f"{name} images", shape, f"the shape of train, {self.image_shape}")
+            wrong = (split.labels < 0) | (split.labels >= self.num_classes)
+            if wrong.any():
+                label = int(split.labels[wrong][0])
+                raise InputError(f"{name} labels", label, f"0 to {self.num_classes - 1}")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each of them occurs."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+
+def limit_split(split: Split, limit: int, seed: int) -> Split:
+    """A stratified subset of `limit` images, in their old order; all of them: `split` itself.
+
+    Args:
+        split: what to choose from.
+        limit: number of images to keep.
+        seed: fixes the choice.
+
+    Raises:
+        InputError: `train_limit`: there are fewer images, or the classes cannot be kept apart
+            (see `hold_out`).
+    """
+    if not 1 <= limit <= len(split):
+        raise InputError("train_limit", limit, f"1 to {len(split)}, the number of images")
+    if limit == len(split):
+        return split
+    kept, _ = _stratified(split.labels, limit, seed, "train_limit", limit)
+    return split.take(kept)
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Holds out a stratified fraction of a split, rounded to whole images.
+
+    Args:
+        split: what to divide.
+        fraction: 0 or more, below 1; 0: nothing is held out.
+        seed: fixes the choice.
+
+    Returns:
+        What remains and what was held out (None for fraction 0), both in their old order.
+
+    Raises:
+        InputError: `val_fraction`: a class with a single image, or a side with fewer images than
+            there are classes.
+    """
+    if fraction == 0:
+        return split, None
+    count = round(fraction * len(split))
+    held_out, kept = _stratified(split.labels, count, seed, "val_fraction", fraction)
+    return split.take(kept), split.take(held_out)
+
+
+def describe(array: np.ndarray) -> str:
+    """Dtype and shape, for messages: `float32[3, 4]`."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _stratified(
+    labels: np.ndarray, count: int, seed: int, field: str, value: object
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of `count` images with the class proportions of all, and of the others.
+
+    The conditions are scikit-learn's; checked here, they can name the option that breaks them.
+    """
+    from sklearn.model_selection import train_test_split  # takes a second: only where needed
+
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        single = f"(class {classes[counts.argmin()]} has 1)"
+        raise InputError(field, value, f"data with 2 or more images of every class {single}")
+    most = len(labels) - len(classes)
+    if not len(classes) <= count <= most:
+        possible = f"{len(classes)} to {most} of the {len(labels)} images (here {count})"
+        raise InputError(field, value, f"{possible}: {len(classes)} classes on both sides")
+    chosen, others = train_test_split(
+        np.arange(len(labels)),
+        train_size=count,
+        test_size=len(labels) - count,
+        random_state=seed,
+        stratify=labels,
+    )
+    return np.sort(chosen), np.sort(others)

@@ -1,0 +1,348 @@
+"""Pictures of a knowledge transfer graph and of its learning curves (SVG and PNG).
+
+Only matplotlib's object-oriented interface is used: no display, no global figure. The same input
+gives the same bytes, whatever style the user's own matplotlib settings ask for.
+"""
+
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, FancyArrowPatch, PathPatch, Rectangle
+from matplotlib.path import Path as Curve
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator
+
+from ktg_jax.errors import InputError
+from ktg_jax.graph import Graph
+
+GATE_COLOURS: dict[str, str] = {
+    "through": "#0072B2",
+    "cutoff": "#BBBBBB",
+    "linear": "#E69F00",
+    "correct": "#009E73",
+    "negative_linear": "#CC79A7",
+}
+"""A colour for each gate, from the palette of Okabe and Ito (safe for colour-blind readers)."""
+
+FilePath = str | os.PathLike[str]
+Records = Sequence[Mapping[str, Any]]
+
+_NODE_COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73"),
+    *("#CC79A7", "#E69F00", "#56B4E9", "#8B8B00"),
+)
+_PARTS: dict[str, dict[str, Any]] = {
+    "train": {"linestyle": "--", "markerfacecolor": "white"},
+    "val": {"linestyle": "-"},
+}
+_MOST_MARKERS = 20  # on a line; one epoch alone is seen only by its marker
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "ktg_jax",  # the ids in an SVG are random without it
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "figure.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 300,
+}
+
+# Lengths of the graph's picture: 1 unit of its axes is 1 inch on paper.
+_NODE_RADIUS = 0.5
+_TARGET_RADIUS = 0.55  # of its outer ring
+_NODE_DISTANCE = 1.95  # between the centres of neighbours
+_CLEARANCE = 0.75  # from a node's centre to the straight line between its two neighbours
+_LABEL_SIDE = 0.36
+_LABEL_EDGE = 0.36
+_POINT = 1 / 72
+
+
+def draw_graph(
+    graph: Graph,
+    paths: Sequence[FilePath],
+    accuracies: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draws a graph as the paper's figures do: nodes, label edges and transfer edges.
+
+    An edge has the colour of its gate; cutoff edges are absent. In an SVG each edge is a group
+    with the id `edge-<sender>-<receiver>` (node indices), or `edge-label-<receiver>`.
+
+    Args:
+        graph: the graph; node 0, the target, has a double ring, frozen nodes a dashed outline.
+        paths: files to write, `.svg` or `.png` each.
+        accuracies: accuracy in [0, 1] by node name, shown in per cent; nodes may be left out.
+        title: text above the picture.
+
+    Raises:
+        InputError: another suffix, an accuracy outside [0, 1], or one of an unknown node.
+    """
+    files = [_checked_path("paths", path) for path in paths]
+    _check_accuracies(graph, accuracies or {})
+    with _style():
+        figure = _graph_figure(graph, accuracies or {}, title)
+        for file in files:
+            _save(figure, file)
+
+
+def draw_curves(records: Records, path: FilePath, title: str | None = None) -> None:
+    """Draws loss and accuracy of every node against the epoch.
+
+    Args:
+        records: one mapping an epoch, `{"epoch": 1, "nodes": [{"name": ..., "train_loss": ...,
+            "train_accuracy": ..., "val_loss": ..., "val_accuracy": ...}, ...]}`, the target first
+            among the nodes; accuracies in [0, 1]. A value that is None or missing is left out.
+        path: file to write, `.svg` or `.png`.
+        title: text above the picture.
+
+    Raises:
+        InputError: another suffix, or no record.
+    """
+    file = _checked_path("path", path)
+    if not records:
+        raise InputError("records", records, "at least one record (one an epoch)")
+    with _style():
+        _save(_curves_figure(records, title), file)
+
+
+def _checked_path(field: str, path: FilePath) -> Path:
+    if Path(path).suffix.lower() not in (".svg", ".png"):
+        raise InputError(field, str(path), "file names that end in .svg or .png")
+    return Path(path)
+
+
+def _check_accuracies(graph: Graph, accuracies: Mapping[str, float]) -> None:
+    names = [str(node.name) for node in graph.nodes]
+    for name, accuracy in accuracies.items():
+        if name not in names:
+            raise InputError("accuracies", name, f"names of nodes: {', '.join(names)}")
+        if not 0 <= accuracy <= 1:
+            raise InputError(f"accuracies[{name!r}]", accuracy, "a number in [0, 1]")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib's defaults and `_STYLE`, in place of the user's settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes the figure under a temporary name first, so that no half-written file is seen."""
+    kind = path.suffix[1:].lower()
+    undated = {"Date": None} if kind == "svg" else None
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, metadata=undated)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _graph_figure(graph: Graph, accuracies: Mapping[str, float], title: str | None) -> Figure:
+    figure = Figure()
+    ax = figure.add_axes((0, 0, 1, 1), aspect="equal")
+    ax.set_axis_off()
+    directions, ring = _layout(len(graph.nodes))
+    centres = ring * directions
+    for receiver, row in enumerate(graph.gates):
+        for sender, gate in enumerate(row):
+            if gate == "cutoff":
+                continue
+            if sender == receiver:
+                _draw_label(ax, receiver, centres[receiver], directions[receiver], gate)
+            else:
+                _draw_transfer(ax, sender, receiver, centres, gate)
+    for i, node in enumerate(graph.nodes):
+        name = str(node.name)
+        accuracy = f"{100 * accuracies[name]:.2f} %" if name in accuracies else ""
+        role = "target" if i == 0 else "frozen" if i in graph.frozen else ""
+        _draw_circles(ax, i, centres[i], is_frozen=i in graph.frozen)
+        _write_in_circle(ax, centres[i], [role, name, node.model, accuracy])
+    bounds = ax.dataLim.padded(0.05)  # of circles and squares: they enclose the arrows
+    figure.set_size_inches(bounds.width, bounds.height)
+    ax.set(xlim=bounds.intervalx, ylim=bounds.intervaly)
+    _add_legend(ax, graph)
+    if title:
+        ax.set_title(title)
+    return figure
+
+
+def _layout(num_nodes: int) -> tuple[np.ndarray, float]:
+    """Unit directions of the nodes from the centre, `[N, 2]`, and the radius of their ring."""
+    first = math.pi if num_nodes <= 2 else math.pi / 2  # a row, or the target on top
+    angles = first - 2 * math.pi * np.arange(num_nodes) / num_nodes
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    if num_nodes == 1:
+        return directions, 0.0
+    ring = _NODE_DISTANCE / (2 * math.sin(math.pi / num_nodes))
+    if num_nodes > 3:  # edges between a node's two neighbours must not cross it
+        ring = max(ring, _CLEARANCE / (1 - math.cos(2 * math.pi / num_nodes)))
+    return directions, ring
+
+
+def _rim(node: int) -> float:
+    return _TARGET_RADIUS if node == 0 else _NODE_RADIUS
+
+
+def _draw_circles(ax: Axes, node: int, centre: np.ndarray, is_frozen: bool) -> None:
+    """The outline of a node; a second ring around the target."""
+    for radius in sorted({_rim(node), _NODE_RADIUS}, reverse=True):
+        circle = Circle(tuple(centre), radius, linewidth=1.1, zorder=3)
+        circle.set(facecolor="white", edgecolor="black")
+        if is_frozen:
+            circle.set(facecolor="#F2F2F2", edgecolor="#777777", linestyle=(0, (4, 2)))
+        ax.add_patch(circle)
+    circle.set_gid(f"node-{node}")
+
+
+def _write_in_circle(ax: Axes, centre: np.ndarray, lines: Sequence[str]) -> None:
+    """Writes role, name, model and accuracy in a node, each line made small enough to fit."""
+    fonts = (
+        FontProperties(size=6.5, style="italic"),
+        FontProperties(size=8.5, weight="bold"),
+        FontProperties(size=7.5),
+        FontProperties(size=7.5),
+    )
+    written = [(line, font) for line, font in zip(lines, fonts, strict=True) if line]
+    heights = [1.25 * font.get_size_in_points() * _POINT for _, font in written]
+    top = sum(heights) / 2
+    for (line, font), height in zip(written, heights, strict=True):
+        farthest = max(abs(top), abs(top - height)) - height / 6  # from the node's centre
+        room = 2 * math.sqrt((_NODE_RADIUS - 0.04) ** 2 - farthest**2)
+        width = TextPath((0, 0), line, prop=font).get_extents().width * _POINT
+        font.set_size(font.get_size_in_points() * min(1, room / width))
+        text = ax.text(centre[0], centre[1] + top - height / 2, line, fontproperties=font)
+        text.set(horizontalalignment="center", verticalalignment="center_baseline", zorder=4)
+        text.set_parse_math(False)
+        top -= height
+
+
+def _draw_label(
+    ax: Axes, receiver: int, centre: np.ndarray, direction: np.ndarray, gate: str
+) -> None:
+    """A square with the word "label" outside the ring of nodes, and its arrow to the node."""
+    start = centre + (_NODE_RADIUS + _LABEL_EDGE) * direction
+    middle = start + _LABEL_SIDE / 2 / np.abs(direction).max() * direction
+    square = Rectangle(
+        tuple(middle - _LABEL_SIDE / 2), _LABEL_SIDE, _LABEL_SIDE, gid=f"label-{receiver}"
+    )
+    square.set(facecolor="#F2F2F2", edgecolor="black", linewidth=0.8, zorder=3)
+    ax.add_patch(square)
+    text = ax.text(middle[0], middle[1], "label", fontsize=7, zorder=4)
+    text.set(horizontalalignment="center", verticalalignment="center_baseline")
+    end = centre + _rim(receiver) * direction
+    _draw_arrow(ax, Curve([start, end]), gate, f"edge-label-{receiver}")
+
+
+def _draw_transfer(ax: Axes, sender: int, receiver: int, centres: np.ndarray, gate: str) -> None:
+    """A curve that leaves and meets the circles at right angles, to the left of its way.
+
+    The edge in the other direction lies on the other side of the straight line between the nodes.
+    """
+    between = centres[receiver] - centres[sender]
+    distance = float(np.hypot(*between))
+    along = between / distance
+    left = np.array([-along[1], along[0]])
+    # The straight lines to the other nodes are 180 / N degrees apart: each pair takes half of it.
+    bend = math.radians(min(45 / len(centres), 12))
+    aside = math.sin(bend) * left
+    start = centres[sender] + _rim(sender) * (math.cos(bend) * along + aside)
+    end = centres[receiver] + _rim(receiver) * (aside - math.cos(bend) * along)
+    control = centres[sender] + between / 2 + distance / 2 * math.tan(bend) * left
+    curve = Curve([start, control, end], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
+    _draw_arrow(ax, curve, gate, f"edge-{sender}-{receiver}")
+
+
+def _draw_arrow(ax: Axes, curve: Curve, gate: str, gid: str) -> None:
+    halo = PathPatch(curve, fill=False, edgecolor="white", linewidth=2.8, zorder=2)
+    ax.add_artist(halo)  # where two lines cross, it shows which is which
+    arrow = FancyArrowPatch(
+        path=curve,
+        arrowstyle="-|>,head_length=0.5,head_width=0.25",
+        mutation_scale=10,
+        linewidth=1.2,
+        color=GATE_COLOURS[gate],
+        zorder=2,
+        gid=gid,
+    )
+    ax.add_artist(arrow)
+
+
+def _add_legend(ax: Axes, graph: Graph) -> None:
+    """Names the gates that occur, below the graph."""
+    occurring = {gate for row in graph.gates for gate in row} - {"cutoff"}
+    handles = [
+        Line2D([], [], color=colour, linewidth=2, label=gate.replace("_", " "))
+        for gate, colour in GATE_COLOURS.items()
+        if gate in occurring
+    ]
+    ax.legend(handles=handles, ncols=len(handles), loc="upper center", bbox_to_anchor=(0.5, 0))
+
+
+def _curves_figure(records: Records, title: str | None) -> Figure:
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.set(xlabel="epoch", ylabel="loss")
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    for ax in (loss, accuracy):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    names = list(dict.fromkeys(node["name"] for record in records for node in record["nodes"]))
+    handles = [Line2D([], [], **_look(i), label=name) for i, name in enumerate(names)]
+    for part, label in (("train", "train"), ("val", "validation")):
+        lines = _plot(loss, records, names, part, "loss", scale=1)
+        lines += _plot(accuracy, records, names, part, "accuracy", scale=100)
+        if lines:
+            marker = lines[0].get_marker()
+            look = {"color": "#666666", "marker": marker, **_PARTS[part]}
+            handles.append(Line2D([], [], **look, label=label))
+    figure.legend(handles=handles, loc="outside right upper")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _look(node: int) -> dict[str, Any]:
+    colour = _NODE_COLOURS[node % len(_NODE_COLOURS)]
+    return {"color": colour, "linewidth": 2.0 if node == 0 else 1.0}
+
+
+def _plot(
+    ax: Axes, records: Records, names: Sequence[str], part: str, metric: str, scale: float
+) -> list[Line2D]:
+    """Plots one metric of every node against the epoch; no line for a node without values."""
+    field, lines = f"{part}_{metric}", []
+    for i, name in reversed(list(enumerate(names))):  # the target last, on top
+        points = [
+            (record["epoch"], scale * node[field])
+            for record in records
+            for node in record["nodes"]
+            if node["name"] == name and node.get(field) is not None
+        ]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            (line,) = ax.plot(epochs, values, **_look(i), **_PARTS[part], gid=f"{field}-{i}")
+            line.set_marker("o" if len(points) <= _MOST_MARKERS else "")
+            lines.append(line)
+    return lines

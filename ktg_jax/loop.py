@@ -1,0 +1,271 @@
+"""The training loop: epochs of compiled steps over data that lives on the device."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
+from ktg_jax.errors import RunError
+from ktg_jax.nodes import NodeFns
+from ktg_jax.parallel import Parallel
+from ktg_jax.state import GraphState
+from ktg_jax.step import Metrics, eval_step, train_step
+
+Record = dict[str, Any]
+
+
+Means = dict[str, np.ndarray]
+
+
+class Arrays(NamedTuple):
+    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`, on the devices."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+Evaluator = Callable[[GraphState, Arrays], Means]
+
+
+def make_train_step(
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    parallel: Parallel,
+    *,
+    num_images: int,
+    batch_size: int,
+    total_steps: int,
+    temperature: float = 1.0,
+    max_offset: int = 0,
+    flip: bool = False,
+) -> Callable[..., tuple[GraphState, Metrics]]:
+    """Compiles `step(state, data, gates, key) -> (state, metrics)`, which makes its own batch.
+
+    Args:
+        node_fns: one a node.
+        optimizer: an optax transformation.
+        parallel: devices and strategy.
+        num_images: size of the data.
+        batch_size: of all devices together.
+        total_steps: k_end of the gates' progress.
+        temperature: of the transfer edges.
+        max_offset: as in `plan_batch`.
+        flip: as in `plan_batch`.
+
+    Raises:
+        InputError: a batch larger than the data, or not divisible by the number of devices.
+    """
+    steps_per_epoch(num_images, batch_size)
+    parallel.check_batch_size(batch_size)
+
+    def step(
+        state: GraphState, data: Arrays, gates: jax.Array, key: jax.Array
+    ) -> tuple[GraphState, Metrics]:
+        plan = plan_batch(
+            key,
+            state.step,
+            num_images=num_images,
+            batch_size=batch_size,
+            max_offset=max_offset,
+            flip=flip,
+        )
+        images, labels = take_batch(data.images, data.labels, parallel.shard(plan))
+        return train_step(
+            state,
+            images,
+            labels,
+            gates,
+            (state.step + 1) / total_steps,
+            node_fns=node_fns,
+            optimizer=optimizer,
+            temperature=temperature,
+            axis_name=parallel.axis_name,
+        )
+
+    return parallel.compile(step)
+
+
+def make_evaluator(
+    node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
+) -> Evaluator:
+    """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
+
+    Returns:
+        A function that returns float64 means on the host: `loss` `[N]`, `accuracy` `[N]`,
+        `ensemble_loss` `[]` and `ensemble_accuracy` `[]` (of the summed logits).
+    """
+    # Stored statistics need no averaging over devices: jit serves both strategies here.
+    mesh = Parallel("jit", parallel.devices)
+    batch_size = -(-batch_size // len(mesh.devices)) * len(mesh.devices)
+
+    @jax.jit
+    def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
+        position = mesh.shard(start + jnp.arange(batch_size))
+        index = jnp.minimum(position, len(data.labels) - 1)
+        return eval_step(
+            state,
+            to_float(data.images[index]),
+            data.labels[index],
+            position < len(data.labels),
+            node_fns=node_fns,
+        )
+
+    def evaluate(state: GraphState, data: Arrays) -> Means:
+        starts = range(0, len(data.labels), batch_size)
+        sums = jax.device_get([evaluate_batch(state, data, start) for start in starts])
+        total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
+        count = total.pop("count")
+        return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
+
+    return evaluate
+
+
+def train_epochs(
+    state: GraphState,
+    step: Callable[[GraphState], tuple[GraphState, Metrics]],
+    names: Sequence[str],
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    validate: Callable[[GraphState], Means] | None = None,
+    on_step: Callable[[int, Metrics], None] | None = None,
+) -> Iterator[tuple[Record, GraphState]]:
+    """Trains from where the state stands to the last epoch.
+
+    The metrics of a step are read after the next one was dispatched, so that the host never keeps
+    the devices waiting.
+
+    Args:
+        state: consumed.
+        step: `step(state) -> (state, metrics)`, compiled.
+        names: the nodes' names.
+        epochs: k_end / steps_per_epoch.
+        steps_per_epoch: updates an epoch.
+        batch_size: for the images per second.
+        validate: evaluates a state on the validation images.
+        on_step: called with the number of each update (from 1) and its metrics, on the host.
+
+    Yields:
+        After each epoch a record (`epoch`, `step`, `seconds`, `images_per_second`, and for each of
+        `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` and `edge_losses`
+        (one a sender), `val_loss` and `val_accuracy` or None), and the state, which must be copied
+        or saved before the next is asked for.
+
+    Raises:
+        RunError: a loss or a parameter that is not finite; names the step and the node.
+    """
+    for epoch in range(int(state.step) // steps_per_epoch + 1, epochs + 1):
+        first = (epoch - 1) * steps_per_epoch + 1
+        clock = _Clock()
+        means = _Means()
+        pending: tuple[int, Metrics] | None = None
+
+        def read(number: int, metrics: Metrics, means: "_Means" = means) -> None:
+            host = jax.device_get(metrics)
+            _check_finite(host["loss"], names, f"step {number}", "loss")
+            means.add(host)
+            if on_step is not None:
+                on_step(number, host)
+
+        for number in range(first, first + steps_per_epoch):
+            state, metrics = step(state)
+            if pending is not None:
+                read(*pending)
+                clock.step_done()
+            pending = number, metrics
+        assert pending is not None
+        read(*pending)
+        clock.step_done()
+
+        _check_finite(
+            jax.device_get(_largest(state.params)), names, f"step {int(state.step)}", "parameters"
+        )
+        validation = None if validate is None else validate(state)
+        record = {
+            "epoch": epoch,
+            "step": int(state.step),
+            "seconds": round(clock.seconds, 3),
+            "images_per_second": round(clock.rate * batch_size, 1),
+            "nodes": _node_records(names, means.result(), validation),
+        }
+        yield record, state
+
+
+def _node_records(
+    names: Sequence[str], means: dict[str, np.ndarray], validation: dict[str, np.ndarray] | None
+) -> list[Record]:
+    return [
+        {
+            "name": name,
+            "train_loss": float(means["loss"][i]),
+            "train_accuracy": float(means["accuracy"][i]),
+            "val_loss": None if validation is None else float(validation["loss"][i]),
+            "val_accuracy": None if validation is None else float(validation["accuracy"][i]),
+            "edge_losses": means["edge_losses"][i].tolist(),
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+@jax.jit
+def _largest(params: tuple[Any, ...]) -> list[jax.Array]:
+    """The largest magnitude among each node's parameters; not finite if any of them is not."""
+    largest = [[jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(node)] for node in params]
+    return [jnp.max(jnp.stack([jnp.zeros(()), *of_leaves])) for of_leaves in largest]
+
+
+def _check_finite(values: Sequence[Any], names: Sequence[str], where: str, what: str) -> None:
+    for name, value in zip(names, values, strict=True):
+        if not np.isfinite(value):
+            raise RunError(
+                f"{where}, node {name}: {what} not finite ({value}); a lower learning rate or a "
+                "warm-up may help; the last good checkpoint is kept"
+            )
+
+
+class _Means:
+    """Running means of the metrics, in float64 and in a fixed order: the same on every run."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + np.asarray(value, np.float64)
+        self._count += 1
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {key: value / self._count for key, value in self._sums.items()}
+
+
+class _Clock:
+    """Seconds of an epoch, and steps a second without the epoch's first, which may compile."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._start
+        self._steps = 0
+
+    def step_done(self) -> None:
+        self._last = time.perf_counter()
+        if self._first is None:
+            self._first = self._last
+        self._steps += 1
+
+    @property
+    def seconds(self) -> float:
+        return self._last - self._start
+
+    @property
+    def rate(self) -> float:
+        if self._first is None or self._steps == 1:
+            return self._steps / self.seconds
+        return (self._steps - 1) / (self._last - self._first)

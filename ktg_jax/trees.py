@@ -1,0 +1,78 @@
+"""Pytrees as flat dicts of host arrays, for files: `{"stage1_block1.conv1.kernel": array, ...}`."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ktg_jax.errors import InputError
+
+FlatTree = dict[str, np.ndarray]
+
+
+def flatten(tree: Any) -> FlatTree:
+    """Copies the arrays of a pytree to the host, by the path to each.
+
+    The arrays are copies even where device and host share memory: the device's may be donated to
+    the next step while these are still being written.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): np.array(_plain(leaf), copy=True) for path, leaf in leaves}
+
+
+def unflatten(template: Any, flat: Mapping[str, np.ndarray], field: str) -> Any:
+    """The pytree of the template's structure with the arrays of `flat`.
+
+    Args:
+        template: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+        flat: as `flatten` returns it.
+        field: what the error calls `flat`.
+
+    Raises:
+        InputError: a path that only one of them has, or another shape; names the first such path.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+    expected = {_name(path): leaf for path, leaf in paths}
+    for name in (*expected, *flat):
+        if name not in flat:
+            raise InputError(field, f"no {name}", "the model's own parameters, all of them")
+        if name not in expected:
+            raise InputError(field, name, "the model's own parameters, no others")
+        shape = _plain_shape(expected[name])
+        if tuple(np.shape(flat[name])) != shape:
+            raise InputError(f"{field} {name}", np.shape(flat[name]), f"shape {shape}")
+    return jax.tree.unflatten(treedef, [_like(leaf, flat[name]) for name, leaf in expected.items()])
+
+
+def digest(flat: Mapping[str, np.ndarray]) -> int:
+    """A checksum (CRC-32) of names and bytes: tells a damaged file from a whole one."""
+    checksum = 0
+    for name in sorted(flat):
+        array = np.ascontiguousarray(flat[name])
+        checksum = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), checksum))
+    return checksum
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    """Random keys as the integers that they are made of; other arrays as they are."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _plain_shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(jax.eval_shape(_plain, leaf).shape)
+
+
+def _like(leaf: Any, array: np.ndarray) -> jax.Array:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jax.numpy.asarray(array, np.uint32))
+    return jax.numpy.asarray(array, leaf.dtype)
