@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -17,7 +18,6 @@ import ktg_jax.models
 from ktg_jax.errors import InputError
 
 PRESETS = ("mutual", "independent", "distillation", "chain")
-SCHEDULES = ("step", "cosine")
 DEFAULT_MODELS = ("cnn", "cnn", "cnn")
 
 
@@ -34,12 +34,12 @@ class TrainConfig:
     model learns from the next)."""
     models: tuple[str, ...] = ()
     """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ...
-    (default: cnn cnn cnn)."""
+    Without them: cnn cnn cnn."""
     weights: tuple[str, ...] = ()
     """Initial weights of a preset's nodes, one a model: a run's folder, DIR:node, a .safetensors
     file, or none."""
     temperature: float | None = None
-    """Temperature T of the transfer edges (default: 1, or what the JSON file says)."""
+    """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
     prune: bool = False
     """Leave out nodes that cannot influence the target."""
     imports: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class TrainConfig:
     data: str = "digits"
     """digits | cifar10 | cifar100 | tiny_imagenet | npz:FILE | folder:DIR."""
     data_dir: str | None = None
-    """Where cifar10, cifar100 or tiny_imagenet are (default: tensorflow-datasets' own folder)."""
+    """Where cifar10, cifar100 or tiny_imagenet are; else tensorflow-datasets' own folder."""
     train_limit: int | None = None
     """Use only so many training images (stratified), validation images included."""
     val_fraction: float = 0.1
@@ -82,7 +82,7 @@ class TrainConfig:
     """How all local devices are used: jit over a mesh, or pmap."""
 
     workdir: str | None = None
-    """Folder of the run (default: runs/DATA-GRAPH-HASH, the same for the same options)."""
+    """Folder of the run; else runs/DATA-GRAPH-HASH, the same for the same options."""
     resume: bool = True
     """Go on from the folder's last checkpoint. --no-resume: start over; the former run is kept
     beside it under another name."""
@@ -159,9 +159,9 @@ def default_workdir(config: TrainConfig, fields: Mapping[str, Any]) -> Path:
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The configuration of a command line (default: this process's)."""
     return tyro.cli(
-        Annotated[TrainConfig, tyro.conf.configure(tyro.conf.PositionalRequiredArgs)],
+        TrainConfig,
         prog="python -m experiments.train",
-        description=f"{TrainConfig.__doc__}\n\n{EXAMPLES}",
+        description=f"{cleandoc(TrainConfig.__doc__ or '')}\n\n{EXAMPLES}",
         args=arguments,
     )
 

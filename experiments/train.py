@@ -63,7 +63,7 @@ def train(config: TrainConfig, console: Console) -> None:
         require_tensorboard()
     if not config.resume and (aside := workdir.set_aside()):
         console.print(f"The former run is kept in {aside}.", highlight=False)
-    workdir.begin(fields | {"data_facts": data_facts(dataset)}, graph)
+    workdir.begin(fields | {"data_facts": data_facts(dataset)}, graph, config.data_dir)
     with workdir.locked():
         checkpoints = Checkpoints(workdir.checkpoints)
         try:

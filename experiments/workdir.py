@@ -44,6 +44,11 @@ class Workdir:
         return self._read("config.json")["config"]
 
     @property
+    def data_dir(self) -> str | None:
+        """Where the run's data was."""
+        return self._read("config.json").get("data_dir")
+
+    @property
     def result(self) -> Record | None:
         """The finished run's result; None: not finished."""
         return self._read("result.json") if (self.path / "result.json").is_file() else None
@@ -72,8 +77,15 @@ class Workdir:
             allowed = f"a folder without another run (differing: {differing})"
             raise InputError("workdir", str(self.path), allowed)
 
-    def begin(self, config: Mapping[str, Any], graph: ktg.Graph) -> None:
+    def begin(
+        self, config: Mapping[str, Any], graph: ktg.Graph, data_dir: str | None = None
+    ) -> None:
         """Makes the folder and says in it what the run is, or checks that it is the run there.
+
+        Args:
+            config: what determines the run.
+            graph: of the run.
+            data_dir: where its data is, which does not determine it.
 
         Raises:
             InputError: as `check`, or the folder cannot be made.
@@ -81,10 +93,11 @@ class Workdir:
         self.check(config)
         if self.exists:
             return
+        content = {"config": dict(config), "data_dir": data_dir, "versions": _versions()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             graph.save(self.path / "graph.json")
-            self.write("config.json", {"config": dict(config), "versions": _versions()})
+            self.write("config.json", content)
         except OSError as error:
             allowed = f"a folder that can be written ({error})"
             raise InputError("workdir", str(self.path), allowed) from None

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from ktg_jax.nodes import NodeFns, PyTree
 
 
-def random_variables(fns: NodeFns, images: np.ndarray, seed: int) -> tuple[PyTree, PyTree]:
+def random_variables(fns: NodeFns, images: ArrayLike, seed: int) -> tuple[PyTree, PyTree]:
     """Params and batch statistics of a network, none of them 0 or 1: also scales and variances.
 
     Says more than a network's own initialisation, and needs no compilation.

@@ -428,7 +428,7 @@ def test_greyscale_folders_keep_one_channel_and_mixed_ones_become_rgb(tmp_path: 
 
 
 def test_palettes_with_transparency_become_rgb(tmp_path: Path) -> None:
-    image = Image.fromarray(np.zeros((4, 4), np.uint8), "L").convert("P")
+    image = Image.fromarray(np.zeros((4, 4), np.uint8)).convert("P")
     image.putpalette([10, 20, 30] * 256)
     path = tmp_path / "train" / "a" / "0.png"
     path.parent.mkdir(parents=True)
