@@ -61,12 +61,10 @@ def make_result(
 
 
 def result_table(result: Record) -> Table:
-    """The result as a table."""
-    table = Table(box=None, title_justify="left")
-    for title in ("node", "model", ""):
-        table.add_column(title)
-    for title in ("val. accuracy", "test accuracy", "best epoch", "test accuracy then"):
-        table.add_column(title, justify="right")
+    """The accuracies of a result as a table, the best epoch being the target's on validation."""
+    table = Table("node", "model", "", box=None)
+    for title in ("val.", "test", "best epoch", "test then"):
+        table.add_column(title, justify="right", no_wrap=True)
     for i, node in enumerate(result["nodes"]):
         mark = "target" if i == 0 else "frozen" if node["frozen"] else ""
         table.add_row(node["name"], node["model"], mark, *_cells(node))

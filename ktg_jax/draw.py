@@ -4,7 +4,6 @@ Only matplotlib's object-oriented interface is used: no display, no global figur
 gives the same bytes, whatever style the user's own matplotlib settings ask for.
 """
 
-import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from ktg_jax.errors import InputError
+from ktg_jax.files import atomic_path
 from ktg_jax.graph import Graph
 
 GATE_COLOURS: dict[str, str] = {
@@ -147,17 +147,11 @@ def _style() -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes the figure under a temporary name first, so that no half-written file is seen."""
+    """Writes the figure, in the format of the path's suffix."""
     kind = path.suffix[1:].lower()
     undated = {"Date": None} if kind == "svg" else None
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, metadata=undated)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=kind, metadata=undated)
 
 
 def _graph_figure(graph: Graph, accuracies: Mapping[str, float], title: str | None) -> Figure:

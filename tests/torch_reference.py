@@ -155,24 +155,29 @@ class Trainer:
         self, networks: Sequence[Any], gates: Sequence[Sequence[str]], learning_rate: float
     ) -> None:
         self.networks, self.gates = networks, gates
-        self.learners = [i for i, row in enumerate(gates) if set(row) != {"cutoff"}]
         self.optimizers = {
             i: torch.optim.SGD(
-                networks[i].parameters(), learning_rate, 0.9, weight_decay=5e-4, nesterov=True
+                network.parameters(), learning_rate, 0.9, weight_decay=5e-4, nesterov=True
             )
-            for i in self.learners
+            for i, network in enumerate(networks)
+            if set(gates[i]) != {"cutoff"}
         }
 
     def step(
         self, images: np.ndarray, labels: np.ndarray, progress: float, temperature: float
-    ) -> list[np.ndarray]:
-        """Updates every learner; returns the logits of the forward pass."""
+    ) -> tuple[list[float], list[float]]:
+        """Updates every learner; returns all nodes' losses and accuracies before it."""
         for i, network in enumerate(self.networks):
-            network.train(i in self.learners)  # ours: frozen nodes keep their statistics
+            network.train(i in self.optimizers)  # ours: frozen nodes keep their statistics
         logits = [network(to_nchw(images)) for network in self.networks]
-        for i in self.learners:
-            loss = node_loss(logits, torch.tensor(labels), i, self.gates[i], progress, temperature)
-            self.optimizers[i].zero_grad()
-            loss.backward()
-            self.optimizers[i].step()
-        return [z.detach().numpy() for z in logits]
+        targets = torch.tensor(labels)
+        losses = [
+            node_loss(logits, targets, i, row, progress, temperature)
+            for i, row in enumerate(self.gates)
+        ]
+        for i, optimizer in self.optimizers.items():
+            optimizer.zero_grad()
+            losses[i].backward()
+            optimizer.step()
+        accuracies = [(z.argmax(dim=1) == targets).float().mean().item() for z in logits]
+        return [loss.item() for loss in losses], accuracies
