@@ -15,6 +15,7 @@ from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.parallel import Parallel
 from ktg_jax.state import GraphState, init_state
 from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
+from ktg_jax.weights import load_node, save_node
 
 __version__ = "0.1.0"
 
@@ -40,11 +41,13 @@ __all__ = [
     "graphs",
     "init_state",
     "kl_divergence",
+    "load_node",
     "model_names",
     "node_forward",
     "node_losses",
     "node_update",
     "register_model",
+    "save_node",
     "sgd",
     "step_schedule",
     "train_step",

@@ -14,4 +14,9 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run with good input that could not go on. One line: what, where, and what was kept."""
+    """A run with good input that could not go on. One line: what, where, and what was kept.
+
+    >>> raise RunError("step 3, node resnet8-0: loss not finite (nan)")
+    Traceback (most recent call last):
+    ktg_jax.errors.RunError: step 3, node resnet8-0: loss not finite (nan)
+    """

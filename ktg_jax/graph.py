@@ -28,6 +28,9 @@ class Node:
             depend on its name and the seed alone. None: the graph names it `<model>-<index>`.
         weights: where its initial weights come from (a run's folder, or one node of it as
             `DIR:name`); None: random initialisation.
+
+    >>> Node("resnet32", name="teacher", weights="runs/teacher").model
+    'resnet32'
     """
 
     model: str

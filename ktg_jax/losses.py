@@ -97,6 +97,12 @@ def edge_losses(
         float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over the *whole* batch
         (also for `correct`: divided by B, not by the number of samples kept). Only node t's
         logits receive a gradient from row t.
+
+    >>> logits = jnp.zeros((2, 4, 10))  # two undecided nodes: they agree, and know nothing
+    >>> gates = jnp.zeros((2, 2), int)  # all through
+    >>> edge_losses(logits, jnp.arange(4), gates, progress=0.5).round(3).tolist() == [
+    ...     [jnp.log(10.0).round(3), 0.0], [0.0, jnp.log(10.0).round(3)]]
+    True
     """
     logits, labels = _stack(logits), jnp.asarray(labels)
     num_nodes = logits.shape[0]
@@ -131,6 +137,10 @@ def node_losses(
 
     Returns:
         float32 `[N]`.
+
+    >>> cut = jnp.ones((2, 2), int)
+    >>> node_losses(jnp.zeros((2, 4, 10)), jnp.arange(4), cut, progress=0.5).tolist()
+    [0.0, 0.0]
     """
     return jnp.sum(edge_losses(logits, labels, gates, progress, temperature), axis=1)
 
@@ -149,6 +159,10 @@ def graph_loss(
 
     Returns:
         float32 scalar `[]`.
+
+    >>> logits, labels, through = jnp.zeros((1, 1, 2)), jnp.array([1]), jnp.array([[0]])
+    >>> jax.grad(graph_loss)(logits, labels, through, 1.0).tolist()  # softmax minus one-hot
+    [[[0.5, -0.5]]]
     """
     return jnp.sum(node_losses(logits, labels, gates, progress, temperature))
 

@@ -24,6 +24,15 @@ class NodeFns:
             forward pass updates (batch statistics, say); both are pytrees of arrays.
         apply: `apply(params, model_state, images, train) -> (logits, model_state)`; logits float
             `[B, classes]`. With `train=False` the model state comes back unchanged.
+
+    >>> import jax.numpy as jnp
+    >>> average = NodeFns(
+    ...     init=lambda rng, images: (jnp.ones(10), {}),
+    ...     apply=lambda params, state, images, train: (
+    ...         images.mean((1, 2, 3))[:, None] * params, state))
+    >>> params, state = average.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> average.apply(params, state, jnp.zeros((4, 8, 8, 1)), True)[0].shape
+    (4, 10)
     """
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
@@ -34,6 +43,11 @@ def from_linen(module: nn.Module) -> NodeFns:
     """A node from a flax.linen module: `module(images)` or `module(images, train=...)` -> logits.
 
     All collections other than `params` are the model state.
+
+    >>> fns = from_linen(nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)]))
+    >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
+    >>> params["layers_1"]["kernel"].shape
+    (64, 10)
     """
     takes_train = "train" in inspect.signature(module.__call__).parameters
 
@@ -65,6 +79,11 @@ def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> No
     Raises:
         InputError: `create` is a module, not what makes one: its weights could not depend on the
             node and the seed.
+
+    >>> fns = from_nnx(nnx.Linear, 64, 10)
+    >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 64)))
+    >>> params["kernel"].shape
+    (64, 10)
     """
     if isinstance(create, nnx.Module):
         raise InputError("create", type(create).__name__, "a module's class or a function of rngs")

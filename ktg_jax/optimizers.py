@@ -12,6 +12,12 @@ def sgd(
     """The papers' SGD: Nesterov momentum and coupled weight decay on all parameters.
 
     Coupled: the decay is added to the gradient before the momentum, as PyTorch's SGD does.
+
+    >>> import jax.numpy as jnp
+    >>> optimizer, weight = sgd(learning_rate=1.0, weight_decay=0.5), jnp.array(1.0)
+    >>> update, _ = optimizer.update(jnp.array(0.0), optimizer.init(weight), weight)
+    >>> round(float(update), 3)  # -(1 + 0.9) times the decay
+    -0.95
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -42,7 +48,11 @@ def step_schedule(
 def cosine_schedule(
     learning_rate: float, total_steps: int, warmup_steps: int = 0
 ) -> optax.Schedule:
-    """Half a cosine from `learning_rate` to 0 over the training."""
+    """Half a cosine from `learning_rate` to 0 over the training.
+
+    >>> [round(float(cosine_schedule(0.1, 100)(k)), 3) for k in (0, 50, 100)]
+    [0.1, 0.05, 0.0]
+    """
     return _warmed_up(
         optax.cosine_decay_schedule(learning_rate, total_steps), learning_rate, warmup_steps
     )

@@ -29,6 +29,11 @@ class Parallel:
     Attributes:
         strategy: `jit` or `pmap`.
         devices: all of one kind; default: every local device.
+
+    >>> parallel = Parallel("jit", jax.local_devices()[:1])
+    >>> double = parallel.compile(lambda state, x: (state, 2 * parallel.shard(x)))
+    >>> double(parallel.replicate(jax.numpy.zeros(3)), jax.numpy.ones(2))[1].tolist()
+    [2.0, 2.0]
     """
 
     strategy: str = "jit"

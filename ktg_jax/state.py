@@ -24,6 +24,9 @@ class GraphState:
         opt_state: N optimiser states; a frozen node has None.
         step: int32 scalar, the number of updates made. With the seed it is the position in the
             data, too.
+
+    >>> GraphState(({},), ({},), (None,), jnp.zeros((), jnp.int32)).frozen
+    (0,)
     """
 
     params: tuple[PyTree, ...]
@@ -57,6 +60,13 @@ def init_state(
 
     Raises:
         InputError: the number of node functions is not the number of nodes.
+
+    >>> import ktg_jax as ktg
+    >>> graph = ktg.graphs.distillation("cnn", "cnn")
+    >>> node_fns = [ktg.build_model(node.model, 10) for node in graph.nodes]
+    >>> images = jnp.zeros((1, 8, 8, 1))
+    >>> init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images).frozen
+    (1,)
     """
     if len(node_fns) != len(graph.nodes):
         raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")

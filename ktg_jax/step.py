@@ -34,6 +34,13 @@ def node_forward(
 
     Returns:
         The logits, float `[B, classes]`, and the new model state.
+
+    >>> import ktg_jax as ktg
+    >>> fns = ktg.build_model("cnn", num_classes=10)
+    >>> params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> logits, model_state = node_forward(params, model_state, jnp.ones((4, 8, 8, 1)), fns=fns)
+    >>> logits.shape
+    (4, 10)
     """
     return fns.apply(params, model_state, images, not frozen)
 
@@ -57,6 +64,11 @@ def graph_gradients(
     Returns:
         N gradients in the shape and dtype of the logits, and metrics: `loss` `[N]`, `accuracy`
         `[N]`, `edge_losses` `[N, N]`, all float32.
+
+    >>> logits = [jnp.zeros((1, 2)), jnp.zeros((1, 2))]
+    >>> gradients, metrics = graph_gradients(logits, jnp.array([0]), jnp.zeros((2, 2), int), 1.0)
+    >>> gradients[0].tolist(), metrics["accuracy"].tolist()
+    ([[-0.5, 0.5]], [1.0, 1.0])
     """
     logits = tuple(logits)
 
@@ -77,7 +89,13 @@ def node_update(
     *,
     optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, optax.OptState]:
-    """A node's update by its own optimiser; returns the new params and optimiser state."""
+    """A node's update by its own optimiser; returns the new params and optimiser state.
+
+    >>> optimizer = optax.sgd(0.5)
+    >>> params = jnp.array([1.0])
+    >>> node_update(params, optimizer.init(params), jnp.array([1.0]), optimizer=optimizer)[0]
+    Array([0.5], dtype=float32)
+    """
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -113,6 +131,16 @@ def train_step(
 
     Returns:
         The new state and the metrics of `graph_gradients`. Nothing of a frozen node changes.
+
+    >>> import ktg_jax as ktg
+    >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
+    >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
+    >>> step = jax.jit(partial(train_step, node_fns=node_fns, optimizer=optimizer))
+    >>> state, metrics = step(state, images, labels, graph.gate_codes, progress=0.1)
+    >>> int(state.step), metrics["edge_losses"].shape
+    (1, (2, 2))
     """
     logits, pullbacks, model_state = [], [], []
     for i, fns in enumerate(node_fns):
@@ -171,6 +199,14 @@ def eval_step(
         Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
         `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
         logits, and `count` `[]`; float32.
+
+    >>> import ktg_jax as ktg
+    >>> graph, images = ktg.graphs.mutual(["cnn", "cnn"]), jnp.ones((4, 8, 8, 1))
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> state = ktg.init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images)
+    >>> mask = jnp.array([True, True, True, False])
+    >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
+    3.0
     """
     counts = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask, jnp.float32)
     logits = jnp.stack(

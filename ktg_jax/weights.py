@@ -118,6 +118,16 @@ def save_node(
 
     Raises:
         InputError: another suffix, or a file that cannot be written.
+
+    >>> import tempfile
+    >>> fns = build_model("cnn", num_classes=10)
+    >>> params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = f"{folder}/node.safetensors"
+    ...     save_node(file, params, model_state, model="cnn", num_classes=10,
+    ...               image_shape=(8, 8, 1))
+    ...     load_weights(file).model
+    'cnn'
     """
     if Path(path).suffix != ".safetensors":
         raise InputError("export", str(path), "a file name that ends in .safetensors")
@@ -144,6 +154,16 @@ def load_node(path: str | os.PathLike[str]) -> tuple[NodeFns, PyTree, PyTree]:
 
     Raises:
         InputError: a file that cannot be read, or whose model is not registered here.
+
+    >>> import tempfile
+    >>> fns = build_model("cnn", num_classes=10)
+    >>> made = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = f"{folder}/node.safetensors"
+    ...     save_node(file, *made, model="cnn", num_classes=10, image_shape=(8, 8, 1))
+    ...     fns, params, model_state = load_node(file)
+    >>> fns.apply(params, model_state, jnp.zeros((1, 8, 8, 1)), False)[0].shape
+    (1, 10)
     """
     weights = load_weights(str(path))
     _, about = _read_tensors(path)

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ktg_jax.draw import GATE_COLOURS, draw_curves, draw_graph
@@ -239,12 +240,11 @@ def test_a_failed_write_keeps_the_old_picture(
     draw_graph(full_graph(1), [tmp_path / "a.svg"])
     old = (tmp_path / "a.svg").read_bytes()
 
-    def full_disk(path: Path, data: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(data[:10])
+    def full_disk(figure: Figure, path: Path, **options: object) -> None:
+        path.write_bytes(b"half a picture")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(Figure, "savefig", full_disk)
     with pytest.raises(OSError, match="no space"):
         draw_graph(full_graph(2), [tmp_path / "a.svg"])
     assert [file.name for file in tmp_path.iterdir()] == ["a.svg"]

@@ -56,11 +56,13 @@ def started(graph: Graph) -> GraphState:
 
 
 def compiled(node_fns: Sequence[NodeFns], **options: Any) -> Step:
-    """A compiled step that may be traced once."""
+    """A compiled step that fails when it is compiled twice."""
+    traces: list[GraphState] = []
 
     @jax.jit
-    @chex.assert_max_traces(n=1)
     def step(state: GraphState, images: Any, labels: Any, gates: Any, progress: Any) -> Any:
+        assert not traces, "compiled again"
+        traces.append(state)
         fixed = {"node_fns": node_fns, "optimizer": OPTIMIZER, **options}
         return ktg.train_step(state, images, labels, gates, progress, **fixed)
 
@@ -105,7 +107,7 @@ WITH_TEACHER = Graph(
 def test_training_is_the_same_as_in_torch(graph: Graph) -> None:
     reference = pytest.importorskip("torch_reference")
     rng = np.random.default_rng(1)
-    images, labels = rng.random((4, 16, 16, 16, 3), np.float32), rng.integers(5, size=(4, 16))
+    images, labels = rng.random((4, 16, 8, 8, 3), np.float32), rng.integers(5, size=(4, 16))
     node_fns = [ktg.build_model(node.model, 5) for node in graph.nodes]
     variables = [random_variables(fns, images[0], seed=i) for i, fns in enumerate(node_fns)]
     params, model_state = zip(*variables, strict=True)
@@ -123,20 +125,24 @@ def test_training_is_the_same_as_in_torch(graph: Graph) -> None:
     for k in range(1, 5):
         batch = images[k - 1], labels[k - 1]
         state, metrics = step(state, *batch, codes(graph), k / 4)
-        losses, accuracy = trainer.step(*batch, k / 4, graph.temperature)
+        losses, accuracies = trainer.step(*batch, k / 4, graph.temperature)
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(metrics["accuracy"], np.float32(accuracy))
+        np.testing.assert_allclose(metrics["accuracy"], accuracies, atol=1e-6)
 
-    for i, network in enumerate(networks):
+    @jax.jit
+    def evaluate() -> list[jax.Array]:
+        nodes = zip(node_fns, state.params, state.model_state, strict=True)
+        return [fns.apply(p, m, images[0], False)[0] for fns, p, m in nodes]
+
+    for i, (network, logits) in enumerate(zip(networks, evaluate(), strict=True)):
         theirs = network.state_dict()
         for key, ours in reference.to_torch(state.params[i], state.model_state[i]).items():
             np.testing.assert_allclose(
-                ours, theirs[key], atol=2e-4, rtol=2e-4, err_msg=f"node {i} {key}"
+                ours, theirs[key], rtol=1e-4, atol=1e-4, err_msg=f"node {i} {key}"
             )
         with reference.torch.no_grad():
-            expected = network.eval()(reference.to_nchw(images[0]))
-        logits, _ = node_fns[i].apply(state.params[i], state.model_state[i], images[0], False)
-        np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=1e-3)
+            expected = network.eval()(reference.to_nchw(images[0]).double())
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- initial state
@@ -195,16 +201,14 @@ def test_a_single_node_trains_as_without_a_graph() -> None:
 def test_metrics_are_losses_and_accuracies_before_the_update() -> None:
     graph = graph_of("trl", "ctn", "lcr", temperature=3.0)
     state = started(graph)
-    logits = [
-        TINY.apply(*variables, IMAGES, True)[0]
-        for variables in zip(state.params, state.model_state, strict=True)
-    ]
+    forward = jax.jit(TINY.apply, static_argnums=3)
+    logits = [forward(state.params[i], state.model_state[i], IMAGES, True)[0] for i in range(3)]
     _, metrics = compiled([TINY] * 3, temperature=3.0)(state, IMAGES, LABELS, codes(graph), 0.25)
-    expected = ktg.edge_losses(logits, LABELS, codes(graph), 0.25, 3.0)
+    expected = jax.jit(ktg.edge_losses)(logits, LABELS, codes(graph), 0.25, 3.0)
     np.testing.assert_allclose(metrics["edge_losses"], expected, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected.sum(axis=1), atol=1e-5)
     accuracy = [np.mean(np.argmax(z, axis=1) == LABELS) for z in logits]
-    np.testing.assert_array_equal(metrics["accuracy"], np.float32(accuracy))
+    np.testing.assert_array_equal(metrics["accuracy"], np.array(accuracy, np.float32))
     assert {key: (m.shape, m.dtype) for key, m in metrics.items()} == {
         "edge_losses": ((3, 3), jnp.float32),
         "loss": ((3,), jnp.float32),
@@ -337,7 +341,7 @@ def test_graph_gradients_are_those_of_each_nodes_own_loss_in_its_own_dtype() -> 
 
 @pytest.mark.parametrize(
     "rows",
-    [("ttcc", "ctcc", "tttt", "tttt"), ("tctc", "cttt", "rcln", "tttt"), ("tctc",) + ("cccc",) * 3],
+    [("ttcc", "ctcc", "tttt", "tttt"), ("tctc", "cttt", "ccrc", "tttt"), ("tctc",) + ("cccc",) * 3],
     ids=["helper in front", "helper behind what is dropped", "frozen helper"],
 )
 def test_the_target_of_a_pruned_graph_trains_as_in_the_whole_one(rows: tuple[str, ...]) -> None:

@@ -149,17 +149,21 @@ def node_loss(
 
 
 class Trainer:
-    """A graph's training step: one forward pass of all nodes, then each from its own loss."""
+    """A graph's training step: one forward pass of all nodes, then each from its own loss.
+
+    In float64: float32 in torch strays from it further than ours does, where a ReLU's input is 0
+    but for rounding.
+    """
 
     def __init__(
         self, networks: Sequence[Any], gates: Sequence[Sequence[str]], learning_rate: float
     ) -> None:
-        self.networks, self.gates = networks, gates
+        self.networks, self.gates = [network.double() for network in networks], gates
         self.optimizers = {
             i: torch.optim.SGD(
                 network.parameters(), learning_rate, 0.9, weight_decay=5e-4, nesterov=True
             )
-            for i, network in enumerate(networks)
+            for i, network in enumerate(self.networks)
             if set(gates[i]) != {"cutoff"}
         }
 
@@ -169,7 +173,7 @@ class Trainer:
         """Updates every learner; returns all nodes' losses and accuracies before it."""
         for i, network in enumerate(self.networks):
             network.train(i in self.optimizers)  # ours: frozen nodes keep their statistics
-        logits = [network(to_nchw(images)) for network in self.networks]
+        logits = [network(to_nchw(images).double()) for network in self.networks]
         targets = torch.tensor(labels)
         losses = [
             node_loss(logits, targets, i, row, progress, temperature)

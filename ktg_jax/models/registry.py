@@ -18,34 +18,43 @@ ModelFactory = Callable[[int], nn.Module | NodeFns]
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 _WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
-_registered: dict[str, ModelFactory] = {"cnn": CNN}
+_registered: dict[str, ModelFactory] = {}
 
 
 def register_model(name: str, factory: ModelFactory) -> None:
     """Makes a model available by name, to graphs, to files and to the experiments.
 
     Args:
-        name: letters, digits, `_`, `.` and `-`; a name that a model has already is refused,
-            unless with the same factory.
+        name: letters, digits, `_`, `.` and `-`; not a built-in model's. One that was registered
+            before is replaced.
         factory: `factory(num_classes)` returns a flax.linen module or a `NodeFns`. A linen module
             with a field `dtype` can be trained in mixed precision, and one with a field
             `axis_name` normalises its batches over all devices under `jax.pmap`.
 
     Raises:
-        InputError: the name is taken or malformed, or the factory cannot be called.
+        InputError: the name is malformed or a built-in model's, or the factory cannot be called.
+
+    >>> register_model("linear", lambda num_classes: nn.Sequential(
+    ...     [lambda images: images.reshape(len(images), -1), nn.Dense(num_classes)]))
+    >>> "linear" in model_names()
+    True
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise InputError("name", name, "letters, digits, '_', '.' and '-'")
     if not callable(factory):
         raise InputError("factory", factory, "a function of the number of classes")
-    if _factory(name) not in (None, factory):
-        raise InputError("name", name, "a name that no model has yet")
+    if _built_in(name) is not None:
+        raise InputError("name", name, "a name that no built-in model has")
     _registered[name] = factory
 
 
 def model_names() -> tuple[str, ...]:
-    """The names that are known; `resnet<6n+2>` and `wrn<6n+4>_<width>` exist in general."""
-    return tuple(dict.fromkeys((*_registered, *_RESNETS, *_WIDE_RESNETS)))
+    """The names that are known; `resnet<6n+2>` and `wrn<6n+4>_<width>` exist in general.
+
+    >>> {"cnn", "resnet8", "wrn28_10"} <= set(model_names())
+    True
+    """
+    return ("cnn", *_RESNETS, *_WIDE_RESNETS, *_registered)
 
 
 def check_model(name: str) -> None:
@@ -68,10 +77,17 @@ def build_model(
 
     Raises:
         InputError: no such model, or one that cannot compute in another dtype.
+
+    >>> import jax
+    >>> fns = build_model("resnet8", num_classes=10)
+    >>> logits, _ = fns.apply(*fns.init(jax.random.key(0), images := jnp.zeros((2, 32, 32, 3))),
+    ...                       images, False)
+    >>> logits.shape
+    (2, 10)
     """
     check_model(name)
     factory = _factory(name)
-    assert factory is not None
+    assert factory is not None  # or check_model would have raised
     module = factory(num_classes)
     if isinstance(module, nn.Module):
         fields = {field.name for field in dataclasses.fields(module)}
@@ -85,8 +101,12 @@ def build_model(
 
 
 def _factory(name: str) -> ModelFactory | None:
-    if name in _registered:
-        return _registered[name]
+    return _registered.get(name) or _built_in(name)
+
+
+def _built_in(name: str) -> ModelFactory | None:
+    if name == "cnn":
+        return CNN
     if match := re.fullmatch(r"resnet([1-9]\d*)", name):
         depth = int(match[1])
         if depth >= 8 and depth % 6 == 2:

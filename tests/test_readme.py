@@ -1,0 +1,84 @@
+"""What the documents say is run, and every public name has an example."""
+
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ktg_jax as ktg
+from experiments.config import TrainConfig, check, parse
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "design.md")
+
+
+def blocks(language: str) -> list[Any]:
+    found = []
+    for document in DOCUMENTS:
+        for number, block in enumerate(
+            re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.S | re.M)
+        ):
+            found.append(pytest.param(block, id=f"{document.name}-{number}"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fns = ktg.build_model("cnn", num_classes=10)
+    params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ktg.save_node(
+        "teacher.safetensors",
+        params,
+        model_state,
+        model="cnn",
+        num_classes=10,
+        image_shape=(8, 8, 1),
+    )
+    exec(compile(snippet, "snippet", "exec"), {})
+
+
+def training_commands() -> list[str]:
+    shell = "\n".join(block.values[0] for block in blocks("bash")).replace("\\\n", " ")
+    lines = [line.split("&&")[-1].strip() for line in shell.splitlines()]
+    return [line for line in lines if line.startswith("python -m experiments.train")]
+
+
+@pytest.mark.parametrize("command", training_commands())
+def test_training_commands_are_accepted(command: str) -> None:
+    config = parse(shlex.split(command)[3:])
+    check(config)
+    assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize("text", blocks("json"))
+def test_json_examples_are_graphs(text: str) -> None:
+    graph = ktg.Graph.from_json(text)
+    assert json.loads(graph.to_json()) == json.loads(text)
+
+
+@pytest.mark.parametrize("name", sorted(ktg.__all__))
+def test_every_public_function_has_an_example(name: str) -> None:
+    thing = getattr(ktg, name)
+    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        pytest.skip("not a function")
+    assert ">>>" in (thing.__doc__ or "")
+
+
+def test_local_links_lead_somewhere() -> None:
+    for document in (*DOCUMENTS, ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r'\]\((?!http)([^)#]+)\)|src="([^"]+)"', document.read_text()):
+            assert (document.parent / "".join(target)).exists(), (document.name, target)
+
+
+def test_the_library_never_imports_the_experiments() -> None:
+    for module in (ROOT / "ktg_jax").rglob("*.py"):
+        assert "import experiments" not in module.read_text()
+        assert "from experiments" not in module.read_text()
