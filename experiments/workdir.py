@@ -103,12 +103,17 @@ class Workdir:
             raise InputError("workdir", str(self.path), allowed) from None
 
     def set_aside(self) -> Path | None:
-        """Renames the run in the folder, if there is one; returns its new name."""
+        """Renames the run in the folder, if there is one; returns its new name.
+
+        Raises:
+            InputError: another process trains there.
+        """
         if not self.exists:
             return None
         names = (self.path.with_name(f"{self.path.name}.old{i}") for i in range(1, 10_000))
         aside = next(name for name in names if not name.exists())
-        self.path.rename(aside)
+        with self.locked():
+            self.path.rename(aside)
         return aside
 
     @contextmanager

@@ -98,7 +98,8 @@ class Checkpoints:
                 messages.append(str(error))
                 self._set_aside(epoch)
         if messages:
-            raise RunError(f"no checkpoint in {self._folder} can be read: {'; '.join(messages)}")
+            reasons = "; ".join(messages)
+            raise RunError(f"{reasons}; none is left: the same command again starts over")
         return 0, template, messages
 
     def wait(self) -> None:
