@@ -16,6 +16,7 @@ from ktg_jax.files import write_text
 from ktg_jax.weights import CHECKPOINTS
 
 Record = dict[str, Any]
+_KEY_OF = {"config.json": "config", "result.json": "target"}  # tells our files from others'
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -168,11 +169,15 @@ class Workdir:
         write_text(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def _read(self, name: str) -> Record:
-        path = self.path / name
         try:
-            return json.loads(path.read_text())
+            content = json.loads((self.path / name).read_text())
         except (OSError, ValueError) as error:
             raise InputError("workdir", str(self.path), f"readable {name} ({error})") from None
+        key = _KEY_OF[name]
+        if not isinstance(content, dict) or key not in content:
+            allowed = f"a folder of experiments.train ({name} has no {key!r})"
+            raise InputError("workdir", str(self.path), allowed)
+        return content
 
 
 def _line(record: Record) -> str:

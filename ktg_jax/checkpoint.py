@@ -5,9 +5,14 @@ read without the others) and `training` (optimiser states and the step), beside 
 both in `meta`. Kept are the last two and the best.
 """
 
+import gc
+import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +34,17 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = _manager(self._folder)
+        self._kept = _Kept({epoch: _score(self._folder, epoch) for epoch in _epochs(self._folder)})
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._kept, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def epochs(self) -> tuple[int, ...]:
-        """The epochs of which a finished checkpoint is there, in order."""
-        return tuple(sorted(self._manager.all_steps()))
+        """The epochs of which a checkpoint is there, in order."""
+        self._manager.wait_until_finished()
+        return _epochs(self._folder)
 
     def save(
         self, epoch: int, state: GraphState, names: Sequence[str], score: float | None
@@ -51,15 +61,15 @@ class Checkpoints:
                 not a candidate.
         """
         nodes, training = _to_items(state, names)
-        meta = {"digests": {"nodes": _digest(nodes), "training": _digest(training)}}
+        digests = {"nodes": _digest(nodes), "training": _digest(training)}
+        self._kept.scores[epoch] = score
         self._manager.save(
             epoch,
             args=ocp.args.Composite(
                 nodes=ocp.args.PyTreeSave(nodes),
                 training=ocp.args.PyTreeSave(training),
-                meta=ocp.args.JsonSave(meta),
+                meta=ocp.args.JsonSave({"digests": digests, "score": score}),
             ),
-            metrics=None if score is None else {"score": score, "epoch": epoch},
         )
 
     def restore(self, template: GraphState, names: Sequence[str], epoch: int) -> GraphState:
@@ -73,7 +83,7 @@ class Checkpoints:
         Raises:
             RunError: the checkpoint is damaged.
         """
-        items = self._read(epoch, ("nodes", "training"))
+        items = _read(self._folder, epoch, ("nodes", "training"))
         return _from_items(template, names, items["nodes"], items["training"])
 
     def restore_latest(
@@ -110,31 +120,12 @@ class Checkpoints:
         """Waits, and ends the background work."""
         self._manager.close()
 
-    def _read(self, epoch: int, wanted: Sequence[str]) -> dict[str, Any]:
-        try:
-            items = self._manager.restore(
-                epoch,
-                args=ocp.args.Composite(
-                    meta=ocp.args.JsonRestore(),
-                    **{item: ocp.args.PyTreeRestore() for item in wanted},
-                ),
-            )
-            found = {item: _digest(items[item]) for item in wanted}
-            stated = {item: items["meta"]["digests"][item] for item in wanted}
-        # A damaged file can make the reading libraries raise anything at all.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise RunError(f"checkpoint {epoch} is damaged ({reason})") from error
-        if found != stated:
-            raise RunError(f"checkpoint {epoch} is damaged (its checksum does not agree)")
-        return {item: items[item] for item in wanted}
-
     def _set_aside(self, epoch: int) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{epoch}"
         shutil.rmtree(aside, ignore_errors=True)
         (self._folder / str(epoch)).rename(aside)
-        self._manager.close()
-        self._manager = _manager(self._folder)
+        self._kept.scores.pop(epoch, None)
+        self._manager.reload()
 
 
 def read_nodes(
@@ -142,37 +133,91 @@ def read_nodes(
 ) -> tuple[int, dict[str, dict[str, FlatTree]]]:
     """Reads every node's weights from the newest whole checkpoint, or from that of an epoch.
 
+    Nothing in the folder is changed: a run may be training in it.
+
     Returns:
         The epoch, and `{name: {"params": flat, "model_state": flat}}`.
 
     Raises:
         RunError: there is no checkpoint (of that epoch) that can be read.
     """
-    if not Path(folder).is_dir():
-        raise RunError(f"{folder} holds no checkpoint")
-    checkpoints = Checkpoints(folder)
+    folder = Path(folder).absolute()
     reasons: list[str] = []
-    try:
-        wanted = reversed(checkpoints.epochs) if epoch is None else [epoch]
-        for each in wanted:
-            try:
-                return each, checkpoints._read(each, ("nodes",))["nodes"]
-            except RunError as error:
-                reasons.append(str(error))
-    finally:
-        checkpoints.close()
+    for each in reversed(_epochs(folder)) if epoch is None else [epoch]:
+        try:
+            return each, _read(folder, each, ("nodes",))["nodes"]
+        except RunError as error:
+            reasons.append(str(error))
     raise RunError("; ".join(reasons) or f"{folder} holds no checkpoint")
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: (metrics["score"], -metrics["epoch"]),
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
-    kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
-    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(folder, options=options)
+class _Kept(policies.PreservationPolicy):
+    """Keeps the last two checkpoints and the first of those with the highest score."""
+
+    def __init__(self, scores: dict[int, float | None]) -> None:
+        self.scores = scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any
+    ) -> Sequence[bool]:
+        del context
+        scored = [c.step for c in checkpoints if self.scores.get(c.step) is not None]
+        best = max(scored, key=lambda epoch: (self.scores[epoch], -epoch), default=None)
+        last_two = [c.step for c in checkpoints][-2:]
+        return [c.step == best or c.step in last_two for c in checkpoints]
+
+
+def _epochs(folder: Path) -> tuple[int, ...]:
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()))
+
+
+def _score(folder: Path, epoch: int) -> float | None:
+    try:
+        return json.loads((folder / str(epoch) / "meta" / "metadata").read_text())["score"]
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: no candidate for the best
+
+
+@contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """Orbax leaves unfinished reads behind a failed one; they complain when they are collected."""
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    was_disabled = logger.disabled
+    sys.unraisablehook = lambda unraisable: None
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        if sys.exc_info()[0] is not None:
+            gc.collect()
+        sys.unraisablehook, logger.disabled = hook, was_disabled
+
+
+def _read(folder: Path, epoch: int, wanted: Sequence[str]) -> dict[str, Any]:
+    try:
+        with _quiet_reads():
+            return _read_checked(folder / str(epoch), wanted)
+    # A damaged file can make the reading libraries raise anything at all.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise RunError(f"checkpoint {epoch} is damaged ({reason})") from None
+
+
+def _read_checked(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = checkpointer.restore(
+            path,
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonRestore(),
+                **{item: ocp.args.PyTreeRestore() for item in wanted},
+            ),
+        )
+    for item in wanted:
+        if _digest(items[item]) != items["meta"]["digests"][item]:
+            raise ValueError(f"the checksum of {item} does not agree")
+    return {item: items[item] for item in wanted}
 
 
 def _to_items(state: GraphState, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -39,7 +39,10 @@ def step_schedule(
     >>> [round(float(schedule(k)), 6) for k in (0, 59, 60, 199)]
     [0.1, 0.1, 0.01, 0.0001]
     """
-    boundaries = {max(round(share * total_steps), 1): 0.1 for share in milestones}
+    boundaries: dict[int, float] = {}
+    for share in milestones:  # in a short training several may fall on one step
+        step = max(round(share * total_steps), 1)
+        boundaries[step] = 0.1 * boundaries.get(step, 1.0)
     return _warmed_up(
         optax.piecewise_constant_schedule(learning_rate, boundaries), learning_rate, warmup_steps
     )

@@ -74,5 +74,8 @@ def _plain_shape(leaf: Any) -> tuple[int, ...]:
 
 def _like(leaf: Any, array: np.ndarray) -> jax.Array:
     if _is_key(leaf):
-        return jax.random.wrap_key_data(jax.numpy.asarray(array, np.uint32))
+        data = jax.numpy.asarray(array, np.uint32)
+        return jax.random.wrap_key_data(
+            data, impl=jax.random.key_impl(jax.numpy.empty((), leaf.dtype))
+        )
     return jax.numpy.asarray(array, leaf.dtype)
