@@ -1,0 +1,69 @@
+"""Networks that compile in a moment; importing this module registers them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import ktg_jax as ktg
+from ktg_jax.models.layers import BatchNorm
+
+HIDDEN = 16
+
+
+class Tiny(nn.Module):
+    """A hidden layer with batch statistics; smaller than any other model's."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        init = nn.initializers.uniform(0.5)
+        x = images.reshape(len(images), -1)
+        x = nn.Dense(HIDDEN, kernel_init=init, dtype=self.dtype, name="hidden")(x)
+        x = nn.relu(BatchNorm(self.dtype, self.axis_name, name="norm")(x, train))
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="classifier")(x)
+
+
+class Dropping(nnx.Module):
+    """Batch statistics and a random stream."""
+
+    def __init__(self, num_classes: int, *, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.uniform(0.5)
+        self.hidden = nnx.Linear(64, HIDDEN, kernel_init=init, rngs=rngs)
+        self.norm = nnx.BatchNorm(HIDDEN, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.classifier = nnx.Linear(HIDDEN, num_classes, kernel_init=init, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.relu(self.norm(self.hidden(images.reshape(len(images), -1))))
+        return self.classifier(self.dropout(x))
+
+
+class Failing(nn.Module):
+    """As good as any in its first steps; then its logits are infinite."""
+
+    num_classes: int
+    good_steps: int = 12
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        count = self.variable("counts", "steps", lambda: jnp.zeros((), jnp.int32))
+        logits = Tiny(self.num_classes, name="tiny")(images, train)
+        if train:
+            count.value += 1
+            logits = jnp.where(count.value > self.good_steps, jnp.inf, logits)
+        return logits
+
+
+def dropping(num_classes: int) -> ktg.NodeFns:
+    return ktg.from_nnx(Dropping, num_classes)
+
+
+ktg.register_model("tiny", Tiny)
+ktg.register_model("dropping", dropping)
+ktg.register_model("failing", Failing)
