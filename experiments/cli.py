@@ -9,7 +9,8 @@ from ktg_jax.errors import InputError, RunError
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main function and exits."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
+    # Orbax logs every file it writes, and the traceback of what it raises anyway.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main()
     except InputError as error:

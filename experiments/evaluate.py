@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     epoch, state = _restore(workdir, graph, node_fns, config.checkpoint, facts["image_shape"])
     if config.export is not None:
         _export(config.export, config.node, graph, state, facts, epoch)
-        console.print(f"Wrote {config.export}.", highlight=False)
+        console.print(f"Wrote {config.export}.", highlight=False, soft_wrap=True)
 
     dataset = load_dataset(
         run["data"],

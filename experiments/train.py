@@ -53,7 +53,7 @@ def train(config: TrainConfig, console: Console) -> None:
     if config.resume:
         workdir.check(fields)
         if workdir.result is not None:
-            console.print(f"{workdir.path} is finished; nothing to do.", highlight=False)
+            _say(console, f"{workdir.path} is finished; nothing to do.")
             console.print(result_table(workdir.result))
             return
 
@@ -62,7 +62,7 @@ def train(config: TrainConfig, console: Console) -> None:
     if config.tensorboard:
         require_tensorboard()
     if not config.resume and (aside := workdir.set_aside()):
-        console.print(f"The former run is kept in {aside}.", highlight=False)
+        _say(console, f"The former run is kept in {aside}.")
     workdir.begin(fields | {"data_facts": data_facts(dataset)}, graph, config.data_dir)
     with workdir.locked():
         checkpoints = Checkpoints(workdir.checkpoints)
@@ -70,6 +70,10 @@ def train(config: TrainConfig, console: Console) -> None:
             _Training(run, workdir, checkpoints, console, config.tensorboard).go()
         finally:
             checkpoints.close()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 class _Training:
@@ -92,27 +96,25 @@ class _Training:
 
     def go(self) -> None:
         """Does it all."""
-        self._say(f"Training in {self._workdir.path}: {self._run.summary}.")
+        _say(self._console, f"Training in {self._workdir.path}: {self._run.summary}.")
         state, records = self._resume()
         state = self._train(state, records)
         result = self._finish(state, records)
         self._console.print(result_table(result))
-        self._say(
+        _say(
+            self._console,
             f"Trained {len(records)} epochs in {result['seconds']:.1f} s "
             f"({records[-1]['images_per_second']:.0f} images/s in the last); metrics, pictures and "
-            f"checkpoints are in {self._workdir.path}."
+            f"checkpoints are in {self._workdir.path}.",
         )
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _resume(self) -> tuple[GraphState, list[Record]]:
         """The state to go on from, and the records of the epochs that led to it."""
         epoch, state, messages = self._checkpoints.restore_latest(self._run.state, self._names)
         for message in messages:
-            self._say(f"{message}; going back to epoch {epoch}.")
+            _say(self._console, f"{message}; going back to epoch {epoch}.")
         if epoch:
-            self._say(f"Resuming after epoch {epoch} of {self._run.epochs}.")
+            _say(self._console, f"Resuming after epoch {epoch} of {self._run.epochs}.")
         records = self._workdir.records(up_to_epoch=epoch)
         self._workdir.keep_records(records)
         return self._run.parallel.replicate(state), records
@@ -192,7 +194,7 @@ class _Training:
             try:
                 state = self._checkpoints.restore(state, self._names, epoch)
             except RunError as error:
-                self._say(f"{error}; the best epoch is left out of the result.")
+                _say(self._console, f"{error}; the best epoch is left out of the result.")
                 return None
         return epoch, *self._run.evaluate_val_and_test(self._run.parallel.replicate(state))
 

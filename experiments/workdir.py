@@ -31,7 +31,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # for it may be renamed from within
         self.checkpoints = self.path / CHECKPOINTS
 
     @property

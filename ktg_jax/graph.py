@@ -1,9 +1,9 @@
 """The description of a knowledge transfer graph: which networks, and the gate of every edge."""
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +209,7 @@ def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
 
 def _checked_temperature(temperature: Any) -> float:
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not math.isfinite(temperature) or temperature <= 0:
+    if not is_number or not 0 < temperature <= sys.float_info.max:
         raise InputError("temperature", temperature, "a finite number above 0")
     return float(temperature)
 
@@ -219,7 +219,7 @@ def _decoded(text: str | Mapping[str, Any]) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise InputError("graph", shown, f"JSON ({error})") from None
 

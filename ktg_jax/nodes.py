@@ -42,7 +42,8 @@ class NodeFns:
 def from_linen(module: nn.Module) -> NodeFns:
     """A node from a flax.linen module: `module(images)` or `module(images, train=...)` -> logits.
 
-    All collections other than `params` are the model state.
+    All collections other than `params` are the model state. There is no random stream for a linen
+    module's dropout; `from_nnx` has one.
 
     >>> fns = from_linen(nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)]))
     >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
@@ -55,7 +56,10 @@ def from_linen(module: nn.Module) -> NodeFns:
         return {"train": train} if takes_train else {}
 
     def init(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
-        variables = dict(module.init(rng, images, **mode(False)))
+        # Lazily: layer by layer, without running the network. Compiled whole, the initialisation
+        # of a deep one takes as long as its training step.
+        shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        variables = dict(module.lazy_init(rng, shape, **mode(False)))
         return variables.pop("params", {}), variables
 
     def apply(

@@ -43,6 +43,8 @@ class Parallel:
         if self.strategy not in STRATEGIES:
             raise InputError("parallel", self.strategy, ", ".join(STRATEGIES))
         object.__setattr__(self, "devices", tuple(self.devices))
+        if not self.devices:
+            raise InputError("devices", self.devices, "at least one device")
 
     @property
     def axis_name(self) -> str | None:

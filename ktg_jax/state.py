@@ -72,7 +72,7 @@ def init_state(
         raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")
     params, model_state = zip(
         *(
-            jax.jit(fns.init)(node_rng(rng, str(node.name)), sample_images)
+            fns.init(node_rng(rng, str(node.name)), sample_images)
             for node, fns in zip(graph.nodes, node_fns, strict=True)
         ),
         strict=True,

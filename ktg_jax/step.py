@@ -48,7 +48,7 @@ def node_forward(
 def graph_gradients(
     logits: Logits,
     labels: jax.Array,
-    gates: jax.Array,
+    gates: ArrayLike,
     progress: ArrayLike,
     temperature: ArrayLike = 1.0,
 ) -> tuple[tuple[jax.Array, ...], Metrics]:
@@ -104,7 +104,7 @@ def train_step(
     state: GraphState,
     images: jax.Array,
     labels: jax.Array,
-    gates: jax.Array,
+    gates: ArrayLike,
     progress: ArrayLike,
     *,
     node_fns: Sequence[NodeFns],
@@ -121,7 +121,8 @@ def train_step(
         state: from `init_state`.
         images: float `[B, H, W, C]`.
         labels: int `[B]`.
-        gates: int `[N, N]`, `Graph.gate_codes`.
+        gates: int `[N, N]`, `Graph.gate_codes`. They gate losses; what freezes a node is the
+            state alone.
         progress: scalar in (0, 1]; the k-th update of k_end has k / k_end.
         node_fns: one a node.
         optimizer: as given to `init_state`.

