@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ktg_jax.losses import Logits, cross_entropy, edge_losses
+from ktg_jax.losses import cross_entropy, edge_losses
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.state import GraphState
 
@@ -46,7 +46,7 @@ def node_forward(
 
 
 def graph_gradients(
-    logits: Logits,
+    logits: Sequence[jax.Array],
     labels: jax.Array,
     gates: ArrayLike,
     progress: ArrayLike,
@@ -70,13 +70,12 @@ def graph_gradients(
     >>> gradients[0].tolist(), metrics["accuracy"].tolist()
     ([[-0.5, 0.5]], [1.0, 1.0])
     """
-    logits = tuple(logits)
 
     def loss_of(logits: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         losses = edge_losses(logits, labels, gates, progress, temperature)
         return jnp.sum(losses), losses
 
-    gradients, losses = jax.grad(loss_of, has_aux=True)(logits)
+    gradients, losses = jax.grad(loss_of, has_aux=True)(tuple(logits))
     accuracy = jnp.stack([jnp.mean(jnp.argmax(z, axis=-1) == labels) for z in logits])
     metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
     return gradients, metrics
