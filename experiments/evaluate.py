@@ -18,10 +18,11 @@ from rich.table import Table
 
 import ktg_jax as ktg
 from experiments import cli
+from experiments.assemble import data_facts
 from experiments.config import import_modules
 from experiments.results import best_epoch
 from experiments.workdir import Workdir
-from ktg_jax.checkpoint import read_nodes
+from ktg_jax.checkpoint import checkpoint_epochs, read_nodes
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError
 from ktg_jax.loop import Arrays, make_evaluator
@@ -77,7 +78,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     graph, run = workdir.graph, workdir.config
     import_modules(tuple(run["imports"]))
     facts = run["data_facts"]
-    node_fns = [ktg.build_model(node.model, facts["classes"]) for node in graph.nodes]
+    dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32
+    node_fns = [ktg.build_model(n.model, facts["classes"], dtype=dtype) for n in graph.nodes]
     epoch, state = _restore(workdir, graph, node_fns, config.checkpoint, facts["image_shape"])
     if config.export is not None:
         _export(config.export, config.node, graph, state, facts, epoch)
@@ -92,6 +94,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         split_seed=run["split_seed"],
         with_test=config.split == "test",
     )
+    _check_data(run["data"], facts, data_facts(dataset), config.split)
     split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
     if split is None:
         raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
@@ -120,7 +123,8 @@ def _restore(
     """The nodes' weights, without optimisers, and the epoch that they are of."""
     wanted = None
     if checkpoint == "best":
-        wanted = best_epoch(workdir.records())
+        newest = max(checkpoint_epochs(workdir.checkpoints), default=0)
+        wanted = best_epoch(workdir.records(up_to_epoch=newest))
         if wanted is None:
             raise InputError("checkpoint", "best", "last: the run had no validation images")
     epoch, nodes = read_nodes(workdir.checkpoints, wanted)
@@ -135,6 +139,15 @@ def _restore(
         )
     none = (None,) * len(node_fns)
     return epoch, GraphState(tuple(params), tuple(model_state), none, jnp.zeros((), jnp.int32))
+
+
+def _check_data(data: str, was: dict[str, Any], now: dict[str, Any], split: str) -> None:
+    """Refuses data that is not what the run was trained on; test images count if they are read."""
+    for key in now:
+        if was[key] == now[key] or (key == "test" and split != "test"):
+            continue
+        allowed = f"what the run was trained on ({key}: {was[key]}, now {now[key]})"
+        raise InputError("data", data, allowed)
 
 
 def _export(

@@ -22,7 +22,7 @@ from experiments.config import (
 )
 from experiments.progress import Display
 from experiments.results import Best, Record, best_epoch, make_result, result_table
-from experiments.tensorboard import open_writer, require_tensorboard
+from experiments.tensorboard import event_writer, require_tensorboard
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import Checkpoints
 from ktg_jax.draw import draw_curves, draw_graph
@@ -143,10 +143,9 @@ class _Training:
             validate=run.evaluate_val,
             on_step=display.step,
         )
-        observers = [display.epoch, self._curves_drawer(records)]
-        if self._tensorboard:
-            observers.append(open_writer(self._workdir.path / "tensorboard", len(records) + 1))
-        with display:
+        events = event_writer(self._workdir.path / "tensorboard", records, self._tensorboard)
+        with display, events as write_events:
+            observers = (display.epoch, self._curves_drawer(records), write_events)
             for record, state in epochs:
                 records.append(record)
                 self._workdir.append_record(record)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,9 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._kept = _Kept({epoch: _score(self._folder, epoch) for epoch in _epochs(self._folder)})
+        self._kept = _Kept(
+            {epoch: _score(self._folder, epoch) for epoch in checkpoint_epochs(self._folder)}
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept, cleanup_tmp_directories=True
         )
@@ -44,7 +47,7 @@ class Checkpoints:
     def epochs(self) -> tuple[int, ...]:
         """The epochs of which a checkpoint is there, in order."""
         self._manager.wait_until_finished()
-        return _epochs(self._folder)
+        return checkpoint_epochs(self._folder)
 
     def save(
         self, epoch: int, state: GraphState, names: Sequence[str], score: float | None
@@ -143,7 +146,7 @@ def read_nodes(
     """
     folder = Path(folder).absolute()
     reasons: list[str] = []
-    for each in reversed(_epochs(folder)) if epoch is None else [epoch]:
+    for each in reversed(checkpoint_epochs(folder)) if epoch is None else [epoch]:
         try:
             return each, _read(folder, each, ("nodes",))["nodes"]
         except RunError as error:
@@ -167,7 +170,9 @@ class _Kept(policies.PreservationPolicy):
         return [c.step == best or c.step in last_two for c in checkpoints]
 
 
-def _epochs(folder: Path) -> tuple[int, ...]:
+def checkpoint_epochs(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The epochs of which a checkpoint is in the folder, in order; none if it does not exist."""
+    folder = Path(folder)
     if not folder.is_dir():
         return ()
     return tuple(sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()))
@@ -182,7 +187,7 @@ def _score(folder: Path, epoch: int) -> float | None:
 
 @contextmanager
 def _quiet_reads() -> Iterator[None]:
-    """Orbax leaves unfinished reads behind a failed one; they complain when they are collected."""
+    """Orbax leaves unfinished reads behind a failed one; they complain when they end."""
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     was_disabled = logger.disabled
     sys.unraisablehook = lambda unraisable: None
@@ -191,6 +196,7 @@ def _quiet_reads() -> Iterator[None]:
         yield
     finally:
         if sys.exc_info()[0] is not None:
+            time.sleep(0.3)
             gc.collect()
         sys.unraisablehook, logger.disabled = hook, was_disabled
 
