@@ -313,13 +313,13 @@ def test_a_frozen_teacher_stays_what_it_was(tmp_path: Path) -> None:
     teacher = {"graph": "independent", "models": ("cnn",), "epochs": 1}
     train(tmp_path / "teacher", **teacher)
     before = node_arrays(tmp_path / "teacher", 1, "cnn-0")
-    changes = {"models": ("cnn", "cnn"), "weights": ("none", str(tmp_path / "teacher"))}
+    changes = {"models": ("tiny", "cnn"), "weights": ("none", str(tmp_path / "teacher"))}
     train(tmp_path / "run", graph="distillation", temperature=4.0, epochs=2, **changes)
 
     for epoch in (1, 2):
         assert_same_arrays(node_arrays(tmp_path / "run", epoch, "cnn-1"), before)
     arrays = saved_state(tmp_path / "run", 2)
-    assert [name for name in arrays if name.startswith("training.opt_state.cnn-0")]
+    assert [name for name in arrays if name.startswith("training.opt_state.tiny-0")]
     assert not [name for name in arrays if name.startswith("training.opt_state.cnn-1")]
     student, frozen = result(tmp_path / "run")["nodes"]
     assert (student["frozen"], frozen["frozen"]) == (False, True)
