@@ -104,7 +104,7 @@ def edge_losses(
     ...     [jnp.log(10.0).round(3), 0.0], [0.0, jnp.log(10.0).round(3)]]
     True
     """
-    logits, labels = _stack(logits), jnp.asarray(labels)
+    logits, labels, gates = _stack(logits), jnp.asarray(labels), jnp.asarray(gates)
     num_nodes = logits.shape[0]
     chex.assert_rank([logits, labels], [3, 1])
     chex.assert_shape(gates, (num_nodes, num_nodes))
@@ -119,7 +119,7 @@ def edge_losses(
         seen = jnp.where(is_cut, jax.lax.stop_gradient(receiver), senders)
         return jax.vmap(lambda sender: kl_divergence(receiver, sender, temperature))(seen)
 
-    transfer = jax.vmap(row_losses)(logits, jnp.asarray(gates))
+    transfer = jax.vmap(row_losses)(logits, gates)
     label = jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
     on_diagonal = jnp.eye(num_nodes, dtype=bool)[:, :, None]
     losses = jnp.where(on_diagonal, label[:, None, :], transfer)
