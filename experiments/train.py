@@ -64,12 +64,8 @@ def train(config: TrainConfig, console: Console) -> None:
     if not config.resume and (aside := workdir.set_aside()):
         _say(console, f"The former run is kept in {aside}.")
     workdir.begin(fields | {"data_facts": data_facts(dataset)}, graph, config.data_dir)
-    with workdir.locked():
-        checkpoints = Checkpoints(workdir.checkpoints)
-        try:
-            _Training(run, workdir, checkpoints, console, config.tensorboard).go()
-        finally:
-            checkpoints.close()
+    with workdir.locked(), Checkpoints(workdir.checkpoints) as checkpoints:
+        _Training(run, workdir, checkpoints, console, config.tensorboard).go()
 
 
 def _say(console: Console, text: str) -> None:

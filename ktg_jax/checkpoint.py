@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -122,6 +123,23 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends the background work."""
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        """The checkpoints, closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes; what ended the block is not hidden by what closing then stumbles over."""
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
 
     def _set_aside(self, epoch: int) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{epoch}"

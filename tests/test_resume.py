@@ -93,16 +93,18 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def kill_when(
-    moment: Callable[[Path], bool], workdir: Path, process: subprocess.Popen[str]
+def signal_when(
+    moment: Callable[[Path], bool], workdir: Path, process: subprocess.Popen[str], number: int
 ) -> None:
+    """Waits for the moment, and sends the signal in any case."""
     until = time.monotonic() + 200
-    while not moment(workdir):
-        assert process.poll() is None, f"ended before the moment: {process.communicate()}"
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    try:
+        while not moment(workdir):
+            assert process.poll() is None, f"ended before the moment: {process.communicate()}"
+            assert time.monotonic() < until
+            time.sleep(0.002)
+    finally:
+        process.send_signal(number)
 
 
 def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(
@@ -116,8 +118,8 @@ def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(
 
     for name, moment in MOMENTS.items():
         process = start_it()
-        kill_when(moment, workdir, process)
-        assert process.returncode == -signal.SIGKILL, name
+        signal_when(moment, workdir, process, signal.SIGKILL)
+        assert end_of(process).code == -signal.SIGKILL, name
         assert not (workdir / "result.json").exists(), name
     ended = end_of(start_it())
     assert (ended.code, ended.err) == (0, "")
@@ -130,18 +132,19 @@ def test_an_interrupt_ends_with_one_line_and_code_130_and_a_second_process_is_re
 ) -> None:
     long = small(tmp_path / "run", epochs=100_000)
     process = start("experiments.train", *options(long), cwd=tmp_path)
-    try:
-        while lines_in(tmp_path / "run") < 2:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+
+    def is_kept_by_one(workdir: Path) -> bool:
+        if lines_in(workdir) < 2:
+            return False
         for resume in ([], ["--no-resume"]):
             refused = in_process(train_module.main, *options(long), *resume)
             assert refused.code == 2
-            assert refused.err.startswith(f"error: workdir: got '{tmp_path / 'run'}'; allowed: ")
+            assert refused.err.startswith(f"error: workdir: got '{workdir}'; allowed: ")
             assert "no other process trains" in refused.err
             assert refused.err.count("\n") == 1
-    finally:
-        process.send_signal(signal.SIGINT)
+        return True
+
+    signal_when(is_kept_by_one, tmp_path / "run", process, signal.SIGINT)
     ended = end_of(process)
     assert ended.code == 130
     assert re.fullmatch("interrupted; the same command .*\n", ended.err), ended.err
