@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import (
-    Ended,
     assert_same_end,
     end_of,
     finished,
@@ -172,40 +170,6 @@ def test_an_interrupt_between_a_line_and_its_checkpoint_does_no_harm(
     said = train(tmp_path / "run", **OPTIONS)
     assert ("Resuming" in said) == (epoch > 1)
     assert_same_end(tmp_path / "run", whole)
-
-
-def test_an_interrupt_while_a_checkpoint_is_saved_ends_with_one_line_and_code_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Saving starts threads; the interrupt comes just before it starts one of the last."""
-    start_thread = threading.Thread.start
-    starts: list[str] = []
-
-    def run_with_interrupt(workdir: Path, at: int | None) -> Ended:
-        starts.clear()
-
-        def start(thread: threading.Thread) -> None:
-            in_main_thread = threading.current_thread() is threading.main_thread()
-            if in_main_thread and lines_in(workdir) == 2:
-                starts.append(thread.name)
-                if len(starts) == at:
-                    signal.raise_signal(signal.SIGINT)
-            start_thread(thread)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start)
-            return in_process(train_module.main, *options(small(workdir)))
-
-    assert run_with_interrupt(tmp_path / "counted", None).code == 0
-    for at in (len(starts) - 1, len(starts)):
-        ended = run_with_interrupt(tmp_path / str(at), at)
-        assert ended.code == 130
-        assert re.fullmatch("interrupted; the same command .*\n", ended.err), ended.err
-        train(tmp_path / str(at))
-        assert_same_end(tmp_path / str(at), tmp_path / "counted")
-
-
-# --- damage
 
 
 def truncate(path: Path) -> None:
