@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktg_jax.data import cache, tfds
+from ktg_jax.data import tfds
 from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
 from ktg_jax.data.images import resize_images
 from ktg_jax.data.sources import load_dataset, load_npz
 from ktg_jax.errors import InputError
+from ktg_jax.files import cache_folder
 
 REAL_DATA = os.environ.get("KTG_DATA_DIR")
 needs_real_data = pytest.mark.skipif(
@@ -622,10 +623,10 @@ def test_a_cache_that_cannot_be_written_costs_only_the_caching(
 def test_the_cache_folder_is_the_argument_the_environment_or_the_users(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cache.cache_folder(tmp_path) == tmp_path
-    assert cache.cache_folder() == cache_dir
+    assert cache_folder(tmp_path) == tmp_path
+    assert cache_folder() == cache_dir
     monkeypatch.delenv("KTG_CACHE_DIR")
-    assert "ktg_jax" in cache.cache_folder().parts
+    assert "ktg_jax" in cache_folder().parts
 
 
 # --- tensorflow-datasets

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import ktg_jax as ktg
-from ktg_jax.models.layers import BatchNorm
+from ktg_jax.models.layers import BatchNormRelu
 
 HIDDEN = 16
 
@@ -25,7 +25,7 @@ class Tiny(nn.Module):
         init = nn.initializers.uniform(0.5)
         x = images.reshape(len(images), -1)
         x = nn.Dense(HIDDEN, kernel_init=init, dtype=self.dtype, name="hidden")(x)
-        x = nn.relu(BatchNorm(self.dtype, self.axis_name, name="norm")(x, train))
+        x = BatchNormRelu(self.dtype, self.axis_name, name="norm")(x, train)
         return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="classifier")(x)
 
 

@@ -8,22 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from rich.console import Console
 from rich.progress import Progress
 
 from ktg_jax.data.dataset import Split
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path
+from ktg_jax.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 250  # images between two updates of the progress bar
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, else the environment's `KTG_CACHE_DIR`, else the user's cache folder."""
-    chosen = cache_dir or os.environ.get("KTG_CACHE_DIR")
-    return Path(chosen or platformdirs.user_cache_dir("ktg_jax")).expanduser()
 
 
 def cached_split(

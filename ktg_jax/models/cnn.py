@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ktg_jax.models.layers import CLASSIFIER_INIT, BatchNorm, conv
+from ktg_jax.models.layers import CLASSIFIER_INIT, BatchNormRelu, conv
 
 
 class CNN(nn.Module):
@@ -15,7 +15,7 @@ class CNN(nn.Module):
     Attributes:
         num_classes: number of logits.
         dtype: of the computation; parameters are float32.
-        axis_name: as in `BatchNorm`.
+        axis_name: as in `BatchNormRelu`.
     """
 
     num_classes: int
@@ -29,7 +29,7 @@ class CNN(nn.Module):
         for stage, features in enumerate((16, 32, 64), start=1):
             stride = 1 if stage == 1 else 2
             x = conv(features, 3, stride, dtype=self.dtype, name=f"stage{stage}_conv")(x)
-            x = nn.relu(BatchNorm(self.dtype, self.axis_name, name=f"stage{stage}_norm")(x, train))
+            x = BatchNormRelu(self.dtype, self.axis_name, name=f"stage{stage}_norm")(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(
             self.num_classes, kernel_init=CLASSIFIER_INIT, dtype=self.dtype, name="classifier"

@@ -6,6 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ktg_jax.convolution import conv_general_dilated
+from ktg_jax.normalization import batch_norm_relu, normalize_relu
+
 # Authors' initialisers: He-normal by fan-out for convolutions, by fan-in for the classifier.
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 CLASSIFIER_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -24,12 +27,13 @@ def conv(features: int, size: int, stride: int = 1, *, dtype: Any, name: str) ->
         use_bias=False,
         kernel_init=CONV_INIT,
         dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
         name=name,
     )
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, which agrees with the authors' (PyTorch's).
+class BatchNormRelu(nn.Module):
+    """Batch normalisation over all axes but the last, and relu; agrees with the authors' (PyTorch).
 
     flax's own keeps the biased batch variance in its running statistics; PyTorch keeps the
     unbiased one, which in a small batch of a network's last stage differs by several per cent.
@@ -48,31 +52,35 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises x, float `[..., C]`, by its own statistics if `train`, else by stored ones."""
+    def __call__(self, x: jax.Array, train: bool, shortcut: jax.Array | None = None) -> jax.Array:
+        """relu(x normalised + shortcut), by the batch's statistics if `train`, else the stored.
+
+        x and the shortcut, if any, are float `[..., C]`.
+        """
         features = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, features)
         bias = self.param("bias", nn.initializers.zeros, features)
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         stored_var = self.variable("batch_stats", "var", jnp.ones, features)
-        x = x.astype(jnp.float32)
-        mean, var = stored_mean.value, stored_var.value
-        if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = self._over_devices(jnp.mean(x, axes))
-            var = self._over_devices(jnp.mean(jnp.square(x - mean), axes))
-            count = x.size // x.shape[-1]
-            if self.axis_name is not None:
-                count *= jax.lax.axis_size(self.axis_name)
-            unbiased = var * (count / max(count - 1, 1))
-            stored_mean.value = self._blend(stored_mean.value, mean)
-            stored_var.value = self._blend(stored_var.value, unbiased)
-        return ((x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias).astype(self.dtype)
-
-    def _over_devices(self, statistic: jax.Array) -> jax.Array:
-        if self.axis_name is None:
-            return statistic
-        return jax.lax.pmean(statistic, self.axis_name)
-
-    def _blend(self, stored: jax.Array, batch: jax.Array) -> jax.Array:
-        return self.momentum * stored + (1 - self.momentum) * jax.lax.stop_gradient(batch)
+        if not train:
+            stored = stored_mean.value, stored_var.value
+            return normalize_relu(
+                x, scale, bias, stored, shortcut, epsilon=self.epsilon, dtype=self.dtype
+            )
+        y, (mean, var) = batch_norm_relu(
+            x,
+            scale,
+            bias,
+            shortcut,
+            shift=stored_mean.value,
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+        )
+        count = x.size // x.shape[-1]
+        if self.axis_name is not None:
+            count *= jax.lax.axis_size(self.axis_name)
+        unbiased = var * (count / max(count - 1, 1))
+        stored_mean.value = self.momentum * stored_mean.value + (1 - self.momentum) * mean
+        stored_var.value = self.momentum * stored_var.value + (1 - self.momentum) * unbiased
+        return y

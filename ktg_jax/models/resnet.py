@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ktg_jax.models.layers import CLASSIFIER_INIT, BatchNorm, conv
+from ktg_jax.models.layers import CLASSIFIER_INIT, BatchNormRelu, conv
 
 
 class BasicBlock(nn.Module):
@@ -21,13 +21,12 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps float `[B, H, W, C]` to `[B, ceil(H/stride), ceil(W/stride), features]`."""
         y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-        y = BatchNorm(self.dtype, self.axis_name, name="norm1")(y, train)
-        y = conv(self.features, 3, dtype=self.dtype, name="conv2")(nn.relu(y))
-        y = BatchNorm(self.dtype, self.axis_name, name="norm2")(y, train)
+        y = BatchNormRelu(self.dtype, self.axis_name, name="norm1")(y, train)
+        y = conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
         shortcut = x[:, :: self.stride, :: self.stride]
         new_channels = self.features - x.shape[-1]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, new_channels)))
-        return nn.relu(shortcut + y)
+        return BatchNormRelu(self.dtype, self.axis_name, name="norm2")(y, train, shortcut)
 
 
 class ResNet(nn.Module):
@@ -39,7 +38,7 @@ class ResNet(nn.Module):
         depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...
         num_classes: number of logits.
         dtype: of the computation; parameters are float32.
-        axis_name: as in `BatchNorm`.
+        axis_name: as in `BatchNormRelu`.
     """
 
     depth: int
@@ -51,7 +50,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps images, float `[B, H, W, C]`, to logits, `[B, num_classes]`."""
         x = conv(16, 3, dtype=self.dtype, name="stem_conv")(images)
-        x = nn.relu(BatchNorm(self.dtype, self.axis_name, name="stem_norm")(x, train))
+        x = BatchNormRelu(self.dtype, self.axis_name, name="stem_norm")(x, train)
         for stage, features in enumerate((16, 32, 64), start=1):
             for block in range(1, (self.depth - 2) // 6 + 1):
                 stride = 2 if stage > 1 and block == 1 else 1

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ktg_jax.models.layers import BatchNorm, conv
+from ktg_jax.models.layers import BatchNormRelu, conv
 
 # PyTorch's default for a linear layer's weight, which the authors leave as it is here:
 # uniform in +-1/sqrt(fan_in).
@@ -24,12 +24,12 @@ class WideBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps float `[B, H, W, C]` to `[B, ceil(H/stride), ceil(W/stride), features]`."""
-        y = nn.relu(BatchNorm(self.dtype, self.axis_name, name="norm1")(x, train))
+        y = BatchNormRelu(self.dtype, self.axis_name, name="norm1")(x, train)
         shortcut = x
         if x.shape[-1] != self.features:
             shortcut = conv(self.features, 1, self.stride, dtype=self.dtype, name="shortcut")(y)
         y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(y)
-        y = nn.relu(BatchNorm(self.dtype, self.axis_name, name="norm2")(y, train))
+        y = BatchNormRelu(self.dtype, self.axis_name, name="norm2")(y, train)
         return shortcut + conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
 
 
@@ -43,7 +43,7 @@ class WideResNet(nn.Module):
         width: w.
         num_classes: number of logits.
         dtype: of the computation; parameters are float32.
-        axis_name: as in `BatchNorm`.
+        axis_name: as in `BatchNormRelu`.
     """
 
     depth: int
@@ -65,7 +65,7 @@ class WideResNet(nn.Module):
                     axis_name=self.axis_name,
                     name=f"stage{stage}_block{block}",
                 )(x, train)
-        x = nn.relu(BatchNorm(self.dtype, self.axis_name, name="final_norm")(x, train))
+        x = BatchNormRelu(self.dtype, self.axis_name, name="final_norm")(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(
             self.num_classes, kernel_init=TORCH_DENSE_INIT, dtype=self.dtype, name="classifier"
