@@ -208,22 +208,32 @@ def eval_step(
     >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
     3.0
     """
-    counts = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask, jnp.float32)
-    logits = jnp.stack(
-        [
-            fns.apply(params, model_state, images, False)[0].astype(jnp.float32)
-            for fns, params, model_state in zip(
-                node_fns, state.params, state.model_state, strict=True
-            )
-        ]
+    logits = tuple(
+        fns.apply(params, model_state, images, False)[0]
+        for fns, params, model_state in zip(node_fns, state.params, state.model_state, strict=True)
     )
+    return eval_sums(logits, labels, mask)
+
+
+def eval_sums(
+    logits: Sequence[jax.Array], labels: jax.Array, mask: jax.Array | None = None
+) -> Metrics:
+    """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
+
+    >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
+    >>> sums = eval_sums(logits, jnp.array([0]))
+    >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
+    ([1.0, 0.0], 1.0)
+    """
+    counts = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask, jnp.float32)
+    stacked = jnp.stack([z.astype(jnp.float32) for z in logits])
 
     def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
         return jnp.sum(loss), jnp.sum((jnp.argmax(z, axis=-1) == labels) * counts)
 
-    loss, correct = jax.vmap(sums)(logits)
-    ensemble_loss, ensemble_correct = sums(jnp.sum(logits, axis=0))
+    loss, correct = jax.vmap(sums)(stacked)
+    ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
     return {
         "loss": loss,
         "correct": correct,

@@ -1,12 +1,13 @@
 """The gradient of a convolution's kernel on CPUs, in plain JAX."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-_CHUNK = 32
-"""Images at a time: what is computed on stays in the cache."""
+_CHUNK_VALUES = 2**18
+"""Values of the images at a time: what is computed on stays near; more chunks compile longer."""
 
 
 def weight_gradient(
@@ -32,12 +33,13 @@ def weight_gradient(
     width = images.shape[2]
     extent = stride * (gradient.shape[1] - 1) + 1
     total = jnp.zeros((rows, channels, columns * features), images.dtype)
-    for start in range(0, images.shape[0], _CHUNK):
-        part = images[start : start + _CHUNK]
+    chunk = max(_CHUNK_VALUES // math.prod(images.shape[1:]), 8)
+    for start in range(0, images.shape[0], chunk):
+        part = images[start : start + chunk]
         part = jnp.pad(part, ((0, 0), (padding, padding), (0, 0), (0, 0)))
         shifted = jnp.concatenate(
             [
-                _place(gradient[start : start + _CHUNK], column - padding, stride, width)
+                _place(gradient[start : start + chunk], column - padding, stride, width)
                 for column in range(columns)
             ],
             axis=-1,

@@ -1,6 +1,7 @@
 """Models by name: the built-in ones, families of them, and those that a user registers."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +87,19 @@ def build_model(
     (2, 10)
     """
     check_model(name)
-    factory = _factory(name)
+    # The same functions for the same model: what is compiled for one node serves the others.
+    return _build(name, _registered.get(name), num_classes, jnp.dtype(dtype), axis_name)
+
+
+@functools.lru_cache(maxsize=256)
+def _build(
+    name: str,
+    registered: ModelFactory | None,
+    num_classes: int,
+    dtype: jnp.dtype,
+    axis_name: str | None,
+) -> NodeFns:
+    factory = registered or _built_in(name)
     assert factory is not None  # or check_model would have raised
     module = factory(num_classes)
     if isinstance(module, nn.Module):
@@ -97,7 +110,7 @@ def build_model(
             return from_linen(module)
     elif dtype == jnp.float32:
         return module
-    raise InputError("model", name, f"for {jnp.dtype(dtype)}, a linen module with a field dtype")
+    raise InputError("model", name, f"for {dtype}, a linen module with a field dtype")
 
 
 def _factory(name: str) -> ModelFactory | None:

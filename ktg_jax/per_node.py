@@ -1,0 +1,181 @@
+"""The training step node by node: one executable for each model instead of one for each graph.
+
+Nodes meet only in their logits. So a node's forward pass (with its pullback), the loss of the graph
+on logits, and a node's update are compiled apart, once for each distinct model: any graph over
+models that are already compiled, with any gates and any frozen nodes, starts at once. Every node
+lives on one device, and only logits travel between devices. `ktg_jax.step.train_step` is the
+reference: both give the same update to float rounding.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.state import GraphState
+from ktg_jax.step import Metrics, eval_sums, graph_gradients, node_forward, node_update
+
+Placement = tuple[jax.Device, ...]
+
+
+def balanced(costs: Sequence[float], devices: Sequence[jax.Device]) -> Placement:
+    """A device for each node, so that none has much more to do than the others.
+
+    The dearest node first, each to the device with the least to do.
+
+    Args:
+        costs: one a node, in any unit.
+        devices: at least one.
+
+    >>> device = jax.local_devices()[0]
+    >>> balanced([1.0, 3.0], [device]) == (device, device)
+    True
+    """
+    load = [0.0] * len(devices)
+    placement = [devices[0]] * len(costs)
+    for node in sorted(range(len(costs)), key=lambda node: (-costs[node], node)):
+        device = load.index(min(load))
+        placement[node] = devices[device]
+        load[device] += costs[node]
+    return tuple(placement)
+
+
+def place(state: GraphState, placement: Placement) -> GraphState:
+    """Moves every node to its device, and the step to the first node's."""
+
+    def move(trees: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(jax.device_put(tree, to) for tree, to in zip(trees, placement, strict=True))
+
+    return GraphState(
+        move(state.params),
+        move(state.model_state),
+        move(state.opt_state),
+        jax.device_put(state.step, placement[0]),
+    )
+
+
+def per_node_step(
+    state: GraphState,
+    images: Mapping[jax.Device, jax.Array],
+    labels: jax.Array,
+    gates: ArrayLike,
+    progress: ArrayLike,
+    *,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    temperature: ArrayLike = 1.0,
+) -> tuple[GraphState, Metrics]:
+    """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
+
+    Args:
+        state: as `place` returns it; its optimiser states are consumed.
+        images: float `[B, H, W, C]`, on each device that has nodes.
+        labels: int `[B]`, on the first node's device.
+        gates: int `[N, N]`.
+        progress: scalar in (0, 1].
+        node_fns: one a node; equal ones share their executables.
+        optimizer: as given to `init_state`.
+        placement: the device of each node.
+        temperature: `Graph.temperature`.
+
+    Returns:
+        The new state, and the metrics of `graph_gradients` on the first node's device.
+
+    >>> import ktg_jax as ktg
+    >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
+    >>> device = jax.local_devices()[0]
+    >>> placement = ktg.per_node.balanced([1.0, 1.0], [device])
+    >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
+    >>> state, metrics = per_node_step(
+    ...     ktg.per_node.place(state, placement), {device: images}, labels, graph.gate_codes, 0.1,
+    ...     node_fns=node_fns, optimizer=optimizer, placement=placement)
+    >>> int(state.step)
+    1
+    """
+    home = placement[0]
+    frozen = state.frozen
+    logits, pullbacks, model_state = [], [], list(state.model_state)
+    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        if i in frozen:
+            z = _frozen_forward(fns)(state.params[i], state.model_state[i], images[device])
+            pullback = None
+        else:
+            z, pullback, model_state[i] = _forward_with_pullback(fns)(
+                state.params[i], state.model_state[i], images[device]
+            )
+        logits.append(jax.device_put(z, home))
+        pullbacks.append(pullback)
+
+    logit_gradients, metrics = _graph_gradients(tuple(logits), labels, gates, progress, temperature)
+
+    params, opt_state = list(state.params), list(state.opt_state)
+    for i, pullback in enumerate(pullbacks):
+        if pullback is not None:
+            gradient = jax.device_put(logit_gradients[i], placement[i])
+            params[i], opt_state[i] = _backward_and_update(optimizer)(
+                pullback, gradient, params[i], opt_state[i]
+            )
+    new_step = _next(state.step)
+    return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
+
+
+def per_node_eval(
+    state: GraphState,
+    images: Mapping[jax.Device, jax.Array],
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    node_fns: Sequence[NodeFns],
+    placement: Placement,
+) -> Metrics:
+    """`eval_step` node by node: the same sums."""
+    logits = [
+        jax.device_put(
+            _frozen_forward(fns)(state.params[i], state.model_state[i], images[device]),
+            placement[0],
+        )
+        for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True))
+    ]
+    return _eval_sums(tuple(logits), labels, mask)
+
+
+_graph_gradients = jax.jit(graph_gradients)
+_eval_sums = jax.jit(eval_sums)
+_next = jax.jit(lambda step: step + 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_with_pullback(fns: NodeFns) -> Callable[..., Any]:
+    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
+        of_params = functools.partial(
+            node_forward, model_state=model_state, images=images, fns=fns
+        )
+        return jax.vjp(of_params, params, has_aux=True)
+
+    return jax.jit(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _frozen_forward(fns: NodeFns) -> Callable[..., jax.Array]:
+    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> jax.Array:
+        return node_forward(params, model_state, images, fns=fns, frozen=True)[0]
+
+    return jax.jit(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    def update(pullback: Any, gradient: jax.Array, params: PyTree, opt_state: Any) -> Any:
+        (gradients,) = pullback(gradient)
+        return node_update(params, opt_state, gradients, optimizer=optimizer)
+
+    # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
+    return jax.jit(update, donate_argnums=3)
