@@ -1,5 +1,6 @@
 """From a configuration to everything that training needs, checked and on the devices."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from experiments.config import TrainConfig
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.data.sources import load_dataset
-from ktg_jax.loop import Arrays, Evaluator, Means, make_evaluator, make_train_step
+from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
+from ktg_jax.loop import Arrays, Means
 from ktg_jax.state import GraphState
 from ktg_jax.weights import load_weights, with_weights
 
@@ -26,39 +28,40 @@ class Run:
     Attributes:
         graph: of the networks.
         state: the initial state, pre-trained weights included.
-        step: the compiled step; consumes the state.
-        evaluate: the compiled evaluation.
-        parallel: devices and strategy.
-        val: validation images, or None.
-        test: test images, or None.
+        engine: which trains and evaluates, on which devices.
+        step: `step(state, count)`, compiled; consumes the state.
+        val: validation images as the engine has them, or None.
+        test: test images likewise, or None.
         epochs: passes over the training images.
         steps_per_epoch: updates a pass.
         batch_size: images an update.
+        steps_per_call: updates a call of the step.
         summary: what this is, in a line.
     """
 
     graph: ktg.Graph
     state: GraphState
-    step: Callable[[GraphState], tuple[GraphState, dict[str, jax.Array]]]
-    evaluate: Evaluator
-    parallel: ktg.Parallel
-    val: Arrays | None
-    test: Arrays | None
+    engine: Engine
+    step: Callable[[GraphState, int], tuple[GraphState, dict[str, jax.Array]]]
+    val: Any
+    test: Any
     epochs: int
     steps_per_epoch: int
     batch_size: int
+    steps_per_call: int
     summary: str
 
     @property
     def evaluate_val(self) -> Callable[[GraphState], Means] | None:
         """Evaluates a state on the validation images; None: there are none."""
         val = self.val
-        return None if val is None else lambda state: self.evaluate(state, val)
+        return None if val is None else lambda state: self.engine.evaluate(state, val)
 
     def evaluate_val_and_test(self, state: GraphState) -> tuple[Means | None, Means | None]:
         """The means over the validation and over the test images, where there are any."""
-        val = None if self.val is None else self.evaluate(state, self.val)
-        return val, None if self.test is None else self.evaluate(state, self.test)
+        evaluate = self.engine.evaluate
+        val = None if self.val is None else evaluate(state, self.val)
+        return val, None if self.test is None else evaluate(state, self.test)
 
 
 def load(config: TrainConfig) -> Dataset:
@@ -95,21 +98,24 @@ def assemble(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> Run:
     """
     weights = {i: load_weights(node.weights) for i, node in enumerate(graph.nodes) if node.weights}
     parallel = ktg.Parallel(config.parallel)
+    engine_name = choose_engine(config.engine, parallel, config.steps_per_call)
     per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
     node_fns = [
         ktg.build_model(node.model, dataset.num_classes, dtype=dtype, axis_name=parallel.axis_name)
         for node in graph.nodes
     ]
-    optimizer = _optimizer(config, per_epoch)
-    step = make_train_step(
-        node_fns,
-        optimizer,
-        parallel,
+    total_steps = config.epochs * per_epoch
+    optimizer = _optimizer(
+        config.schedule,
+        config.learning_rate,
+        config.weight_decay,
+        total_steps,
+        config.warmup_epochs * per_epoch,
+    )
+    batches = Batches(
         num_images=len(dataset.train),
         batch_size=config.batch_size,
-        total_steps=config.epochs * per_epoch,
-        temperature=graph.temperature,
         max_offset=min(dataset.image_shape[:2]) // 8 if config.augment else 0,
         flip=config.augment and config.mirror and dataset.flip,
     )
@@ -118,42 +124,50 @@ def assemble(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> Run:
     state = ktg.init_state(graph, node_fns, optimizer, init_key, sample)
     for i, node_weights in weights.items():
         state = with_weights(state, i, node_weights)
+    task: dict[str, Any] = {
+        "image_shape": dataset.image_shape,
+        "total_steps": total_steps,
+        "temperature": graph.temperature,
+    }
+    if engine_name == "fused":
+        engine = fused_engine(node_fns, optimizer, parallel, batches, **task)
+    else:
+        devices = parallel.devices
+        engine = per_node_engine(node_fns, optimizer, state, devices, batches, **task)
 
-    def on_devices(split: Split | None) -> Arrays | None:
-        if split is None:
-            return None
-        return parallel.replicate(Arrays(jnp.asarray(split.images), jnp.asarray(split.labels)))
+    def load(split: Split | None) -> Any:
+        return None if split is None else engine.load(Arrays(split.images, split.labels))
 
-    train_data = on_devices(dataset.train)
-    gates, key = parallel.replicate((graph.gate_codes, data_key))
     return Run(
         graph=graph,
-        state=parallel.replicate(state),
-        step=lambda state: step(state, train_data, gates, key),
-        evaluate=make_evaluator(node_fns, parallel),
-        parallel=parallel,
-        val=on_devices(dataset.val),
-        test=on_devices(dataset.test),
+        state=engine.place(state),
+        engine=engine,
+        step=engine.make_step(load(dataset.train), graph.gate_codes, data_key),
+        val=load(dataset.val),
+        test=load(dataset.test),
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         batch_size=config.batch_size,
-        summary=_summary(config, graph, dataset, parallel),
+        steps_per_call=config.steps_per_call,
+        summary=_summary(config, graph, dataset, engine),
     )
 
 
-def _optimizer(config: TrainConfig, per_epoch: int) -> optax.GradientTransformation:
+@functools.cache
+def _optimizer(
+    schedule: str,
+    learning_rate: float,
+    weight_decay: float,
+    total_steps: int,
+    warmup_steps: int,
+) -> optax.GradientTransformation:
+    """The same optimiser for the same numbers: what is compiled with it can be used again."""
     schedules = {"step": ktg.step_schedule, "cosine": ktg.cosine_schedule}
-    schedule = schedules[config.schedule](
-        config.learning_rate,
-        total_steps=config.epochs * per_epoch,
-        warmup_steps=config.warmup_epochs * per_epoch,
-    )
-    return ktg.sgd(schedule, config.weight_decay)
+    rate = schedules[schedule](learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)
+    return ktg.sgd(rate, weight_decay)
 
 
-def _summary(
-    config: TrainConfig, graph: ktg.Graph, dataset: Dataset, parallel: ktg.Parallel
-) -> str:
+def _summary(config: TrainConfig, graph: ktg.Graph, dataset: Dataset, engine: Engine) -> str:
     sizes = [f"{len(dataset.train)} training"]
     sizes += [f"{len(dataset.val)} validation"] if dataset.val else []
     sizes += [f"{len(dataset.test)} test"] if dataset.test else []
@@ -163,10 +177,8 @@ def _summary(
         for s, gate in enumerate(row)
         if s != t
     )
-    device = parallel.devices[0]
     return (
         f"{len(graph.nodes)} nodes ({', '.join(node.model for node in graph.nodes)}), "
         f"{edges} transfer edges; {dataset.name}: {', '.join(sizes)} images, "
-        f"{dataset.num_classes} classes; {config.epochs} epochs on {len(parallel.devices)} x "
-        f"{device.device_kind} ({config.parallel})"
+        f"{dataset.num_classes} classes; {config.epochs} epochs on {engine.summary}"
     )

@@ -81,6 +81,16 @@ class TrainConfig:
     parallel: Literal["jit", "pmap"] = "jit"
     """How all local devices are used: jit over a mesh, or pmap."""
 
+    engine: Literal["auto", "fused", "per_node"] = "auto"
+    """fused: one compiled step for the whole graph; per_node: one executable a model, put together
+    node by node; auto: per_node on CPUs, fused on accelerators. The same updates to rounding."""
+    steps_per_call: int = 1
+    """Updates in one call of the fused step: several save time between small ones on a GPU or TPU."""
+    cpu_devices: int | None = None
+    """Divide the CPU into so many devices, over which per_node spreads the nodes; else one."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+
     workdir: str | None = None
     """Folder of the run; else runs/DATA-GRAPH-HASH, the same for the same options."""
     resume: bool = True
@@ -92,9 +102,9 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
-    _at_least(config, 1, "epochs", "batch_size")
+    _at_least(config, 1, "epochs", "batch_size", "steps_per_call")
     _at_least(config, 0, "warmup_epochs", "seed", "split_seed")
-    for field in ("train_limit", "image_size"):
+    for field in ("train_limit", "image_size", "cpu_devices"):
         if getattr(config, field) is not None:
             _at_least(config, 1, field)
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
@@ -142,7 +152,9 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     """What determines the run's results, as JSON: two runs that agree in it are the same run."""
     fields = dataclasses.asdict(config)
     in_graph = ("models", "weights", "temperature", "prune")
-    for field in ("workdir", "resume", "tensorboard", "data_dir", *in_graph):
+    # These change nothing, or the rounding of sums alone.
+    how = ("engine", "steps_per_call", "cpu_devices", "compile_cache")
+    for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):
         del fields[field]
     fields["graph"] = json.loads(graph.to_json())
     return json.loads(json.dumps(fields))

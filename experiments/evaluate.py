@@ -20,12 +20,13 @@ import ktg_jax as ktg
 from experiments import cli
 from experiments.assemble import data_facts
 from experiments.config import import_modules
+from experiments.process import prepare
 from experiments.results import best_epoch
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import checkpoint_epochs, read_nodes
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError
-from ktg_jax.loop import Arrays, make_evaluator
+from ktg_jax.loop import Arrays, evaluation_batch_size, make_evaluator
 from ktg_jax.state import GraphState
 from ktg_jax.trees import unflatten
 from ktg_jax.weights import save_node
@@ -60,6 +61,7 @@ def main() -> None:
     config = tyro.cli(
         EvaluateConfig, prog="python -m experiments.evaluate", description=description
     )
+    prepare()
     evaluate(config, Console())
 
 
@@ -99,7 +101,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     if split is None:
         raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
     data = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
-    means = make_evaluator(node_fns, ktg.Parallel())(state, data)
+    parallel = ktg.Parallel()
+    size = evaluation_batch_size(dataset.image_shape, parallel.devices[0].platform)
+    means = make_evaluator(node_fns, parallel, size)(state, data)
 
     console.print(
         f"{config.workdir}, epoch {epoch}, {len(split)} {config.split} images:",

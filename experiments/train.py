@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+import ktg_jax as ktg
 from experiments import cli
 from experiments.assemble import Run, assemble, data_facts, load
 from experiments.config import (
@@ -20,6 +21,7 @@ from experiments.config import (
     parse,
     resolved,
 )
+from experiments.process import prepare
 from experiments.progress import Display
 from experiments.results import Best, Record, best_epoch, make_result, result_table
 from experiments.tensorboard import event_writer, require_tensorboard
@@ -35,7 +37,10 @@ _REDRAW_SECONDS = 60
 
 def main() -> None:
     """Trains what the command line describes."""
-    train(parse(), Console())
+    config = parse()
+    check(config)
+    prepare(config.compile_cache, config.cpu_devices)
+    train(config, Console())
 
 
 def train(config: TrainConfig, console: Console) -> None:
@@ -93,6 +98,7 @@ class _Training:
     def go(self) -> None:
         """Does it all."""
         _say(self._console, f"Training in {self._workdir.path}: {self._run.summary}.")
+        _say(self._console, f"Convolutions: {ktg.cpu_convolution()}.")
         state, records = self._resume()
         state = self._train(state, records)
         result = self._finish(state, records)
@@ -113,7 +119,7 @@ class _Training:
             _say(self._console, f"Resuming after epoch {epoch} of {self._run.epochs}.")
         records = self._workdir.records(up_to_epoch=epoch)
         self._workdir.keep_records(records)
-        return self._run.parallel.replicate(state), records
+        return self._run.engine.place(state), records
 
     def _train(self, state: GraphState, records: list[Record]) -> GraphState:
         """Trains the epochs that are left; each is recorded, then saved."""
@@ -136,6 +142,7 @@ class _Training:
             epochs=run.epochs,
             steps_per_epoch=run.steps_per_epoch,
             batch_size=run.batch_size,
+            steps_per_call=run.steps_per_call,
             validate=run.evaluate_val,
             on_step=display.step,
         )
@@ -191,7 +198,7 @@ class _Training:
             except RunError as error:
                 _say(self._console, f"{error}; the best epoch is left out of the result.")
                 return None
-        return epoch, *self._run.evaluate_val_and_test(self._run.parallel.replicate(state))
+        return epoch, *self._run.evaluate_val_and_test(self._run.engine.place(state))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Layers, lower ones knowing nothing of higher ones: gates and losses (arrays only
 description) -> nodes and models -> state and step -> data, devices, checkpoints.
 """
 
-from ktg_jax import graphs, per_node
+from ktg_jax import graphs
+from ktg_jax.convolution import cpu_convolution
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.gates import GATES, gate_weights
 from ktg_jax.graph import Graph, Node
@@ -30,6 +31,7 @@ __all__ = [
     "RunError",
     "build_model",
     "cosine_schedule",
+    "cpu_convolution",
     "cross_entropy",
     "edge_losses",
     "eval_step",

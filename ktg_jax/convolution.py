@@ -13,6 +13,9 @@ All have the same values and gradients to float32 rounding. The environment vari
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,7 @@ from ktg_jax.errors import InputError
 
 FORMULATIONS = ("onednn", "chunked", "xla")
 _VARIABLE = "KTG_CPU_CONVOLUTION"
+_override: ContextVar["CpuConvolution | None"] = ContextVar("formulation", default=None)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,21 @@ def cpu_convolution() -> CpuConvolution:
     >>> cpu_convolution().name in ("onednn", "chunked", "xla")
     True
     """
-    return _choose(os.environ.get(_VARIABLE, ""), _only_cpu())
+    return _override.get() or _choose(os.environ.get(_VARIABLE, ""), _only_cpu())
+
+
+@contextmanager
+def formulation(name: str) -> Iterator[None]:
+    """What is traced inside uses that formulation.
+
+    Raises:
+        InputError: as `cpu_convolution`.
+    """
+    token = _override.set(_choose(name, _only_cpu()))
+    try:
+        yield
+    finally:
+        _override.reset(token)
 
 
 def conv2d(images: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:

@@ -1,5 +1,6 @@
 """The training loop: epochs of compiled steps over data that lives on the device."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,10 +24,10 @@ Means = dict[str, np.ndarray]
 
 
 class Arrays(NamedTuple):
-    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`, on the devices."""
+    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`."""
 
-    images: jax.Array
-    labels: jax.Array
+    images: Any
+    labels: Any
 
 
 Evaluator = Callable[[GraphState, Arrays], Means]
@@ -43,6 +44,7 @@ def make_train_step(
     temperature: float = 1.0,
     max_offset: int = 0,
     flip: bool = False,
+    steps_per_call: int = 1,
 ) -> Callable[..., tuple[GraphState, Metrics]]:
     """Compiles `step(state, data, gates, key) -> (state, metrics)`, which makes its own batch.
 
@@ -56,6 +58,8 @@ def make_train_step(
         temperature: of the transfer edges.
         max_offset: as in `plan_batch`.
         flip: as in `plan_batch`.
+        steps_per_call: updates in one call; with several, the metrics are stacked along a first
+            axis.
 
     Raises:
         InputError: a batch larger than the data, or not divisible by the number of devices.
@@ -87,13 +91,38 @@ def make_train_step(
             axis_name=parallel.axis_name,
         )
 
-    return parallel.compile(step)
+    if steps_per_call == 1:
+        return parallel.compile(step)
+
+    def steps(state: GraphState, *inputs: Any) -> tuple[GraphState, Metrics]:
+        # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
+        unroll = parallel.devices[0].platform == "cpu"
+        return jax.lax.scan(
+            lambda state, _: step(state, *inputs), state, length=steps_per_call, unroll=unroll
+        )
+
+    return parallel.compile(steps)
+
+
+def evaluation_batch_size(image_shape: Sequence[int], platform: str) -> int:
+    """Images `[H, W, C]` of an evaluation batch: many where memory allows, few in a CPU's caches.
+
+    >>> evaluation_batch_size((32, 32, 3), "cpu"), evaluation_batch_size((32, 32, 3), "gpu")
+    (512, 4096)
+    """
+    pixels = 2**19 if platform == "cpu" else 2**22
+    return min(max(pixels // math.prod(image_shape[:2]), 16), 4096)
 
 
 def make_evaluator(
     node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
 ) -> Evaluator:
     """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
+
+    Args:
+        node_fns: one a node.
+        parallel: whose devices are used.
+        batch_size: rounded up to a multiple of the number of devices.
 
     Returns:
         A function that returns float64 means on the host: `loss` `[N]`, `accuracy` `[N]`,
@@ -117,37 +146,45 @@ def make_evaluator(
 
     def evaluate(state: GraphState, data: Arrays) -> Means:
         starts = range(0, len(data.labels), batch_size)
-        sums = jax.device_get([evaluate_batch(state, data, start) for start in starts])
-        total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
-        count = total.pop("count")
-        return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
+        return means_of([evaluate_batch(state, data, start) for start in starts])
 
     return evaluate
 
 
+def means_of(batches: Sequence[Metrics]) -> Means:
+    """Means over all samples, float64 on the host, from each batch's sums by `eval_step`."""
+    sums = jax.device_get(batches)
+    total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
+    count = total.pop("count")
+    return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
+
+
 def train_epochs(
     state: GraphState,
-    step: Callable[[GraphState], tuple[GraphState, Metrics]],
+    step: Callable[[GraphState, int], tuple[GraphState, Metrics]],
     names: Sequence[str],
     *,
     epochs: int,
     steps_per_epoch: int,
     batch_size: int,
+    steps_per_call: int = 1,
     validate: Callable[[GraphState], Means] | None = None,
     on_step: Callable[[int, Metrics], None] | None = None,
 ) -> Iterator[tuple[Record, GraphState]]:
     """Trains from where the state stands to the last epoch.
 
-    The metrics of a step are read after the next one was dispatched, so that the host never keeps
+    The metrics of a call are read after the next one was dispatched, so that the host never keeps
     the devices waiting.
 
     Args:
         state: consumed.
-        step: `step(state) -> (state, metrics)`, compiled.
+        step: `step(state, count) -> (state, metrics)`, compiled: so many updates, with metrics
+            stacked along a first axis where there are several.
         names: the nodes' names.
         epochs: k_end / steps_per_epoch.
         steps_per_epoch: updates an epoch.
         batch_size: for the images per second.
+        steps_per_call: the largest count; the last call of an epoch may make fewer.
         validate: evaluates a state on the validation images.
         on_step: called with the number of each update (from 1) and its metrics, on the host.
 
@@ -164,28 +201,30 @@ def train_epochs(
         first = (epoch - 1) * steps_per_epoch + 1
         clock = _Clock()
         means = _Means()
-        pending: tuple[int, Metrics] | None = None
+        pending: tuple[range, Metrics] | None = None
 
-        def read(number: int, metrics: Metrics, means: "_Means" = means) -> None:
+        def read(
+            numbers: range, metrics: Metrics, means: "_Means" = means, clock: "_Clock" = clock
+        ) -> None:
             host = jax.device_get(metrics)
-            _check_finite(host["loss"], names, f"step {number}", "loss")
-            means.add(host)
-            if on_step is not None:
-                on_step(number, host)
+            for i, number in enumerate(numbers):
+                one = host if len(numbers) == 1 else {key: host[key][i] for key in host}
+                _check_finite(one["loss"], names, f"step {number}", "loss")
+                means.add(one)
+                if on_step is not None:
+                    on_step(number, one)
+            clock.steps_done(len(numbers))
 
-        for number in range(first, first + steps_per_epoch):
-            state, metrics = step(state)
+        for numbers in _calls(first, steps_per_epoch, steps_per_call):
+            state, metrics = step(state, len(numbers))
             if pending is not None:
                 read(*pending)
-                clock.step_done()
-            pending = number, metrics
+            pending = numbers, metrics
         assert pending is not None
         read(*pending)
-        clock.step_done()
 
-        _check_finite(
-            jax.device_get(_largest(state.params)), names, f"step {int(state.step)}", "parameters"
-        )
+        largest = jax.device_get([_largest(params) for params in state.params])
+        _check_finite(largest, names, f"step {int(state.step)}", "parameters")
         validation = None if validate is None else validate(state)
         record = {
             "epoch": epoch,
@@ -213,11 +252,18 @@ def _node_records(
     ]
 
 
+def _calls(first: int, steps: int, steps_per_call: int) -> Iterator[range]:
+    """The numbers of the updates from `first` on, call by call."""
+    end = first + steps
+    for start in range(first, end, steps_per_call):
+        yield range(start, min(start + steps_per_call, end))
+
+
 @jax.jit
-def _largest(params: tuple[Any, ...]) -> list[jax.Array]:
-    """The largest magnitude among each node's parameters; not finite if any of them is not."""
-    largest = [[jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(node)] for node in params]
-    return [jnp.max(jnp.stack([jnp.zeros(()), *of_leaves])) for of_leaves in largest]
+def _largest(params: Any) -> jax.Array:
+    """The largest magnitude among a node's parameters; not finite if any of them is not."""
+    largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)]
+    return jnp.max(jnp.stack([jnp.zeros(()), *largest]))
 
 
 def _check_finite(values: Sequence[Any], names: Sequence[str], where: str, what: str) -> None:
@@ -246,19 +292,19 @@ class _Means:
 
 
 class _Clock:
-    """Seconds of an epoch, and steps a second without the epoch's first, which may compile."""
+    """Seconds of an epoch, and steps a second without the epoch's first call, which may compile."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._first: float | None = None
+        self._first: tuple[float, int] | None = None
         self._last = self._start
         self._steps = 0
 
-    def step_done(self) -> None:
+    def steps_done(self, count: int) -> None:
         self._last = time.perf_counter()
+        self._steps += count
         if self._first is None:
-            self._first = self._last
-        self._steps += 1
+            self._first = self._last, self._steps
 
     @property
     def seconds(self) -> float:
@@ -266,6 +312,7 @@ class _Clock:
 
     @property
     def rate(self) -> float:
-        if self._first is None or self._steps == 1:
+        if self._first is None or self._first[1] == self._steps:
             return self._steps / self.seconds
-        return (self._steps - 1) / (self._last - self._first)
+        time_of_first, steps_of_first = self._first
+        return (self._steps - steps_of_first) / (self._last - time_of_first)

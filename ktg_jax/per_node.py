@@ -16,11 +16,31 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.convolution import formulation
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.state import GraphState
 from ktg_jax.step import Metrics, eval_sums, graph_gradients, node_forward, node_update
 
 Placement = tuple[jax.Device, ...]
+
+
+def forward_cost(
+    fns: NodeFns, params: PyTree, model_state: PyTree, image_shape: Sequence[int]
+) -> float:
+    """Floating point operations of a forward pass on one image `[H, W, C]`, by XLA's count.
+
+    >>> def apply(params, model_state, images, train):
+    ...     return images.reshape(len(images), -1) @ params, model_state
+    >>> linear = NodeFns(init=lambda rng, images: (jnp.ones((64, 10)), {}), apply=apply)
+    >>> forward_cost(linear, jnp.ones((64, 10)), {}, (8, 8, 1))
+    1280.0
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with formulation("xla"):  # whose operations the compiler knows
+        forward = jax.jit(lambda params, state, images: fns.apply(params, state, images, False)[0])
+        lowered = forward.lower(params, model_state, images)
+    cost = lowered.cost_analysis() or {}
+    return float(cost.get("flops", 0.0))
 
 
 def balanced(costs: Sequence[float], devices: Sequence[jax.Device]) -> Placement:
@@ -92,10 +112,10 @@ def per_node_step(
     >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
     >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
     >>> device = jax.local_devices()[0]
-    >>> placement = ktg.per_node.balanced([1.0, 1.0], [device])
+    >>> placement = balanced([1.0, 1.0], [device])
     >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
     >>> state, metrics = per_node_step(
-    ...     ktg.per_node.place(state, placement), {device: images}, labels, graph.gate_codes, 0.1,
+    ...     place(state, placement), {device: images}, labels, graph.gate_codes, 0.1,
     ...     node_fns=node_fns, optimizer=optimizer, placement=placement)
     >>> int(state.step)
     1
@@ -155,9 +175,7 @@ _next = jax.jit(lambda step: step + 1)
 @functools.lru_cache(maxsize=256)
 def _forward_with_pullback(fns: NodeFns) -> Callable[..., Any]:
     def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
-        of_params = functools.partial(
-            node_forward, model_state=model_state, images=images, fns=fns
-        )
+        of_params = functools.partial(node_forward, model_state=model_state, images=images, fns=fns)
         return jax.vjp(of_params, params, has_aux=True)
 
     return jax.jit(forward)

@@ -36,10 +36,11 @@ def metrics_of(number: int) -> Metrics:
     return {key: value.astype(np.float32) for key, value in random.items()}
 
 
-def counting_step(calls: list[Any] | None = None) -> Callable[[GraphState], Any]:
+def counting_step(calls: list[Any] | None = None) -> Callable[[GraphState, int], Any]:
     """A step that adds 1 to all parameters and has the metrics `metrics_of`."""
 
-    def step(state: GraphState) -> tuple[GraphState, Metrics]:
+    def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
+        assert count == 1
         number = int(state.step) + 1
         if calls is not None:
             calls.append(("step", number))
@@ -144,8 +145,8 @@ def test_metrics_are_read_in_order_each_after_the_next_step_began() -> None:
 @pytest.mark.parametrize("number", [1, 6, 8])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(number: int, value: float) -> None:
-    def step(state: GraphState) -> tuple[GraphState, Metrics]:
-        state, metrics = counting_step()(state)
+    def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
+        state, metrics = counting_step()(state, count)
         if int(state.step) == number:
             metrics["loss"][1] = value
         return state, metrics
@@ -159,8 +160,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(number: int, value: float) -> No
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_parameters_that_are_not_finite_are_found_at_the_end_of_the_epoch(value: float) -> None:
-    def step(state: GraphState) -> tuple[GraphState, Metrics]:
-        state, metrics = counting_step()(state)
+    def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
+        state, metrics = counting_step()(state, count)
         if int(state.step) == 8:
             student, assistant = state.params
             broken = {"w": assistant["w"].at[1].set(value)}

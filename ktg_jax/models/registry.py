@@ -104,7 +104,7 @@ def _build(
     module = factory(num_classes)
     if isinstance(module, nn.Module):
         fields = {field.name for field in dataclasses.fields(module)}
-        wanted = {"axis_name": axis_name, "dtype": dtype}
+        wanted: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
         module = module.clone(**{k: v for k, v in wanted.items() if k in fields})
         if "dtype" in fields or dtype == jnp.float32:
             return from_linen(module)
