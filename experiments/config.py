@@ -85,7 +85,7 @@ class TrainConfig:
     """fused: one compiled step for the whole graph; per_node: one executable a model, put together
     node by node; auto: per_node on CPUs, fused on accelerators. The same updates to rounding."""
     steps_per_call: int = 1
-    """Updates in one call of the fused step: several save time between small ones on a GPU or TPU."""
+    """Updates in one call of the fused step: several save time on a GPU or TPU."""
     cpu_devices: int | None = None
     """Divide the CPU into so many devices, over which per_node spreads the nodes; else one."""
     compile_cache: bool = True

@@ -27,7 +27,6 @@ from experiments.results import Best, Record, best_epoch, make_result, result_ta
 from experiments.tensorboard import event_writer, require_tensorboard
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import Checkpoints
-from ktg_jax.draw import draw_curves, draw_graph
 from ktg_jax.errors import RunError
 from ktg_jax.loop import train_epochs
 from ktg_jax.state import GraphState
@@ -167,6 +166,8 @@ class _Training:
             nonlocal drawn
             del record
             if time.monotonic() - drawn > _REDRAW_SECONDS:
+                from ktg_jax.draw import draw_curves
+
                 draw_curves(records, self._workdir.path / "curves.png")
                 drawn = time.monotonic()
 
@@ -174,6 +175,8 @@ class _Training:
 
     def _finish(self, state: GraphState, records: list[Record]) -> Record:
         """Evaluates, draws the pictures, and writes the result, which marks the run as finished."""
+        from ktg_jax.draw import draw_curves, draw_graph  # matplotlib: not before the first step
+
         run, path = self._run, self._workdir.path
         last = run.evaluate_val_and_test(state)
         result = make_result(run.graph, records, last=last, best=self._best(state, records))

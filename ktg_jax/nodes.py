@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-from flax import nnx
 
 from ktg_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 PyTree = Any
 
@@ -73,7 +75,7 @@ def from_linen(module: nn.Module) -> NodeFns:
     return NodeFns(init, apply)
 
 
-def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> NodeFns:
+def from_nnx(create: "Callable[..., nnx.Module]", *args: Any, **kwargs: Any) -> NodeFns:
     """A node from a flax.nnx module: `create(*args, rngs=rngs, **kwargs)` makes it.
 
     `create` is the module's class, or a function with an argument `rngs`. The module is called as
@@ -89,10 +91,12 @@ def from_nnx(create: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> No
     >>> params["kernel"].shape
     (64, 10)
     """
+    from flax import nnx  # a good part of flax's import, for those who use it
+
     if isinstance(create, nnx.Module):
         raise InputError("create", type(create).__name__, "a module's class or a function of rngs")
 
-    def split(module: nnx.Module) -> tuple[PyTree, PyTree]:
+    def split(module: "nnx.Module") -> tuple[PyTree, PyTree]:
         # Plain arrays: an nnx.Variable remembers the trace it was made in, and may not leave it.
         params, model_state = nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
         return nnx.as_pure(params), nnx.as_pure(model_state)

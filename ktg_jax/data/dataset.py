@@ -135,10 +135,9 @@ def _stratified(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of `count` images with the class proportions of all, and of the others.
 
-    The conditions are scikit-learn's; checked here, they can name the option that breaks them.
+    As scikit-learn's `train_test_split`, under its conditions; but the choice depends on numpy's
+    stable random streams alone, and importing scikit-learn takes longer than most small jobs.
     """
-    from sklearn.model_selection import train_test_split  # takes a second: only where needed
-
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         single = f"(class {classes[counts.argmin()]} has 1)"
@@ -147,11 +146,12 @@ def _stratified(
     if not len(classes) <= count <= most:
         possible = f"{len(classes)} to {most} of the {len(labels)} images (here {count})"
         raise InputError(field, value, f"{possible}: {len(classes)} classes on both sides")
-    chosen, others = train_test_split(
-        np.arange(len(labels)),
-        train_size=count,
-        test_size=len(labels) - count,
-        random_state=seed,
-        stratify=labels,
-    )
-    return np.sort(chosen), np.sort(others)
+    rng = np.random.default_rng(seed)
+    shares = counts * count / len(labels)
+    of_class = np.floor(shares).astype(int)
+    # What rounding down has left goes to the largest remainders, ties by lot.
+    order = np.lexsort((rng.permutation(len(classes)), of_class - shares))
+    of_class[order[: count - of_class.sum()]] += 1
+    members = [rng.permutation(np.flatnonzero(labels == label)) for label in classes]
+    chosen = np.concatenate([of[:n] for of, n in zip(members, of_class, strict=True)])
+    return np.sort(chosen), np.setdiff1d(np.arange(len(labels)), chosen)

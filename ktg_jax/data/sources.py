@@ -1,11 +1,13 @@
 """Where data comes from: `load_dataset` and the sources that need no module of their own."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ktg_jax.data.cache import cached_split
 from ktg_jax.data.dataset import Dataset, Split, describe, hold_out, limit_split
 from ktg_jax.data.folders import load_image_folder, load_tiny_imagenet
 from ktg_jax.data.images import resize_images
@@ -71,16 +73,18 @@ def load_dataset(
     return dataset if image_size is None else _resized(dataset, image_size)
 
 
-def load_digits(*, with_test: bool = True) -> Dataset:
+def load_digits(
+    *, with_test: bool = True, cache_dir: str | os.PathLike[str] | None = None
+) -> Dataset:
     """scikit-learn's handwritten digits: values 0 to 16, here scaled to 0 to 255.
 
     A stratified fifth of them, always the same, is the test split.
     """
-    from sklearn.datasets import load_digits as sklearn_digits  # takes a second
-
-    digits = sklearn_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
-    whole = Split(images, digits.target.astype(np.int32))
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None  # a dependency
+    assert package.origin is not None
+    source = Path(package.origin)
+    whole = cached_split("digits", [source], _decode_digits, cache_dir)
     train, test = hold_out(whole, 0.2, _DIGITS_TEST_SEED)
     return Dataset(
         name="digits",
@@ -90,6 +94,14 @@ def load_digits(*, with_test: bool = True) -> Dataset:
         test=test if with_test else None,
         flip=False,
     )
+
+
+def _decode_digits() -> Split:
+    from sklearn.datasets import load_digits as sklearn_digits  # takes two seconds
+
+    digits = sklearn_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    return Split(images, digits.target.astype(np.int32))
 
 
 def load_npz(file: str | os.PathLike[str], *, with_test: bool = True) -> Dataset:
@@ -133,7 +145,7 @@ def _read(
 ) -> Dataset:
     kind, _, path = data.partition(":")
     if data == "digits":
-        return load_digits(with_test=with_test)
+        return load_digits(with_test=with_test, cache_dir=cache_dir)
     if data in ("cifar10", "cifar100"):
         return load_tfds(data, data_dir, with_test=with_test, cache_dir=cache_dir)
     if data == "tiny_imagenet":
