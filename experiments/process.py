@@ -34,4 +34,3 @@ def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
         # Small programs are many: together they take as long as the large ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)

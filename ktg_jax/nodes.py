@@ -86,6 +86,7 @@ def from_nnx(create: "Callable[..., nnx.Module]", *args: Any, **kwargs: Any) -> 
         InputError: `create` is a module, not what makes one: its weights could not depend on the
             node and the seed.
 
+    >>> from flax import nnx
     >>> fns = from_nnx(nnx.Linear, 64, 10)
     >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 64)))
     >>> params["kernel"].shape

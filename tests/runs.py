@@ -111,6 +111,8 @@ def in_process(main: Callable[[], None], *arguments: str | Path) -> Ended:
     with (
         compiled_once(),
         mock.patch.object(sys, "argv", ["command", *map(str, arguments)]),
+        # The command leaves a folder that the environment names, and all that goes with it, alone.
+        mock.patch.dict(os.environ, {"JAX_COMPILATION_CACHE_DIR": _cache_folder()}),
         redirect_stdout(out),
         redirect_stderr(err),
         pytest.raises(SystemExit) as ended,

@@ -62,6 +62,8 @@ class BatchNormRelu(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features)
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         stored_var = self.variable("batch_stats", "var", jnp.ones, features)
+        if self.is_initializing():
+            return x.astype(self.dtype)  # of which only the shape matters now
         if not train:
             stored = stored_mean.value, stored_var.value
             return normalize_relu(
