@@ -130,4 +130,6 @@ def _table(cases: Sequence[Figures]) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="interrupted; what was measured is in the file of --json")
+    cli.run(
+        main, interrupted="interrupted; finished cases are in the file of --json, if one was given"
+    )

@@ -271,4 +271,6 @@ def _time(figures: Figures) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="interrupted; what was measured is in the file of --json")
+    cli.run(
+        main, interrupted="interrupted; finished cases are in the file of --json, if one was given"
+    )

@@ -1,9 +1,11 @@
 """The benchmarks measure the same thing on both sides, in turns, and say what they found."""
 
+import doctest
 import io
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from runs import Ended, in_process
 
 import ktg_jax as ktg
 from benchmarks import compile as compile_module
-from benchmarks import loop, report, step
+from benchmarks import loop, measure, report, step
 from benchmarks.flops import Layer, layers, train_step_flops
 from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, check_same_losses, interleaved, spread
@@ -138,6 +140,13 @@ def test_turns_are_interleaved_and_the_first_ones_dropped() -> None:
 def test_a_spread_is_the_median_between_the_quartiles() -> None:
     assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, (2.0, 4.0))
     assert spread([2.0]) == Spread(2.0, (2.0, 2.0))
+
+
+@pytest.mark.parametrize("module", [measure, report])
+def test_examples_are_right(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_other_losses_than_the_baselines_are_an_error() -> None:
