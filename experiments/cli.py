@@ -7,8 +7,11 @@ from collections.abc import Callable
 from ktg_jax.errors import InputError, RunError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command's main function and exits."""
+def run(
+    main: Callable[[], None],
+    interrupted: str = "interrupted; the same command goes on from the last checkpoint",
+) -> None:
+    """Runs a command's main function and exits; `interrupted` is what it says after Ctrl-C."""
     # Orbax logs every file it writes, and the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -18,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
     except RunError as error:
         _end(f"failed: {error}", 1)
     except KeyboardInterrupt:
-        _end("interrupted; the same command goes on from the last checkpoint", 130)
+        _end(interrupted, 130)
     sys.exit(0)
 
 

@@ -1,0 +1,1 @@
+"""Measures the library against PyTorch, side by side: see `python -m benchmarks.step --help`."""

@@ -1,0 +1,126 @@
+"""Our side of a comparison: a graph's training step under JAX."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import ktg_jax as ktg
+from benchmarks.task import (
+    LEARNING_RATE,
+    PROGRESS,
+    SEED,
+    Figures,
+    Implementation,
+    Task,
+    Unavailable,
+    best_matmul,
+)
+from ktg_jax.nodes import NodeFns
+from ktg_jax.step import Metrics
+
+Batch = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Images, labels, gates and progress, as `train_step` takes them."""
+Step = Callable[..., tuple[ktg.GraphState, Metrics]]
+
+
+def initial_state(
+    task: Task, node_fns: Sequence[NodeFns], optimizer: optax.GradientTransformation
+) -> ktg.GraphState:
+    """The state that every implementation starts from."""
+    graph = ktg.graphs.mutual(task.models)
+    sample = jnp.zeros((1, *task.image_shape))
+    return ktg.init_state(graph, node_fns, optimizer, jax.random.key(SEED), sample)
+
+
+class JaxSession:
+    """Ours, as `benchmarks.task.Session` describes it."""
+
+    def __init__(self, task: Task, implementation: Implementation) -> None:
+        _check_convolution(implementation.convolution)
+        begin = time.perf_counter()
+        node_fns = [ktg.build_model(model, task.num_classes) for model in task.models]
+        optimizer = ktg.sgd(LEARNING_RATE)
+        state = initial_state(task, node_fns, optimizer)
+        images, labels = task.batch()
+        gates = ktg.graphs.mutual(task.models).gate_codes
+        inputs = (images, labels, gates, np.float32(PROGRESS))
+        self._batch: Batch = jax.block_until_ready(jax.device_put(inputs))
+        self._state = jax.block_until_ready(state)
+        init_seconds = time.perf_counter() - begin
+        self._step, figures = _make_step(
+            implementation.engine, node_fns, optimizer, self._state, self._batch
+        )
+        begin = time.perf_counter()
+        self.step()
+        first_step_seconds = time.perf_counter() - begin
+        self.figures = {"init_s": init_seconds, **figures, "first_step_s": first_step_seconds}
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the nodes, in the last step."""
+        return np.asarray(self._metrics["loss"]).tolist()
+
+    def step(self) -> float:
+        """Makes a step and waits for it; returns the seconds in which this thread was busy.
+
+        These are the host's overhead: the step itself runs in XLA's own threads, and waiting for it
+        costs nothing.
+        """
+        begin = time.thread_time()
+        self._state, self._metrics = self._step(self._state, *self._batch)
+        host_seconds = time.thread_time() - begin
+        jax.block_until_ready((self._state, self._metrics))
+        return host_seconds
+
+    def loop(self, steps: int) -> None:
+        """Makes steps without waiting in between, then waits for the last."""
+        for _ in range(steps):
+            self._state, self._metrics = self._step(self._state, *self._batch)
+        jax.block_until_ready((self._state, self._metrics))
+
+    def matmul_peak(self) -> float:
+        """The most FLOP/s of a float32 matrix product with the process's threads."""
+        multiply = jax.jit(jnp.matmul)
+
+        def product_of(size: int) -> Callable[[], jax.Array]:
+            a = jnp.ones((size, size))
+            return lambda: jax.block_until_ready(multiply(a, a))
+
+        return best_matmul(product_of)
+
+
+def _check_convolution(wanted: str) -> None:
+    """Raises Unavailable where there is no choice: none is measured under another's name."""
+    if wanted != "xla" and not hasattr(ktg, "cpu_convolution"):
+        raise Unavailable(f"ktg_jax {ktg.__version__} has no other convolution than xla")
+
+
+def _make_step(
+    engine: str,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    state: ktg.GraphState,
+    batch: Batch,
+) -> tuple[Step, Figures]:
+    """Compiles the step of an engine.
+
+    Returns:
+        `step(state, *batch) -> (state, metrics)`, which consumes the state, and `trace_s`,
+        `compile_s` and `flops`.
+    """
+    if engine != "fused":
+        raise Unavailable(f"ktg_jax {ktg.__version__} has no other engine than fused")
+    step = jax.jit(
+        partial(ktg.train_step, node_fns=tuple(node_fns), optimizer=optimizer), donate_argnums=0
+    )
+    begin = time.perf_counter()
+    lowered = step.lower(state, *batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    figures = {"trace_s": traced - begin, "compile_s": time.perf_counter() - traced}
+    return compiled, figures | {"flops": (compiled.cost_analysis() or {}).get("flops")}

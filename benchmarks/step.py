@@ -1,0 +1,276 @@
+"""Times one training step against PyTorch: `python -m benchmarks.step --help`.
+
+PyTorch and every implementation of ours wait in processes of their own, on the same cores, and take
+turns. They start from the same weights; unless they agree on the losses nothing is timed.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import ktg_jax as ktg
+from benchmarks import report
+from benchmarks.flops import train_step_flops
+from benchmarks.machine import machine
+from benchmarks.measure import Spread, Worker, interleaved, spread, start_all
+from benchmarks.ours import initial_state
+from benchmarks.task import BASELINE, COMPILED_BASELINE, IMPLEMENTATIONS, OURS, Figures, Task
+from experiments import cli
+from ktg_jax.errors import InputError
+
+CASES = (
+    "resnet32",
+    "resnet32+resnet32",
+    "resnet8+resnet8+resnet8",
+    "resnet32+resnet110+wrn28_2",
+    "resnet8+resnet20+resnet32+wrn28_2",
+    "resnet20+resnet20+resnet20+resnet20+resnet20",
+    "resnet8+resnet20+resnet32+resnet8+resnet20+resnet32",
+    "resnet32+resnet32+resnet32+resnet32+resnet32+resnet32+resnet32",
+)
+QUICK_CASES = ("resnet8+resnet8+resnet8", "resnet32+resnet32")
+EXAMPLES = """  python -m benchmarks.step
+  python -m benchmarks.step --quick --json step.json
+  python -m benchmarks.step --cases resnet32+resnet110+wrn28_2 --implementations xla --threads 2"""
+
+
+@dataclass(frozen=True)
+class StepOptions(report.Options):
+    """Time one training step of a graph against PyTorch, side by side."""
+
+    cases: tuple[str, ...] = ()
+    """Graphs, as models joined by +; in each every node learns from every other."""
+    steps: int = 2
+    """Steps a turn."""
+    batch_size: int = 64
+    """Images a step."""
+    image_size: int = 32
+    """Pixels a side."""
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    measure(report.parse(StepOptions, "step", EXAMPLES), report.console())
+
+
+def measure(options: StepOptions, console: Console) -> dict[str, Any]:
+    """Measures all cases, writes and prints the figures, and returns them.
+
+    Raises:
+        InputError: bad input, found before anything is computed.
+        RunError: a worker failed, or computes something else than the baseline.
+    """
+    report.check(options)
+    for field in ("steps", "batch_size", "image_size"):
+        if getattr(options, field) < 1:
+            raise InputError(field, getattr(options, field), "at least 1")
+    report.require_torch()
+    cases = options.cases or (QUICK_CASES if options.quick else CASES)
+    tasks = [
+        _tasks(options, report.models_of("cases", case), threads)
+        for case in cases
+        for threads in report.thread_counts(options)
+    ]
+    content: dict[str, Any] = {"machine": machine() | {"matmul_peak": {}}, "cases": []}
+    left_out = report.left_out(options, console)
+    with report.progress(console, total=len(tasks)) as begin:
+        for of_case in tasks:
+            begin(f"{of_case[0].graph}, {of_case[0].threads} threads")
+            rounds = options.rounds or (3 if options.quick else 7)
+            entries, peaks = _case(of_case, rounds, options.steps, left_out)
+            content["cases"] += entries
+            _add_peaks(content, str(of_case[0].threads), peaks)
+            report.save(options, content)
+    console.print(_time_table(content["cases"]), _figure_table(content["cases"]))
+    return content
+
+
+def _tasks(options: StepOptions, models: tuple[str, ...], threads: int) -> list[Task]:
+    """The implementations of a case, the baseline first."""
+    for model in models:
+        if not model.startswith(("resnet", "wrn")):
+            raise InputError("cases", model, "resnet<6n+2> and wrn<6n+4>_<width>, as the baseline")
+    wanted = options.implementations or tuple(IMPLEMENTATIONS)
+    if not options.implementations and (options.quick or _compiler() is None):
+        wanted = tuple(name for name in wanted if name != COMPILED_BASELINE)
+    shape = (options.image_size, options.image_size, 3)
+    return [
+        Task(name, models, threads, options.batch_size, shape)
+        for name in IMPLEMENTATIONS
+        if name in (BASELINE, *wanted)
+    ]
+
+
+def _compiler() -> str | None:
+    """What torch.compile needs on a CPU."""
+    return next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+
+
+def _case(
+    tasks: Sequence[Task],
+    rounds: int,
+    steps: int,
+    left_out: Callable[[str], None],
+) -> tuple[list[Figures], dict[str, float]]:
+    """Measures a graph with a number of threads; the entries of ours, and peaks by library."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        _save_weights(tasks[0], Path(folder))
+        tasks = [Task(**{**vars(task), "weights": folder}) for task in tasks]
+        workers = start_all(stack, tasks, left_out)
+        by_library = {IMPLEMENTATIONS[name].library: worker for name, worker in workers.items()}
+        peaks = {
+            library: worker.ask("peak")["flops_per_second"]
+            for library, worker in by_library.items()
+        }
+        turns = {name: partial(worker.steps, steps) for name, worker in workers.items()}
+        answers = interleaved(turns, rounds, warm_up=1)
+        measured = {name: _measured(worker, answers[name]) for name, worker in workers.items()}
+    entries = [_entry(tasks[0], name, answers, measured) for name in workers if name in OURS]
+    return entries, peaks
+
+
+def _add_peaks(content: dict[str, Any], cores: str, peaks: dict[str, float]) -> None:
+    """Keeps the best matrix product of all cases, and says what share of it each step reached."""
+    best = content["machine"]["matmul_peak"].setdefault(cores, {})
+    for library, flops_per_second in peaks.items():
+        best[library] = max(best.get(library, 0.0), flops_per_second)
+    for case in content["cases"]:
+        for side in ("ours", "baseline", "compiled_baseline"):
+            if str(case["cores"]) == cores and (figures := case[side]) is not None:
+                share = figures["flops_per_second"] / max(best.values())
+                figures["share_of_matmul_peak"] = share
+
+
+def _save_weights(task: Task, folder: Path) -> None:
+    """Writes the nodes' weights, with which ours starts, for PyTorch."""
+    node_fns = [ktg.build_model(model, task.num_classes) for model in task.models]
+    state = initial_state(task, node_fns, ktg.sgd())
+    for i, model in enumerate(task.models):
+        ktg.save_node(
+            folder / f"{i}.safetensors",
+            jax.device_get(state.params[i]),
+            jax.device_get(state.model_state[i]),
+            model=model,
+            num_classes=task.num_classes,
+            image_shape=task.image_shape,
+        )
+
+
+def _measured(worker: Worker, answers: Sequence[Figures]) -> Figures:
+    """The figures of one implementation."""
+    task = worker.task
+    times = spread([s for answer in answers for s in answer["seconds"]])
+    host = [s for answer in answers for s in answer["host_seconds"] if s is not None]
+    flops = sum(
+        train_step_flops(model, task.batch_size, task.image_shape, task.num_classes)
+        for model in task.models
+    )
+    return {
+        **report.figures_of("step", times),
+        "images_per_second_per_node": task.batch_size / times.median,
+        "flops": flops,
+        "flops_by_compiler": worker.figures["flops"],
+        "flops_per_second": flops / times.median,
+        "host_s": spread(host).median if host else None,
+        "peak_memory_bytes": worker.ask("memory")["peak_bytes"],
+        **{key: value for key, value in worker.figures.items() if key != "flops"},
+    }
+
+
+def _entry(
+    task: Task, name: str, answers: dict[str, list[Figures]], measured: dict[str, Figures]
+) -> Figures:
+    """What is written of one of our implementations."""
+    ours, baseline = measured[name], measured[BASELINE]
+    compiled = measured.get(COMPILED_BASELINE)
+    by_round = [
+        spread(a["seconds"]).median / spread(b["seconds"]).median
+        for a, b in zip(answers[BASELINE], answers[name], strict=True)
+    ]
+    return {
+        "graph": task.graph,
+        "cores": task.threads,
+        "implementation": name,
+        "batch_size": task.batch_size,
+        "image_shape": list(task.image_shape),
+        "rounds": len(by_round),
+        "ours_s": ours["step_s"],
+        "baseline_s": baseline["step_s"],
+        "ratio": baseline["step_s"] / ours["step_s"],
+        "ratio_quartiles": list(spread(by_round).quartiles),
+        "compiled_baseline_s": compiled["step_s"] if compiled else None,
+        "compiled_ratio": compiled["step_s"] / ours["step_s"] if compiled else None,
+        "ours": ours,
+        "baseline": baseline,
+        "compiled_baseline": compiled,
+    }
+
+
+def _time_table(cases: Sequence[Figures]) -> Table:
+    table = Table(title="One training step (median and quartiles; ratio: PyTorch / ours)")
+    for title in ("graph", "cores", "implementation"):
+        table.add_column(title)
+    for title in ("ours, s", "PyTorch, s", "ratio", "to torch.compile"):
+        table.add_column(title, justify="right")
+    for case in cases:
+        low, high = case["ratio_quartiles"]
+        table.add_row(
+            *_labels(case),
+            _time(case["ours"]),
+            _time(case["baseline"]),
+            f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})",
+            "-" if case["compiled_ratio"] is None else f"{case['compiled_ratio']:.2f}",
+        )
+    return table
+
+
+def _figure_table(cases: Sequence[Figures]) -> Table:
+    table = Table(title="The same, further (share: of the best matrix product)")
+    for title in ("graph", "cores", "implementation"):
+        table.add_column(title)
+    for title in ("images/s a node", "GFLOP", "share", "PyTorch's", "trace, s", "compile, s"):
+        table.add_column(title, justify="right")
+    for title in ("host, ms", "memory, GB", "PyTorch's"):
+        table.add_column(title, justify="right")
+    for case in cases:
+        ours, baseline = case["ours"], case["baseline"]
+        table.add_row(
+            *_labels(case),
+            f"{ours['images_per_second_per_node']:.0f}",
+            f"{ours['flops'] / 1e9:.1f}",
+            f"{100 * ours['share_of_matmul_peak']:.0f} %",
+            f"{100 * baseline['share_of_matmul_peak']:.0f} %",
+            _number(ours["trace_s"]),
+            _number(ours["compile_s"]),
+            _number(ours["host_s"], 1000),
+            _number(ours["peak_memory_bytes"], 2**-30),
+            _number(baseline["peak_memory_bytes"], 2**-30),
+        )
+    return table
+
+
+def _labels(case: Figures) -> tuple[str, str, str]:
+    return report.short(case["graph"]), str(case["cores"]), case["implementation"]
+
+
+def _number(value: float | None, factor: float = 1.0) -> str:
+    return "-" if value is None else f"{factor * value:.2f}"
+
+
+def _time(figures: Figures) -> str:
+    return report.seconds(Spread(figures["step_s"], tuple(figures["step_quartiles_s"])))
+
+
+if __name__ == "__main__":
+    cli.run(
+        main, interrupted="interrupted; finished cases are in the file of --json, if one was given"
+    )
