@@ -191,7 +191,9 @@ def _starts(name: str, threads: int, rounds: int, options: Sequence[str]) -> Fig
 
 def _train(name: str, threads: int, *arguments: str, **environment: str) -> float:
     """Runs `experiments.train` in a process; returns the seconds from its start to its end."""
-    environment |= {"KTG_CPU_CONVOLUTION": IMPLEMENTATIONS[name].convolution}
+    how = IMPLEMENTATIONS[name]
+    environment |= {"KTG_CPU_CONVOLUTION": how.convolution}
+    arguments += ("--engine", how.engine, "--cpu-devices", str(threads if how.spread else 1))
     with tempfile.TemporaryFile("w+") as errors:
         begin = time.perf_counter()
         process = start(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ from benchmarks.task import (
     Unavailable,
     best_matmul,
 )
+from ktg_jax.cpu.memory import keep_freed_memory
+from ktg_jax.engines import node_placement
 from ktg_jax.nodes import NodeFns
+from ktg_jax.per_node import per_node_step, place
 from ktg_jax.step import Metrics
 
 Batch = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -42,6 +46,7 @@ class JaxSession:
 
     def __init__(self, task: Task, implementation: Implementation) -> None:
         _check_convolution(implementation.convolution)
+        keep_freed_memory()  # as the experiments do
         begin = time.perf_counter()
         node_fns = [ktg.build_model(model, task.num_classes) for model in task.models]
         optimizer = ktg.sgd(LEARNING_RATE)
@@ -50,11 +55,10 @@ class JaxSession:
         gates = ktg.graphs.mutual(task.models).gate_codes
         inputs = (images, labels, gates, np.float32(PROGRESS))
         self._batch: Batch = jax.block_until_ready(jax.device_put(inputs))
-        self._state = jax.block_until_ready(state)
+        jax.block_until_ready(state)
         init_seconds = time.perf_counter() - begin
-        self._step, figures = _make_step(
-            implementation.engine, node_fns, optimizer, self._state, self._batch
-        )
+        make_step = _fused_step if implementation.engine == "fused" else _per_node_step
+        self._step, self._state, figures = make_step(node_fns, optimizer, state, self._batch)
         begin = time.perf_counter()
         self.step()
         first_step_seconds = time.perf_counter() - begin
@@ -95,26 +99,27 @@ class JaxSession:
 
 
 def _check_convolution(wanted: str) -> None:
-    """Raises Unavailable where there is no choice: none is measured under another's name."""
-    if wanted != "xla" and not hasattr(ktg, "cpu_convolution"):
-        raise Unavailable(f"ktg_jax {ktg.__version__} has no other convolution than xla")
+    """Raises Unavailable unless that is what is in use: none is measured under another's name."""
+    try:
+        used = ktg.cpu_convolution()
+    except ktg.InputError as error:
+        raise Unavailable(str(error)) from None
+    if used.name != wanted:
+        raise Unavailable(f"convolutions are {used}, not {wanted}")
 
 
-def _make_step(
-    engine: str,
+Made = tuple[Step, ktg.GraphState, Figures]
+"""`step(state, *batch) -> (state, metrics)`, which consumes the state; the state where the step
+wants it; and `trace_s`, `compile_s` and `flops`, None where they are not known."""
+
+
+def _fused_step(
     node_fns: Sequence[NodeFns],
     optimizer: optax.GradientTransformation,
     state: ktg.GraphState,
     batch: Batch,
-) -> tuple[Step, Figures]:
-    """Compiles the step of an engine.
-
-    Returns:
-        `step(state, *batch) -> (state, metrics)`, which consumes the state, and `trace_s`,
-        `compile_s` and `flops`.
-    """
-    if engine != "fused":
-        raise Unavailable(f"ktg_jax {ktg.__version__} has no other engine than fused")
+) -> Made:
+    """The whole graph as one program."""
     step = jax.jit(
         partial(ktg.train_step, node_fns=tuple(node_fns), optimizer=optimizer), donate_argnums=0
     )
@@ -123,4 +128,23 @@ def _make_step(
     traced = time.perf_counter()
     compiled = lowered.compile()
     figures = {"trace_s": traced - begin, "compile_s": time.perf_counter() - traced}
-    return compiled, figures | {"flops": (compiled.cost_analysis() or {}).get("flops")}
+    return compiled, state, figures | {"flops": (compiled.cost_analysis() or {}).get("flops")}
+
+
+def _per_node_step(
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    state: ktg.GraphState,
+    batch: Batch,
+) -> Made:
+    """Node by node, over all devices; what compiling takes is in the first step."""
+    devices = jax.local_devices()
+    placement = node_placement(node_fns, state, devices, batch[0].shape[1:])
+    images = {to: jax.device_put(batch[0], to) for to in placement}
+
+    def step(state: ktg.GraphState, _: jax.Array, *rest: jax.Array) -> Any:
+        return per_node_step(
+            state, images, *rest, node_fns=node_fns, optimizer=optimizer, placement=placement
+        )
+
+    return step, place(state, placement), {"trace_s": None, "compile_s": None, "flops": None}

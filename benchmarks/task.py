@@ -27,13 +27,15 @@ class Implementation:
     Attributes:
         library: `torch` (the baseline) or `jax` (ours).
         convolution: what ours uses on a CPU: `xla`, `chunked` or `onednn`.
-        engine: how ours composes the step; `fused`: one program for the whole graph.
+        engine: how ours composes the step: `fused` or `per_node`.
+        spread: whether the CPU is divided into a device for each thread, nodes spread over them.
         compiled: whether PyTorch's networks go through `torch.compile`.
     """
 
     library: str
     convolution: str = "xla"
     engine: str = "fused"
+    spread: bool = False
     compiled: bool = False
 
 
@@ -42,7 +44,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     COMPILED_BASELINE: Implementation("torch", compiled=True),
     "xla": Implementation("jax"),
     "chunked": Implementation("jax", convolution="chunked"),
+    "chunked_per_node": Implementation("jax", convolution="chunked", engine="per_node"),
+    "chunked_spread": Implementation("jax", convolution="chunked", engine="per_node", spread=True),
     "onednn": Implementation("jax", convolution="onednn"),
+    "onednn_per_node": Implementation("jax", convolution="onednn", engine="per_node"),
+    "onednn_spread": Implementation("jax", convolution="onednn", engine="per_node", spread=True),
 }
 OURS = tuple(name for name, how in IMPLEMENTATIONS.items() if how.library == "jax")
 
@@ -129,6 +135,7 @@ def prepare_process(implementation: Implementation, threads: int) -> None:
     limit_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["KTG_CPU_CONVOLUTION"] = implementation.convolution
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(threads if implementation.spread else 1)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as the baseline
     # What was compiled by an earlier process would hide what compilation costs.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -25,8 +26,10 @@ from experiments.results import best_epoch
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import checkpoint_epochs, read_nodes
 from ktg_jax.data.sources import load_dataset
+from ktg_jax.engines import choose_engine, make_per_node_evaluator
 from ktg_jax.errors import InputError
-from ktg_jax.loop import Arrays, evaluation_batch_size, make_evaluator
+from ktg_jax.loop import Arrays, Means, evaluation_batch_size, make_evaluator
+from ktg_jax.nodes import NodeFns
 from ktg_jax.state import GraphState
 from ktg_jax.trees import unflatten
 from ktg_jax.weights import save_node
@@ -100,10 +103,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
     if split is None:
         raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
-    data = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
-    parallel = ktg.Parallel()
-    size = evaluation_batch_size(dataset.image_shape, parallel.devices[0].platform)
-    means = make_evaluator(node_fns, parallel, size)(state, data)
+    arrays = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
+    means = _evaluate(node_fns, state, arrays, dataset.image_shape)
 
     console.print(
         f"{config.workdir}, epoch {epoch}, {len(split)} {config.split} images:",
@@ -143,6 +144,19 @@ def _restore(
         )
     none = (None,) * len(node_fns)
     return epoch, GraphState(tuple(params), tuple(model_state), none, jnp.zeros((), jnp.int32))
+
+
+def _evaluate(
+    node_fns: Sequence[NodeFns], state: GraphState, data: Arrays, image_shape: Sequence[int]
+) -> Means:
+    """By the engine that training takes by default: low precision rounds as it did there."""
+    parallel = ktg.Parallel()
+    device = parallel.devices[0]
+    size = evaluation_batch_size(image_shape, device.platform)
+    if choose_engine("auto", parallel) == "per_node":
+        placement = (device,) * len(node_fns)
+        return make_per_node_evaluator(node_fns, placement, size)(state, {device: data})
+    return make_evaluator(node_fns, parallel, size)(state, data)
 
 
 def _check_data(data: str, was: dict[str, Any], now: dict[str, Any], split: str) -> None:

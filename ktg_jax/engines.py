@@ -174,7 +174,7 @@ def per_node_engine(
         InputError: a batch larger than the data.
     """
     steps_per_epoch(batches.num_images, batches.batch_size)
-    placement = _placement(node_fns, state, devices, image_shape)
+    placement = node_placement(node_fns, state, devices, image_shape)
     used = tuple(dict.fromkeys(placement))
 
     def load(arrays: Arrays) -> dict[jax.Device, Arrays]:
@@ -210,27 +210,36 @@ def per_node_engine(
 
         return step
 
-    size = evaluation_batch_size(image_shape, devices[0].platform)
-
-    def evaluate(state: GraphState, data: dict[jax.Device, Arrays]) -> Means:
-        sums = []
-        for start in range(0, len(data[placement[0]].labels), size):
-            parts = {to: _evaluation_batch(data[to], start, size=size) for to in used}
-            images = {to: part[0] for to, part in parts.items()}
-            _, labels, mask = parts[placement[0]]
-            sums.append(
-                per_node_eval(state, images, labels, mask, node_fns=node_fns, placement=placement)
-            )
-        return means_of(sums)
-
     return Engine(
         name="per_node",
         place=lambda state: place(state, placement),
         load=load,
         make_step=make_step,
-        evaluate=evaluate,
+        evaluate=make_per_node_evaluator(
+            node_fns, placement, evaluation_batch_size(image_shape, devices[0].platform)
+        ),
         summary=f"{_devices(used)} (node by node)",
     )
+
+
+def make_per_node_evaluator(
+    node_fns: Sequence[NodeFns], placement: Placement, batch_size: int
+) -> Callable[[GraphState, dict[jax.Device, Arrays]], Means]:
+    """`make_evaluator` node by node, with the data on each of the placement's devices."""
+    used = tuple(dict.fromkeys(placement))
+
+    def evaluate(state: GraphState, data: dict[jax.Device, Arrays]) -> Means:
+        sums = []
+        for start in range(0, len(data[placement[0]].labels), batch_size):
+            made = {to: _evaluation_batch(data[to], start, size=batch_size) for to in used}
+            images = {to: images for to, (images, _, _) in made.items()}
+            _, labels, mask = made[placement[0]]
+            sums.append(
+                per_node_eval(state, images, labels, mask, node_fns=node_fns, placement=placement)
+            )
+        return means_of(sums)
+
+    return evaluate
 
 
 @functools.partial(jax.jit, static_argnames="batches")
@@ -252,12 +261,13 @@ def _evaluation_batch(
     return to_float(data.images[index]), data.labels[index], position < len(data.labels)
 
 
-def _placement(
+def node_placement(
     node_fns: Sequence[NodeFns],
     state: GraphState,
     devices: Sequence[jax.Device],
     image_shape: Sequence[int],
 ) -> Placement:
+    """A device for each node, balanced by the nodes' cost; the arguments as for the engine."""
     if len(devices) == 1:
         return (devices[0],) * len(node_fns)
     costs: dict[NodeFns, float] = {}

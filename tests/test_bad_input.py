@@ -97,7 +97,11 @@ OPTIONS: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"epochs": 0}, "epochs", ["got 0;", "at least 1"]),
     ({"batch-size": 0}, "batch_size", ["got 0;", "at least 1"]),
     ({"batch-size": 181}, "batch_size", ["got 181;", "180 training images"]),
-    ({"batch-size": 33, "engine": "fused"}, "batch_size", ["got 33;", "a multiple of 2, the number of devices"]),
+    (
+        {"batch-size": 33, "engine": "fused"},
+        "batch_size",
+        ["got 33;", "a multiple of 2, the number of devices"],
+    ),
     ({"learning-rate": "nan"}, "learning_rate", ["got nan;", "finite", "above 0"]),
     ({"learning-rate": 0}, "learning_rate", ["got 0.0;", "above 0"]),
     ({"weight-decay": "inf"}, "weight_decay", ["got inf;", "finite"]),

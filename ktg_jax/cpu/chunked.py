@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-_CHUNK_VALUES = 2**18
+_CHUNK_VALUES = 2**19
 """Values of the images at a time: what is computed on stays near; more chunks compile longer."""
 
 
@@ -33,7 +33,7 @@ def weight_gradient(
     width = images.shape[2]
     extent = stride * (gradient.shape[1] - 1) + 1
     total = jnp.zeros((rows, channels, columns * features), images.dtype)
-    chunk = max(_CHUNK_VALUES // math.prod(images.shape[1:]), 8)
+    chunk = max(_CHUNK_VALUES // math.prod(images.shape[1:]), 16)
     for start in range(0, images.shape[0], chunk):
         part = images[start : start + chunk]
         part = jnp.pad(part, ((0, 0), (padding, padding), (0, 0), (0, 0)))
