@@ -88,14 +88,15 @@ def _pair(tasks: Sequence[Task], rounds: int, left_out: Callable[[str], None]) -
         return []
     entries: list[Figures] = []
     for task, found in zip(tasks, starts.values(), strict=True):
-        parts = {part: spread([figures[part] for figures in found]) for part in _PARTS}
+        known = [part for part in _PARTS if found[0][part] is not None]
+        parts = {part: spread([figures[part] for figures in found]) for part in known}
         entry: Figures = {
             "graph": task.graph,
             "nodes": len(task.models),
             "cores": task.threads,
             "implementation": task.implementation,
             "rounds": rounds,
-            **{key: parts[key].median for key in _PARTS},
+            **{key: parts[key].median if key in parts else None for key in _PARTS},
             "ready_quartiles_s": list(parts["ready_s"].quartiles),
         }
         small = entries[0] if entries else entry
@@ -124,7 +125,7 @@ def _table(cases: Sequence[Figures]) -> Table:
             report.short(case["graph"]),
             f"{case['ready_s']:.1f} ({low:.1f}-{high:.1f})",
             f"{case['ratio']:.2f}",
-            *(f"{case[part]:.1f}" for part in _PARTS[1:]),
+            *("-" if case[part] is None else f"{case[part]:.1f}" for part in _PARTS[1:]),
         )
     return table
 
