@@ -1,7 +1,8 @@
 """Knowledge transfer graphs in JAX: train several networks together, each learning from the others.
 
 Layers, lower ones knowing nothing of higher ones: gates and losses (arrays only) -> graph (the
-description) -> nodes and models -> state and step -> data, devices, checkpoints.
+description) -> nodes and models -> state and step -> data, devices, checkpoints; and beside them
+the search for good graphs.
 """
 
 from ktg_jax import graphs
@@ -14,6 +15,7 @@ from ktg_jax.models import build_model, model_names, register_model
 from ktg_jax.nodes import NodeFns, from_linen, from_nnx
 from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.parallel import Parallel
+from ktg_jax.search import SearchSpace
 from ktg_jax.state import GraphState, init_state
 from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
 from ktg_jax.weights import load_node, save_node
@@ -29,6 +31,7 @@ __all__ = [
     "NodeFns",
     "Parallel",
     "RunError",
+    "SearchSpace",
     "build_model",
     "cosine_schedule",
     "cpu_convolution",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ktg_jax.equivalence import canonical_order
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.gates import GATES
@@ -121,6 +122,50 @@ class Graph:
             gates=tuple(tuple(self.gates[t][s] for s in kept) for t in kept),
             temperature=self.temperature,
         )
+
+    def canonical(self) -> "Graph":
+        """The one graph that stands for all those whose target trains in the same way.
+
+        It is the same for graphs that differ by the numbering of nodes other than the target, by
+        nodes that cannot influence the target, by `correct` in place of `through` on a label edge
+        (the label is always right), by the temperature where nothing is transferred, and by
+        names. Names choose only initial weights, so equivalent graphs train alike up to the seed.
+        Models, weights and all other gates count.
+
+        Returns:
+            The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
+
+        >>> graph = Graph(["resnet32", "wrn28_2", "cnn"], [["correct", "cutoff", "linear"],
+        ...               ["through", "through", "through"], ["cutoff", "cutoff", "cutoff"]])
+        >>> canonical = graph.canonical()  # the target hears node 2 alone; node 1 is left out
+        >>> canonical.gates, canonical.nodes[1].model, canonical.nodes[1].name
+        ((('through', 'linear'), ('cutoff', 'cutoff')), 'cnn', 'node1')
+        """
+        graph = self.pruned()
+        codes = graph.gate_codes.tolist()
+        for i, row in enumerate(codes):
+            if GATES[row[i]] == "correct":
+                row[i] = GATES.index("through")
+        kinds = [
+            (i != 0, node.model, node.weights is not None, node.weights or "")
+            for i, node in enumerate(graph.nodes)
+        ]
+        order = canonical_order(kinds, codes)
+        nodes = [graph.nodes[i] for i in order]
+        return Graph(
+            nodes=tuple(Node(n.model, f"node{i}", n.weights) for i, n in enumerate(nodes)),
+            gates=tuple(tuple(GATES[codes[t][s]] for s in order) for t in order),
+            temperature=self.temperature if len(order) > 1 else 1.0,
+        )
+
+    def equivalent(self, other: "Graph") -> bool:
+        """Whether the target trains in the same way in both, up to the seed: see `canonical`.
+
+        >>> pair = Graph(["cnn", "cnn"], [["through", "cutoff"], ["through", "linear"]])
+        >>> pair.equivalent(Graph(["cnn"], [["correct"]]))  # the target hears only its label
+        True
+        """
+        return self.canonical() == other.canonical()
 
     def to_json(self) -> str:
         """The graph as JSON text; `from_json` is its inverse."""
