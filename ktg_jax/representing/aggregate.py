@@ -114,7 +114,8 @@ def aggregate_prior(
 
     Raises:
         InputError: a teacher that has other than one stage for each of the student's kernels, or
-            none that it names; labels that are no classes of it; a batch larger than the data.
+            none that it names; labels that are no classes of it; a batch larger than the data; a
+            bad option.
         RunError: a loss that is not finite.
 
     >>> import ktg_jax as ktg
@@ -131,9 +132,10 @@ def aggregate_prior(
     for field, value in (("steps", steps), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(field, value, "a whole number above 0")
-    steps_per_epoch(len(np.asarray(labels)), batch_size)
     variables, optimizer = (params, model_state), optimizer or optax.adam(3e-3)
-    num_classes, output_shapes = _checked(teacher, variables, student_kernels, images, labels)
+    num_classes, output_shapes = _checked(
+        teacher, variables, student_kernels, images, labels, batch_size, max_offset
+    )
     readers = [Aggregator(shape, num_classes, stride) for shape in student_kernels.values()]
     init_rng, data_rng = jax.random.split(rng)
     fit = _init_fit(readers, output_shapes, optimizer, init_rng)
@@ -247,6 +249,8 @@ def _checked(
     student_kernels: KernelShapes,
     images: ArrayLike,
     labels: ArrayLike,
+    batch_size: int,
+    max_offset: int,
 ) -> tuple[int, list[tuple[int, ...]]]:
     """The number of classes and the shape of each stage's output, if the teacher fits the rest."""
     shape, labels = np.shape(images), np.asarray(labels)
@@ -254,6 +258,9 @@ def _checked(
         raise InputError("images", shape, "uint8 [n, H, W, C]")
     if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise InputError("labels", labels.shape, f"int [{shape[0]}], one an image")
+    steps_per_epoch(len(labels), batch_size)
+    if not 0 <= max_offset < min(shape[1:3]):
+        raise InputError("max_offset", max_offset, f"0 to {min(shape[1:3]) - 1}")
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     logits, outputs = jax.eval_shape(partial(stage_outputs, teacher), *variables, image)
     if len(outputs) != len(student_kernels):
