@@ -8,7 +8,7 @@ layer whose filters have the number and shape of the student's. Ours: one such l
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -30,6 +30,9 @@ from ktg_jax.step import node_update
 Metrics: TypeAlias = dict[str, jax.Array]
 Variables: TypeAlias = tuple[PyTree, PyTree]
 Data: TypeAlias = tuple[jax.Array, jax.Array]
+
+ADAM = optax.adam(3e-3)
+"""The optimiser of a fit, unless another is given."""
 
 
 class Aggregator(nn.Module):
@@ -102,7 +105,7 @@ def aggregate_prior(
         rng: a random key, for initial weights and the order of the data.
         steps: updates.
         batch_size: images a step.
-        optimizer: an optax transformation; None: `optax.adam(3e-3)`.
+        optimizer: an optax transformation; None: Adam at a learning rate of 0.003.
         stride: of the downscaling convolutions.
         max_offset: random crops, as in `plan_batch`.
         flip: random mirroring, as in `plan_batch`.
@@ -116,7 +119,7 @@ def aggregate_prior(
         InputError: a teacher that has other than one stage for each of the student's kernels, or
             none that it names; labels that are no classes of it; a batch larger than the data; a
             bad option.
-        RunError: a loss that is not finite.
+        RunError: the fit diverged: a kernel is not finite.
 
     >>> import ktg_jax as ktg
     >>> from ktg_jax.representing import stage_kernels
@@ -132,52 +135,37 @@ def aggregate_prior(
     for field, value in (("steps", steps), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(field, value, "a whole number above 0")
-    variables, optimizer = (params, model_state), optimizer or optax.adam(3e-3)
+    variables, optimizer = (params, model_state), optimizer or ADAM
     num_classes, output_shapes = _checked(
         teacher, variables, student_kernels, images, labels, batch_size, max_offset
     )
-    readers = [Aggregator(shape, num_classes, stride) for shape in student_kernels.values()]
+    readers = tuple(Aggregator(shape, num_classes, stride) for shape in student_kernels.values())
     init_rng, data_rng = jax.random.split(rng)
     fit = _init_fit(readers, output_shapes, optimizer, init_rng)
     data = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
-
-    @jax.jit
-    def step(fit: Fit, variables: Variables, data: Data, count: jax.Array) -> tuple[Fit, Metrics]:
-        plan = plan_batch(
+    models: dict[str, Any] = {"teacher": teacher, "readers": readers, "batch_size": batch_size}
+    for count in range(steps):
+        fit, metrics = _step(
+            fit,
+            variables,
+            data,
             data_rng,
             count,
-            num_images=len(data[1]),
-            batch_size=batch_size,
+            optimizer=optimizer,
             max_offset=max_offset,
             flip=flip,
+            **models,
         )
-        batch, batch_labels = take_batch(*data, plan)
-        _, outputs = stage_outputs(teacher, *variables, batch)
-        return _fit_step(fit, outputs, batch_labels, readers=readers, optimizer=optimizer)
-
-    @jax.jit
-    def correct(fit: Fit, variables: Variables, data: Data, start: jax.Array) -> jax.Array:
-        position = start + jnp.arange(batch_size)
-        index = jnp.minimum(position, len(data[1]) - 1)  # the last batch is padded
-        _, outputs = stage_outputs(teacher, *variables, to_float(data[0][index]))
-        logits, _ = _read(readers, fit.params, fit.statistics, outputs, train=False)
-        counts = position < len(data[1])
-        return jnp.sum((jnp.argmax(logits, axis=-1) == data[1][index]) & counts, axis=1)
-
-    for count in range(steps):
-        fit, metrics = step(fit, variables, data, jnp.asarray(count))
         if on_step is not None:
             on_step(count + 1, metrics)
-    for stage, loss in enumerate(np.asarray(metrics["loss"]), start=1):
-        if not np.isfinite(loss):
-            raise RunError(f"step {steps}, prior of stage {stage}: loss not finite ({loss})")
+    kernels = tuple(stage["downscaling"]["kernel"] for stage in fit.params)
+    for stage, kernel in enumerate(kernels, start=1):
+        if not np.isfinite(kernel).all():
+            raise RunError(f"step {steps}, prior of stage {stage}: kernel not finite")
     starts = range(0, len(data[1]), batch_size)
-    right = np.sum([correct(fit, variables, data, jnp.asarray(start)) for start in starts], axis=0)
-    return Prior(
-        tuple(stage["downscaling"]["kernel"] for stage in fit.params),
-        tuple(student_kernels),
-        jnp.asarray(right / len(data[1]), jnp.float32),
-    )
+    right = np.sum([_correct(fit, variables, data, start, **models) for start in starts], axis=0)
+    accuracy = jnp.asarray(right / len(data[1]), jnp.float32)
+    return Prior(kernels, tuple(student_kernels), accuracy)
 
 
 @flax.struct.dataclass
@@ -204,15 +192,35 @@ def _init_fit(
     return Fit(tuple(params), tuple(statistics), optimizer.init(tuple(params)))
 
 
-def _fit_step(
+# Compiled once for the same teacher, student and optimiser, whatever the data and the random key.
+@partial(
+    jax.jit, static_argnames=("teacher", "readers", "batch_size", "optimizer", "max_offset", "flip")
+)
+def _step(
     fit: Fit,
-    outputs: Sequence[jax.Array],
-    labels: jax.Array,
+    variables: Variables,
+    data: Data,
+    rng: jax.Array,
+    count: jax.Array | int,
     *,
-    readers: Sequence[Aggregator],
+    teacher: NodeFns,
+    readers: tuple[Aggregator, ...],
+    batch_size: int,
     optimizer: optax.GradientTransformation,
+    max_offset: int,
+    flip: bool,
 ) -> tuple[Fit, Metrics]:
     """One update of all aggregators from the teacher's stage outputs on a batch."""
+    plan = plan_batch(
+        rng,
+        count,
+        num_images=len(data[1]),
+        batch_size=batch_size,
+        max_offset=max_offset,
+        flip=flip,
+    )
+    images, labels = take_batch(*data, plan)
+    _, outputs = stage_outputs(teacher, *variables, images)
 
     def loss_of(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple]:
         logits, statistics = _read(readers, params, fit.statistics, outputs, train=True)
@@ -223,6 +231,26 @@ def _fit_step(
     gradients, (statistics, metrics) = jax.grad(loss_of, has_aux=True)(fit.params)
     params, opt_state = node_update(fit.params, fit.opt_state, gradients, optimizer=optimizer)
     return Fit(params, statistics, opt_state), metrics
+
+
+@partial(jax.jit, static_argnames=("teacher", "readers", "batch_size"))
+def _correct(
+    fit: Fit,
+    variables: Variables,
+    data: Data,
+    start: jax.Array | int,
+    *,
+    teacher: NodeFns,
+    readers: tuple[Aggregator, ...],
+    batch_size: int,
+) -> jax.Array:
+    """How many images of a batch each stage's head has right, int `[G]`."""
+    position = start + jnp.arange(batch_size)
+    index = jnp.minimum(position, len(data[1]) - 1)  # the last batch is padded
+    _, outputs = stage_outputs(teacher, *variables, to_float(data[0][index]))
+    logits, _ = _read(readers, fit.params, fit.statistics, outputs, train=False)
+    counts = position < len(data[1])
+    return jnp.sum((jnp.argmax(logits, axis=-1) == data[1][index]) & counts, axis=1)
 
 
 def _read(

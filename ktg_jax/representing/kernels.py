@@ -102,4 +102,5 @@ def _principal_rows(rows: np.ndarray, number: int) -> np.ndarray:
     """The first rows of S V^T of the SVD U S V^T, signed so that U's columns have positive sums."""
     left, values, right = np.linalg.svd(rows, full_matrices=False)
     signs = np.where(left.sum(axis=0) < 0, -1.0, 1.0)
+    values = np.where(values > 1e-12 * values[0], values, 0)  # rounding has directions, too
     return (signs * values)[:number, None] * right[:number]

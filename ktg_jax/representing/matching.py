@@ -53,7 +53,7 @@ def match_prior(
 def initialised(params: PyTree, prior: Prior) -> PyTree:
     """The parameters with the prior's kernels put in.
 
-    A filter of which the prior says nothing (zeros) stays as it is.
+    A filter of which the prior says nothing (norm below 1e-6) stays as it is.
 
     Raises:
         InputError: a prior of another student.
@@ -66,7 +66,7 @@ def initialised(params: PyTree, prior: Prior) -> PyTree:
     check_prior(params, prior)
     leaves, kernels = by_path(params), {}
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):
-        says_nothing = jnp.all(kernel == 0, axis=(0, 1, 2))
+        says_nothing = jnp.all(normalised(kernel) == 0, axis=(0, 1, 2))
         kernels[path] = jnp.where(says_nothing, leaves[path], kernel.astype(leaves[path].dtype))
     return replaced(params, kernels)
 
