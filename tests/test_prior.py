@@ -1,5 +1,6 @@
 """Priors: distances by hand, gradients, matching, files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_bad_options_are_refused() -> None:
 def test_an_assignment_undoes_a_permutation() -> None:
     order = RNG.permutation(8)
     kernels = (kernel_of(PARAMS, 1), 2 * kernel_of(PARAMS, 2)[..., order])
-    params, matched = match_prior(PARAMS, PRIOR.replace(kernels=kernels), "assignment")
+    params, matched = match_prior(PARAMS, replace(PRIOR, kernels=kernels), "assignment")
     assert params is PARAMS
     np.testing.assert_array_equal(matched.kernels[0], kernels[0])
     np.testing.assert_array_equal(matched.kernels[1], 2 * kernel_of(PARAMS, 2))
@@ -192,15 +193,15 @@ def test_an_assignment_undoes_a_permutation() -> None:
 
 def test_no_permutation_is_nearer_than_the_assigned() -> None:
     kernels = tuple(kernel.at[..., 1].set(0.0) for kernel in PRIOR.kernels)
-    prior = PRIOR.replace(kernels=kernels)
+    prior = replace(PRIOR, kernels=kernels)
     best = prior_distance(PARAMS, assigned(PARAMS, prior))
     for _ in range(30):
         shuffled = tuple(k[..., RNG.permutation(k.shape[-1])] for k in kernels)
-        assert (prior_distance(PARAMS, prior.replace(kernels=shuffled)) >= best - 1e-6).all()
+        assert (prior_distance(PARAMS, replace(prior, kernels=shuffled)) >= best - 1e-6).all()
 
 
 def test_a_student_may_start_from_the_prior() -> None:
-    prior = PRIOR.replace(kernels=(PRIOR.kernels[0].at[..., 2].set(0.0), PRIOR.kernels[1]))
+    prior = replace(PRIOR, kernels=(PRIOR.kernels[0].at[..., 2].set(0.0), PRIOR.kernels[1]))
     params, same = match_prior(PARAMS, prior, "initialise")
     assert same is prior
     expected = prior.kernels[0].at[..., 2].set(kernel_of(PARAMS, 1)[..., 2])
@@ -242,11 +243,11 @@ def test_a_prior_of_another_student_is_refused(function: Any) -> None:
 
 @pytest.mark.parametrize("accuracy", [None, jnp.array([0.1, 0.7])])
 def test_a_prior_comes_back_from_its_file(tmp_path: Path, accuracy: jax.Array | None) -> None:
-    prior = PRIOR.replace(accuracy=accuracy)
+    prior = replace(PRIOR, accuracy=accuracy)
     prior.save(tmp_path / "prior.safetensors", about={"teacher": "resnet20"})
     loaded = Prior.load(tmp_path / "prior.safetensors")
     chex.assert_trees_all_equal(loaded, prior)
-    assert jax.tree.structure(loaded) == jax.tree.structure(prior)
+    chex.assert_trees_all_equal_structs(loaded, prior)
     assert loaded.shapes == dict(zip(PATHS, SHAPES, strict=True))
     assert [file.name for file in tmp_path.iterdir()] == ["prior.safetensors"]
 

@@ -93,7 +93,8 @@ def aggregate_prior(
 
     Each stage's `Aggregator` learns to classify from the teacher's stage output alone; the kernel
     of its downscaling convolution is the prior of that stage. Stages share nothing but the
-    teacher's forward pass, so one compiled step fits them all.
+    teacher's forward pass, so one compiled step fits them all. What a short fit does not reach
+    keeps its random start: weight decay in the optimiser, or more steps, leave less of that.
 
     Args:
         teacher: a network with `NodeFns.stages`; runs with its stored statistics.

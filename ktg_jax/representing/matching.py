@@ -5,6 +5,8 @@ filter parameters of the downscaling layer are passed to the second network"); t
 alternative of ours.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -97,4 +99,4 @@ def assigned(params: PyTree, prior: Prior, *, normalise: str = "unit") -> Prior:
         # ||w - a||^2 = ||w||^2 + ||a||^2 - 2 <w, a>: only the last depends on who meets whom.
         _, order = linear_sum_assignment(ours.T @ theirs, maximize=True)
         kernels.append(jnp.asarray(kernel)[..., order])
-    return prior.replace(kernels=tuple(kernels))  # type: ignore[attr-defined]
+    return dataclasses.replace(prior, kernels=tuple(kernels))
