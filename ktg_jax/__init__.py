@@ -1,8 +1,8 @@
 """Knowledge transfer graphs in JAX: train several networks together, each learning from the others.
 
 Layers, lower ones knowing nothing of higher ones: gates and losses (arrays only) -> graph (the
-description) -> nodes and models -> state and step -> data, devices, checkpoints; and beside them
-the search for good graphs.
+description) -> nodes and models -> state and step -> data, devices, checkpoints; representing
+(priors from a teacher's parameters) stands on models, step and data, search on graphs.
 """
 
 from ktg_jax import graphs
@@ -15,6 +15,17 @@ from ktg_jax.models import build_model, model_names, register_model
 from ktg_jax.nodes import NodeFns, from_linen, from_nnx
 from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.parallel import Parallel
+from ktg_jax.representing import (
+    Prior,
+    aggregate_prior,
+    attention_transfer_loss,
+    match_prior,
+    prior_distance,
+    prior_loss,
+    sparse_recoding,
+    stage_kernels,
+    svd_prior,
+)
 from ktg_jax.search import SearchSpace
 from ktg_jax.state import GraphState, init_state
 from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
@@ -30,8 +41,11 @@ __all__ = [
     "Node",
     "NodeFns",
     "Parallel",
+    "Prior",
     "RunError",
     "SearchSpace",
+    "aggregate_prior",
+    "attention_transfer_loss",
     "build_model",
     "cosine_schedule",
     "cpu_convolution",
@@ -47,13 +61,19 @@ __all__ = [
     "init_state",
     "kl_divergence",
     "load_node",
+    "match_prior",
     "model_names",
     "node_forward",
     "node_losses",
     "node_update",
+    "prior_distance",
+    "prior_loss",
     "register_model",
     "save_node",
     "sgd",
+    "sparse_recoding",
+    "stage_kernels",
     "step_schedule",
+    "svd_prior",
     "train_step",
 ]

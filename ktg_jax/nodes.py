@@ -1,12 +1,14 @@
 """What a network must offer to be a node, and adapters from flax.linen and flax.nnx."""
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict
 
 from ktg_jax.errors import InputError
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from flax import nnx
 
 PyTree = Any
+StageOutputs: TypeAlias = tuple[jax.Array, tuple[jax.Array, ...]]
+"""Logits, float `[B, classes]`, and the output of each stage in their order, `[B, h, w, C]`."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class NodeFns:
             forward pass updates (batch statistics, say); both are pytrees of arrays.
         apply: `apply(params, model_state, images, train) -> (logits, model_state)`; logits float
             `[B, classes]`. With `train=False` the model state comes back unchanged.
+        stages: `stages(params, model_state, images) -> (logits, stage outputs)`, computed with
+            the stored statistics; or None: a network that does not say what its stages are.
 
     >>> import jax.numpy as jnp
     >>> average = NodeFns(
@@ -39,6 +45,19 @@ class NodeFns:
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+    stages: Callable[[PyTree, PyTree, jax.Array], StageOutputs] | None = None
+
+
+def stage_number(path: Sequence[str]) -> int | None:
+    """The stage that a submodule belongs to, by the first of its names that is `stage<g>_...`.
+
+    >>> stage_number(("backbone", "stage2_block1", "conv2")), stage_number(("stem_conv",))
+    (2, None)
+    """
+    for name in path:
+        if match := re.match(r"stage(\d+)(?:_|$)", name):
+            return int(match[1])
+    return None
 
 
 def from_linen(module: nn.Module) -> NodeFns:
@@ -46,6 +65,9 @@ def from_linen(module: nn.Module) -> NodeFns:
 
     All collections other than `params` are the model state. There is no random stream for a linen
     module's dropout; `from_nnx` has one.
+
+    Submodules named `stage<g>` or `stage<g>_...` make up stage g. Its output is that of the one
+    among them that is called last (of each, the last call).
 
     >>> fns = from_linen(nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)]))
     >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
@@ -72,7 +94,30 @@ def from_linen(module: nn.Module) -> NodeFns:
         logits, new_model_state = module.apply(variables, images, **mode(train), mutable=mutable)
         return logits, new_model_state if train else model_state
 
-    return NodeFns(init, apply)
+    def is_stage(submodule: nn.Module, method: str) -> bool:
+        *outer, name = submodule.path or ("",)
+        inside = stage_number(outer) is not None
+        return method == "__call__" and stage_number([name]) is not None and not inside
+
+    def stages(params: PyTree, model_state: PyTree, images: jax.Array) -> StageOutputs:
+        logits, captured = module.apply(
+            {"params": params, **model_state},
+            images,
+            **mode(False),
+            capture_intermediates=is_stage,
+            mutable=["intermediates"],
+        )
+        outputs: dict[int, jax.Array] = {}  # in the order of the calls: a stage's last one stays
+        for path, calls in flatten_dict(captured.get("intermediates", {})).items():
+            stage = stage_number(path)
+            if stage is not None and path[-1] == "__call__":
+                outputs[stage] = calls[-1]
+        if not outputs:
+            allowed = "a module with submodules stage1_..., stage2_..."
+            raise InputError("stages", type(module).__name__, allowed)
+        return logits, tuple(outputs[stage] for stage in sorted(outputs))
+
+    return NodeFns(init, apply, stages)
 
 
 def from_nnx(create: "Callable[..., nnx.Module]", *args: Any, **kwargs: Any) -> NodeFns:

@@ -18,8 +18,25 @@ def flatten(tree: Any) -> FlatTree:
     The arrays are copies even where device and host share memory: the device's may be donated to
     the next step while these are still being written.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): np.array(_plain(leaf), copy=True) for path, leaf in leaves}
+    return {path: np.array(_plain(leaf), copy=True) for path, leaf in by_path(tree).items()}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree as they are (also traced ones), by the path to each.
+
+    >>> by_path({"stem_conv": {"kernel": 1}})
+    {'stem_conv.kernel': 1}
+    """
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The pytree with the leaves at these paths exchanged.
+
+    >>> replaced({"a": {"b": 1, "c": 2}}, {"a.b": 3})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_name(path), leaf), tree)
 
 
 def unflatten(template: Any, flat: Mapping[str, np.ndarray], field: str) -> Any:

@@ -1,0 +1,72 @@
+"""Knowledge Representing: prior knowledge, from a teacher's parameters (KR, arXiv 1911.05329).
+
+The paper's: a prior is the distribution of a teacher's *parameters*, aggregated into a more
+abstract level; a sparse recoding penalty on the student's gradients decides what of it matters; it
+combines with knowledge from logits. From its authors' patent (US 11106945 B2): the aggregation is a
+downscaling layer on the teacher with the student's own kernel shape. No code of theirs is public
+and we have read the abstract alone; everything more exact than that is our reading, each choice
+a named option:
+
+- aggregated is each resolution stage, not each layer, through an auxiliary head (`aggregate`), or
+  without fitting, by SVD or clustering (`kernels`);
+- the prior's loss compares normalised filters, index by index (`prior`), after the student started
+  from the prior's or filters were assigned (`matching`);
+- the penalty is a soft threshold at a quantile of the prior's gradient, with a dead-zone loss or an
+  L1 recoding of filters as alternatives (`recoding`).
+
+Layers: recoding, stages, attention -> prior -> matching, kernels, aggregate.
+"""
+
+from ktg_jax.representing.aggregate import aggregate_prior
+from ktg_jax.representing.attention import attention_transfer_loss
+from ktg_jax.representing.kernels import cluster_prior, svd_prior
+from ktg_jax.representing.matching import MATCHINGS, assigned, initialised, match_prior
+from ktg_jax.representing.prior import (
+    NORMALISATIONS,
+    Prior,
+    check_prior,
+    normalised,
+    prior_distance,
+    prior_loss,
+    recoding_loss,
+)
+from ktg_jax.representing.recoding import (
+    dead_zone_loss,
+    l1_recoding,
+    recoding_threshold,
+    soft_threshold,
+    sparse_recoding,
+)
+from ktg_jax.representing.stages import (
+    KernelShapes,
+    stage_convolutions,
+    stage_kernels,
+    stage_outputs,
+)
+
+__all__ = [
+    "MATCHINGS",
+    "NORMALISATIONS",
+    "KernelShapes",
+    "Prior",
+    "aggregate_prior",
+    "assigned",
+    "attention_transfer_loss",
+    "check_prior",
+    "cluster_prior",
+    "dead_zone_loss",
+    "initialised",
+    "l1_recoding",
+    "match_prior",
+    "normalised",
+    "prior_distance",
+    "prior_loss",
+    "recoding_loss",
+    "recoding_threshold",
+    "soft_threshold",
+    "sparse_recoding",
+    "stage_convolutions",
+    "stage_kernels",
+    "stage_outputs",
+    "svd_prior",
+]
