@@ -85,7 +85,11 @@ def library_path() -> Path:
     command = [compiler, *_FLAGS, f"-isystem{include}", f"-isystem{onednn.prefix / 'include'}"]
     command += [str(source) for source in sorted(SOURCES.glob("*.cc"))]
     command += [str(onednn.library), f"-Wl,-rpath,{onednn.library.parent}"]
-    path = cache_folder() / "native" / f"ktg-{_key(compiler, command, onednn)}.so"
+    try:
+        key = _key(compiler, command, onednn)
+    except OSError as error:
+        raise BuildError(f"{compiler} cannot be run: {error}") from None
+    path = cache_folder() / "native" / f"ktg-{key}.so"
     if path.is_file():
         return path
     try:
