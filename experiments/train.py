@@ -52,6 +52,8 @@ def train(config: TrainConfig, console: Console) -> None:
     check(config)
     import_modules(config.imports)
     graph = build_graph(config)
+    with console.status("Preparing convolutions"):  # which may be chosen wrongly, or built now
+        ktg.cpu_convolution()
     fields = resolved(config, graph)
     workdir = Workdir(config.workdir or default_workdir(config, fields))
     if config.resume:

@@ -12,6 +12,7 @@ All have the same values and gradients to float32 rounding. The environment vari
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,9 +111,11 @@ def conv_general_dilated(
     dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
     plain = all(dilation in (None, (1, 1)) for dilation in dilations)
     grouped = options.get("feature_group_count", 1) != 1
-    even = len({*strides}) == 1 and not isinstance(padding, str) and len({*sum(padding, ())}) == 1
-    if images.ndim == 4 and even and plain and not grouped:
-        return conv2d(images, kernel, strides[0], padding[0][0])
+    if images.ndim == 4 and plain and not grouped and not isinstance(padding, str):
+        sides = {*itertools.chain(*padding)}
+        even = len({*strides}) == len(sides) == 1
+        if even and 0 <= min(sides) < min(kernel.shape[:2]):
+            return conv2d(images, kernel, strides[0], padding[0][0])
     return jax.lax.conv_general_dilated(images, kernel, strides, padding, **options)
 
 

@@ -118,6 +118,21 @@ def test_limit_and_hold_out_keep_the_class_proportions_exactly() -> None:
     assert np.bincount(held_out.labels).tolist() == [4, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("counts", "limit", "kept"),
+    [((5, 3, 2), 4, (2, 1, 1)), ((5, 3, 2), 7, (4, 2, 1)), ((6, 6, 8), 10, (3, 3, 4))],
+)
+def test_what_rounding_leaves_goes_to_the_largest_remainders(
+    counts: tuple[int, ...], limit: int, kept: tuple[int, ...]
+) -> None:
+    labels = np.repeat(np.arange(3), counts).astype(np.int32)
+    split = Split(np.zeros((len(labels), 4, 4, 1), np.uint8), labels)
+    for seed in range(5):
+        found = np.bincount(limit_split(split, limit, seed).labels, minlength=3)
+        # 5, 3 and 2 of 10, for 7: shares 3.5, 2.1 and 1.4
+        assert tuple(found) == kept
+
+
 def test_hold_out_divides_the_images_and_keeps_their_order_and_labels() -> None:
     labels = np.arange(60) % 3
     images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)  # each image is its own index

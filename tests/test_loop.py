@@ -17,6 +17,7 @@ from tiny_models import Tiny
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, Parallel, RunError
 from ktg_jax.data.pipeline import plan_batch, take_batch
+from ktg_jax.engines import Batches, fused_engine
 from ktg_jax.loop import Arrays, make_evaluator, make_train_step, train_epochs
 
 NAMES = ("student", "assistant")
@@ -210,6 +211,54 @@ def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
         ours = step(parallel.replicate(state), *parallel.replicate((DATA, gates, key)))
     chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert int(ours[0].step) == 4
+
+
+def test_several_steps_a_call_are_the_same_steps() -> None:
+    graph, optimizer = ktg.graphs.mutual(["tiny", "tiny"]), optax.sgd(0.1, momentum=0.9)
+    variables = [random_variables(TINY, DATA.images, i) for i in (1, 2)]
+    params, model_state = zip(*variables, strict=True)
+    state = GraphState(
+        params, model_state, tuple(map(optimizer.init, params)), jnp.zeros((), jnp.int32)
+    )
+    state = jax.device_get(state)  # each training consumes its own copy
+
+    def trained(steps_per_call: int) -> tuple[GraphState, dict[int, Metrics], list[int]]:
+        seen: dict[int, Metrics] = {}
+        counts: list[int] = []
+        engine = fused_engine(
+            (TINY, TINY),
+            optimizer,
+            Parallel(),
+            Batches(num_images=23, batch_size=4, max_offset=1),
+            image_shape=(8, 8, 1),
+            total_steps=10,
+        )
+        step = engine.make_step(engine.load(DATA), graph.gate_codes, jax.random.key(5))
+
+        def counted(state: GraphState, count: int) -> Any:
+            counts.append(count)
+            return step(state, count)
+
+        epochs = train_epochs(
+            engine.place(state),
+            counted,
+            NAMES,
+            epochs=2,
+            steps_per_epoch=5,
+            batch_size=4,
+            steps_per_call=steps_per_call,
+            on_step=seen.__setitem__,
+        )
+        *_, (_, last) = epochs
+        return jax.device_get(last), seen, counts
+
+    with compiled_once():
+        expected, expected_metrics, one_by_one = trained(1)
+        ours, metrics, counts = trained(3)
+    assert (one_by_one, counts) == ([1] * 10, [3, 2, 3, 2])
+    assert list(metrics) == list(expected_metrics) == list(range(1, 11))
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

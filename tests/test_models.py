@@ -252,3 +252,15 @@ def test_a_model_without_a_dtype_cannot_be_built_in_another() -> None:
         with pytest.raises(InputError, match=f"model: got '{name}'; allowed: for bfloat16, a lin"):
             build_model(name, 5, dtype=jnp.bfloat16)
         assert isinstance(build_model(name, 5, axis_name="devices"), NodeFns)
+
+
+def test_the_same_model_is_the_same_functions_and_another_is_not() -> None:
+    fns = ktg.build_model("resnet8", 10)
+    assert ktg.build_model("resnet8", 10) is fns
+    assert ktg.build_model("resnet8", 11) is not fns
+    assert ktg.build_model("resnet8", 10, dtype=jnp.bfloat16) is not fns
+    assert ktg.build_model("resnet8", 10, axis_name="data") is not fns
+    ktg.register_model("again", lambda num_classes: nn.Dense(num_classes))
+    first = ktg.build_model("again", 10)
+    ktg.register_model("again", lambda num_classes: nn.Dense(num_classes))
+    assert ktg.build_model("again", 10) is not first

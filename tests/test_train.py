@@ -247,6 +247,66 @@ def test_imported_modules_can_register_models(
     }
 
 
+# --- engines and the process
+
+
+def test_the_engines_train_alike(tmp_path: Path) -> None:
+    said = {
+        engine: train(tmp_path / engine, engine=engine, steps_per_call=calls)
+        for engine, calls in (("fused", 3), ("per_node", 1))
+    }
+    assert "epochs on 2 x cpu (jit)." in said["fused"]
+    assert "epochs on 2 x cpu (node by node)." in said["per_node"]
+    pairs = zip(metrics(tmp_path / "fused"), metrics(tmp_path / "per_node"), strict=True)
+    for ours, theirs in pairs:
+        for a, b in zip(ours["nodes"], theirs["nodes"], strict=True):
+            for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "edge_losses"):
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
+    # The engine is no part of what the run is.
+    assert "is finished" in train(tmp_path / "fused", engine="per_node")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps_per_call": 2}, "steps_per_call: got 2; allowed: 1 with the engine per_node"),
+        ({"parallel": "pmap"}, "parallel: got 'pmap'; allowed: jit with the engine per_node"),
+        ({"cpu_devices": 3}, "cpu_devices: got 3; allowed: set before JAX starts"),
+    ],
+)
+def test_what_an_engine_or_process_cannot_do_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = small(tmp_path / "run", engine="per_node", **changes)
+    ended = in_process(train_module.main, *options(config))
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {message}")
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiled_programs_are_kept_unless_they_should_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("KTG_CPU_CONVOLUTION", "chunked")
+    started = []
+    for cached in (True, False):
+        (tmp_path / str(cached)).mkdir()
+        monkeypatch.setenv("KTG_CACHE_DIR", str(tmp_path / str(cached)))
+        config = small("run", epochs=1, compile_cache=cached, cpu_devices=2)
+        started.append(
+            start("experiments.train", *options(config), cwd=tmp_path / str(cached), devices=1)
+        )
+    for process, cached in zip(started, (True, False), strict=True):
+        ended = end_of(process)
+        assert (ended.code, ended.err) == (0, "")
+        assert "epochs on 2 x cpu (node by node)." in ended.out
+        assert "\nConvolutions: chunked (chosen by KTG_CPU_CONVOLUTION).\n" in ended.out
+        compiled = tmp_path / str(cached) / "compiled"
+        assert (len(list(compiled.glob("*"))) > 10) if cached else (not compiled.exists())
+
+
 # --- TensorBoard
 
 

@@ -9,10 +9,10 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class OneDnn:
 
 
 def find_onednn() -> OneDnn:
-    """Finds oneDNN 3 in `$KTG_ONEDNN`, the Python environment, /usr/local or /usr.
+    """Finds oneDNN 3 in `$KTG_ONEDNN`, or else the Python environment, /usr/local or /usr.
 
     Raises:
         BuildError: there is none.
@@ -82,10 +82,14 @@ def library_path() -> Path:
     onednn = find_onednn()
     compiler = _compiler()
     include = jax.ffi.include_dir()
-    command = [compiler, *_FLAGS, f"-isystem{include}", f"-isystem{onednn.prefix / 'include'}"]
+    command = [*compiler, *_FLAGS, f"-isystem{include}", f"-isystem{onednn.prefix / 'include'}"]
     command += [str(source) for source in sorted(SOURCES.glob("*.cc"))]
     command += [str(onednn.library), f"-Wl,-rpath,{onednn.library.parent}"]
-    path = cache_folder() / "native" / f"ktg-{_key(compiler, command, onednn)}.so"
+    try:
+        key = _key(compiler, command, onednn)
+    except OSError as error:
+        raise BuildError(f"{compiler[0]} cannot be run: {error}") from None
+    path = cache_folder() / "native" / f"ktg-{key}.so"
     if path.is_file():
         return path
     try:
@@ -96,7 +100,7 @@ def library_path() -> Path:
             )
             if done.returncode != 0:
                 first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
-                raise BuildError(f"{compiler} failed: {first.strip()}")
+                raise BuildError(f"{compiler[0]} failed: {first.strip()}")
     except OSError as error:
         raise BuildError(f"{path} cannot be built: {error}") from None
     return path
@@ -116,26 +120,25 @@ def load() -> ctypes.CDLL:
         raise BuildError(f"{path} cannot be loaded: {error}") from None
 
 
-def _prefixes() -> Iterator[Path]:
+def _prefixes() -> tuple[Path, ...]:
     chosen = os.environ.get("KTG_ONEDNN")
-    for prefix in (chosen, sys.prefix, "/usr/local", "/usr"):
-        if prefix:
-            yield Path(prefix)
+    return tuple(map(Path, [chosen] if chosen else [sys.prefix, "/usr/local", "/usr"]))
 
 
-def _compiler() -> str:
-    chosen = os.environ.get("CXX")
-    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
+def _compiler() -> list[str]:
+    """The compiler's command: a program, and arguments that `$CXX` may have."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for name, *arguments in [chosen] if chosen else [["g++"], ["c++"], ["clang++"]]:
         if path := shutil.which(name):
-            return path
-    raise BuildError(f"no C++ compiler found ({chosen or 'g++, c++, clang++'})")
+            return [path, *arguments]
+    raise BuildError(f"no C++ compiler found ({' '.join(chosen) or 'g++, c++, clang++'})")
 
 
-def _key(compiler: str, command: list[str], onednn: OneDnn) -> str:
+def _key(compiler: list[str], command: list[str], onednn: OneDnn) -> str:
     """Of everything that the library depends on."""
     # What the compiler makes of -march=native says which instructions this processor has.
     macros = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
         capture_output=True,
         check=False,
     )

@@ -234,6 +234,6 @@ def _partitioned(
         given = dict(enumerate(operands))
         along = {i: given.pop(i) for i, yes in enumerate(batched) if yes}
         made = jax.lax.map(lambda one: mapped(*dict(sorted((given | one).items())).values()), along)
-        return made, [True] * len(result_kinds)
+        return made, (True,) * len(result_kinds)
 
     return mapped
