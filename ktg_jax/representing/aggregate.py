@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.losses import cross_entropy
-from ktg_jax.models.layers import CLASSIFIER_INIT, CONV_INIT, BatchNorm, conv
+from ktg_jax.models.layers import CLASSIFIER_INIT, CONV_INIT, BatchNormRelu, conv
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.representing.prior import Prior
 from ktg_jax.representing.stages import KernelShapes, stage_outputs
@@ -57,7 +57,7 @@ class Aggregator(nn.Module):
         """Maps a stage's output, float `[B, h, w, C]`, to logits, float32 `[B, num_classes]`."""
         *size, width, features = self.kernel_shape
         x = conv(width, 1, dtype=jnp.float32, name="reduction")(output.astype(jnp.float32))
-        x = nn.relu(BatchNorm(name="reduction_norm")(x, train))
+        x = BatchNormRelu(name="reduction_norm")(x, train)
         x = nn.Conv(
             features,
             size,
@@ -67,7 +67,7 @@ class Aggregator(nn.Module):
             kernel_init=CONV_INIT,
             name="downscaling",
         )(x)
-        x = nn.relu(BatchNorm(name="downscaling_norm")(x, train))
+        x = BatchNormRelu(name="downscaling_norm")(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=CLASSIFIER_INIT, name="head")(x)
 
