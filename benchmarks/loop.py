@@ -53,7 +53,7 @@ class Job:
 
 JOBS = (
     Job("digits", ("cnn", "cnn", "cnn"), (8, 8, 1), epochs=15, steps=200),
-    Job("random", ("resnet32", "resnet32"), (32, 32, 3), epochs=3, steps=20, images=1280),
+    Job("random", ("resnet8", "resnet8"), (32, 32, 3), epochs=2, steps=60, images=25600),
 )
 QUICK_JOBS = (
     Job("digits", ("cnn", "cnn", "cnn"), (8, 8, 1), epochs=10, steps=200),
