@@ -9,22 +9,27 @@ from ktg_jax import graphs
 from ktg_jax.convolution import cpu_convolution
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.gates import GATES, gate_weights
-from ktg_jax.graph import Graph, Node
+from ktg_jax.graph import Graph
+from ktg_jax.graph_node import Node
 from ktg_jax.losses import cross_entropy, edge_losses, graph_loss, kl_divergence, node_losses
 from ktg_jax.models import build_model, model_names, register_model
 from ktg_jax.nodes import NodeFns, from_linen, from_nnx
 from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.parallel import Parallel
 from ktg_jax.representing import (
+    NodePrior,
     Prior,
     aggregate_prior,
     attention_transfer_loss,
+    load_prior,
     match_prior,
     prior_distance,
     prior_loss,
+    save_prior,
     sparse_recoding,
     stage_kernels,
     svd_prior,
+    with_priors,
 )
 from ktg_jax.search import SearchSpace
 from ktg_jax.state import GraphState, init_state
@@ -40,6 +45,7 @@ __all__ = [
     "InputError",
     "Node",
     "NodeFns",
+    "NodePrior",
     "Parallel",
     "Prior",
     "RunError",
@@ -61,6 +67,7 @@ __all__ = [
     "init_state",
     "kl_divergence",
     "load_node",
+    "load_prior",
     "match_prior",
     "model_names",
     "node_forward",
@@ -70,10 +77,12 @@ __all__ = [
     "prior_loss",
     "register_model",
     "save_node",
+    "save_prior",
     "sgd",
     "sparse_recoding",
     "stage_kernels",
     "step_schedule",
     "svd_prior",
     "train_step",
+    "with_priors",
 ]

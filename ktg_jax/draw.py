@@ -96,10 +96,10 @@ def draw_graph(
     """
     files = [_checked_path("paths", path) for path in paths]
     _check_accuracies(graph, accuracies or {})
-    with _style():
+    with style():
         figure = _graph_figure(graph, accuracies or {}, title)
         for file in files:
-            _save(figure, file)
+            save_figure(figure, file)
 
 
 def draw_curves(records: Records, path: FilePath, title: str | None = None) -> None:
@@ -118,8 +118,8 @@ def draw_curves(records: Records, path: FilePath, title: str | None = None) -> N
     file = _checked_path("path", path)
     if not records:
         raise InputError("records", records, "at least one record (one an epoch)")
-    with _style():
-        _save(_curves_figure(records, title), file)
+    with style():
+        save_figure(_curves_figure(records, title), file)
 
 
 def _checked_path(field: str, path: FilePath) -> Path:
@@ -138,16 +138,16 @@ def _check_accuracies(graph: Graph, accuracies: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """Matplotlib's defaults and `_STYLE`, in place of the user's settings."""
+def style() -> Iterator[None]:
+    """The pictures' look, in place of the user's matplotlib settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Writes the figure, in the format of the path's suffix."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure, as SVG or PNG by the path's suffix; to be called within `style`."""
     kind = path.suffix[1:].lower()
     undated = {"Date": None} if kind == "svg" else None
     with atomic_path(path) as temporary:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
+from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch
 from ktg_jax.errors import InputError
 from ktg_jax.loop import (
     Arrays,
     Means,
+    evaluation_batch,
     evaluation_batch_size,
     make_evaluator,
     make_train_step,
@@ -27,7 +28,7 @@ from ktg_jax.nodes import NodeFns
 from ktg_jax.parallel import Parallel
 from ktg_jax.per_node import Placement, balanced, forward_cost, per_node_eval, per_node_step, place
 from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics
+from ktg_jax.step import Metrics, Priors
 
 ENGINES = ("fused", "per_node")
 
@@ -56,8 +57,9 @@ class Engine:
         name: one of `ENGINES`.
         place: puts a state, or a copy of it, where the engine wants it.
         load: puts images and labels where the engine wants them.
-        make_step: `make_step(data, gates, key)` returns `step(state, count) -> (state, metrics)`,
-            which consumes the state; data as `load` returns it.
+        make_step: `make_step(data, gates, key, priors=None)` returns `step(state, count) ->
+            (state, metrics)`, which consumes the state; data as `load` returns it, priors as for
+            `train_step`.
         evaluate: `evaluate(state, data)` returns every node's and the ensemble's means, as
             `make_evaluator` describes.
         summary: in a few words.
@@ -66,7 +68,7 @@ class Engine:
     name: str
     place: Callable[[GraphState], GraphState]
     load: Callable[[Arrays], Any]
-    make_step: Callable[[Any, Any, jax.Array], Callable[[GraphState, int], Any]]
+    make_step: Callable[..., Callable[[GraphState, int], Any]]
     evaluate: Callable[[GraphState, Any], Means]
     summary: str
 
@@ -132,9 +134,11 @@ def fused_engine(
 
     compiled(1)  # checks the batch size; compiles nothing yet
 
-    def make_step(data: Arrays, gates: Any, key: jax.Array) -> Callable[[GraphState, int], Any]:
-        gates, key = parallel.replicate((jnp.asarray(gates), key))
-        return lambda state, count: compiled(count)(state, data, gates, key)
+    def make_step(
+        data: Arrays, gates: Any, key: jax.Array, priors: Priors | None = None
+    ) -> Callable[[GraphState, int], Any]:
+        inputs = parallel.replicate((jnp.asarray(gates), key, priors))
+        return lambda state, count: compiled(count)(state, data, *inputs)
 
     platform = parallel.devices[0].platform
     return Engine(
@@ -181,11 +185,16 @@ def per_node_engine(
         return {to: jax.device_put(Arrays(*map(jnp.asarray, arrays)), to) for to in used}
 
     def make_step(
-        data: dict[jax.Device, Arrays], gates: Any, key: jax.Array
+        data: dict[jax.Device, Arrays],
+        gates: Any,
+        key: jax.Array,
+        priors: Priors | None = None,
     ) -> Callable[[GraphState, int], tuple[GraphState, Metrics]]:
         home = placement[0]
         keys = {to: jax.device_put(key, to) for to in used}
         gates = jax.device_put(jnp.asarray(gates), home)
+        if priors is not None:
+            priors = [jax.device_put(p, to) for p, to in zip(priors, placement, strict=True)]
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
@@ -206,6 +215,7 @@ def per_node_engine(
                 optimizer=optimizer,
                 placement=placement,
                 temperature=temperature,
+                priors=priors,
             )
 
         return step
@@ -255,10 +265,7 @@ def _make_batch(
 def _evaluation_batch(
     data: Arrays, start: int, *, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Images and labels from `start` on, and which of them count."""
-    position = start + jnp.arange(size)
-    index = jnp.minimum(position, len(data.labels) - 1)
-    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
+    return evaluation_batch(data, start + jnp.arange(size))
 
 
 def node_placement(

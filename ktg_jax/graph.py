@@ -1,8 +1,8 @@
 """The description of a knowledge transfer graph: which networks, and the gate of every edge."""
 
+import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,7 @@ from ktg_jax.equivalence import canonical_order
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.gates import GATES
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A network of the graph.
-
-    Attributes:
-        model: name of a registered model, such as `resnet32`.
-        name: unique within its graph: letters, digits, `_`, `.` and `-`. A node's initial weights
-            depend on its name and the seed alone. None: the graph names it `<model>-<index>`.
-        weights: where its initial weights come from (a run's folder, or one node of it as
-            `DIR:name`); None: random initialisation.
-
-    >>> Node("resnet32", name="teacher", weights="runs/teacher").model
-    'resnet32'
-    """
-
-    model: str
-    name: str | None = None
-    weights: str | None = None
+from ktg_jax.graph_node import NO_PRIOR, PRIOR_DEFAULTS, Node, checked_nodes
 
 
 @dataclass(frozen=True)
@@ -50,7 +29,8 @@ class Graph:
 
     Raises:
         InputError: a gate that does not exist, a matrix of the wrong shape, two nodes of one name,
-            a target with only cutoff gates, or a temperature that is not a finite number above 0.
+            a target with only cutoff gates, a frozen node with a prior, an option of a node that
+            is out of range, or a temperature that is not a finite number above 0.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", "correct"], ["cutoff", "cutoff"]])
@@ -64,7 +44,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
-        set_field(self, "nodes", _named(self.nodes))
+        set_field(self, "nodes", checked_nodes(self.nodes))
         set_field(self, "gates", _checked_gates(self.gates, len(self.nodes)))
         set_field(self, "temperature", _checked_temperature(self.temperature))
         if 0 in self.frozen:
@@ -73,6 +53,10 @@ class Graph:
                 list(self.gates[0]),
                 "at least one gate of the target (row 0) that is not cutoff",
             )
+        for i in self.frozen:
+            if self.nodes[i].prior is not None:
+                allowed = "no prior: all gates of the node are cutoff, it never learns"
+                raise InputError(f"nodes[{i}].prior", self.nodes[i].prior, allowed)
 
     @property
     def gate_codes(self) -> np.ndarray:
@@ -130,7 +114,7 @@ class Graph:
         nodes that cannot influence the target, by `correct` in place of `through` on a label edge
         (the label is always right), by the temperature where nothing is transferred, and by
         names. Names choose only initial weights, so equivalent graphs train alike up to the seed.
-        Models, weights and all other gates count.
+        Models, weights, priors and all other gates count.
 
         Returns:
             The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
@@ -147,13 +131,19 @@ class Graph:
             if GATES[row[i]] == "correct":
                 row[i] = GATES.index("through")
         kinds = [
-            (i != 0, node.model, node.weights is not None, node.weights or "")
+            (
+                i != 0,
+                node.model,
+                node.weights is not None,
+                node.weights or "",
+                tuple(node.prior_options.values()),
+            )
             for i, node in enumerate(graph.nodes)
         ]
         order = canonical_order(kinds, codes)
         nodes = [graph.nodes[i] for i in order]
         return Graph(
-            nodes=tuple(Node(n.model, f"node{i}", n.weights) for i, n in enumerate(nodes)),
+            nodes=tuple(dataclasses.replace(n, name=f"node{i}") for i, n in enumerate(nodes)),
             gates=tuple(tuple(GATES[codes[t][s]] for s in order) for t in order),
             temperature=self.temperature if len(order) > 1 else 1.0,
         )
@@ -169,7 +159,7 @@ class Graph:
 
     def to_json(self) -> str:
         """The graph as JSON text; `from_json` is its inverse."""
-        nodes = [{"name": n.name, "model": n.model, "weights": n.weights} for n in self.nodes]
+        nodes = [node.to_dict() for node in self.nodes]
         rows = [list(row) for row in self.gates]
         return json.dumps({"nodes": nodes, "gates": rows, "temperature": self.temperature})
 
@@ -184,10 +174,8 @@ class Graph:
         _check_fields("graph", fields, required={"nodes", "gates"}, optional={"temperature"})
         if not isinstance(fields["nodes"], list):
             raise InputError("nodes", fields["nodes"], "a list of nodes")
-        for i, node in enumerate(fields["nodes"]):
-            _check_fields(f"nodes[{i}]", node, required={"model"}, optional={"name", "weights"})
         return cls(
-            nodes=tuple(Node(**node) for node in fields["nodes"]),
+            nodes=tuple(_node(f"nodes[{i}]", node) for i, node in enumerate(fields["nodes"])),
             gates=fields["gates"],
             temperature=fields.get("temperature", 1.0),
         )
@@ -208,30 +196,6 @@ class Graph:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("graph", str(path), f"a readable JSON file ({error})") from None
         return cls.from_json(text)
-
-
-def _named(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
-    """Checks the nodes and names those that have no name."""
-    if isinstance(nodes, str) or not isinstance(nodes, Iterable):
-        raise InputError("nodes", nodes, "a sequence of nodes")
-    named: list[Node] = []
-    for i, given in enumerate(nodes):
-        node = Node(given) if isinstance(given, str) else given
-        if not isinstance(node, Node):
-            raise InputError(f"nodes[{i}]", given, "a Node or a model's name")
-        if not isinstance(node.model, str) or not node.model:
-            raise InputError(f"nodes[{i}].model", node.model, "a model's name")
-        if node.weights is not None and not isinstance(node.weights, str):
-            raise InputError(f"nodes[{i}].weights", node.weights, "a path, or null")
-        name = f"{node.model}-{i}" if node.name is None else node.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(f"nodes[{i}].name", name, "letters, digits, '_', '.' and '-'")
-        if name in (other.name for other in named):
-            raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
-        named.append(Node(node.model, name, node.weights))
-    if not named:
-        raise InputError("nodes", nodes, "at least one node")
-    return tuple(named)
 
 
 def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
@@ -267,6 +231,17 @@ def _decoded(text: str | Mapping[str, Any]) -> Any:
     except (json.JSONDecodeError, RecursionError) as error:
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise InputError("graph", shown, f"JSON ({error})") from None
+
+
+def _node(where: str, fields: Any) -> Node:
+    """A node from JSON; options of a prior are refused where there is none, defaults or not."""
+    optional = {"name", "weights", "prior", *PRIOR_DEFAULTS}
+    _check_fields(where, fields, required={"model"}, optional=optional)
+    if fields.get("prior") is None:
+        for field in PRIOR_DEFAULTS:
+            if field in fields:
+                raise InputError(f"{where}.{field}", fields[field], NO_PRIOR)
+    return Node(**fields)
 
 
 def _check_fields(where: str, fields: Any, required: set[str], optional: set[str]) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from ktg_jax.errors import InputError
-from ktg_jax.graph import Graph, Node
+from ktg_jax.graph import Graph
+from ktg_jax.graph_node import Node
 
 Model = Node | str
 GateOf = Callable[[int, int], bool]

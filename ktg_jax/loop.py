@@ -15,7 +15,7 @@ from ktg_jax.errors import RunError
 from ktg_jax.nodes import NodeFns
 from ktg_jax.parallel import Parallel
 from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics, eval_step, train_step
+from ktg_jax.step import Metrics, Priors, eval_step, train_step
 
 Record = dict[str, Any]
 
@@ -46,7 +46,9 @@ def make_train_step(
     flip: bool = False,
     steps_per_call: int = 1,
 ) -> Callable[..., tuple[GraphState, Metrics]]:
-    """Compiles `step(state, data, gates, key) -> (state, metrics)`, which makes its own batch.
+    """Compiles `step(state, data, gates, key, priors=None) -> (state, metrics)`.
+
+    It makes its own batch; the arguments are those of `train_step`.
 
     Args:
         node_fns: one a node.
@@ -68,7 +70,11 @@ def make_train_step(
     parallel.check_batch_size(batch_size)
 
     def step(
-        state: GraphState, data: Arrays, gates: jax.Array, key: jax.Array
+        state: GraphState,
+        data: Arrays,
+        gates: jax.Array,
+        key: jax.Array,
+        priors: Priors | None = None,
     ) -> tuple[GraphState, Metrics]:
         plan = plan_batch(
             key,
@@ -89,6 +95,7 @@ def make_train_step(
             optimizer=optimizer,
             temperature=temperature,
             axis_name=parallel.axis_name,
+            priors=priors,
         )
 
     if steps_per_call == 1:
@@ -135,20 +142,25 @@ def make_evaluator(
     @jax.jit
     def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
         position = mesh.shard(start + jnp.arange(batch_size))
-        index = jnp.minimum(position, len(data.labels) - 1)
-        return eval_step(
-            state,
-            to_float(data.images[index]),
-            data.labels[index],
-            position < len(data.labels),
-            node_fns=node_fns,
-        )
+        return eval_step(state, *evaluation_batch(data, position), node_fns=node_fns)
 
     def evaluate(state: GraphState, data: Arrays) -> Means:
         starts = range(0, len(data.labels), batch_size)
         return means_of([evaluate_batch(state, data, start) for start in starts])
 
     return evaluate
+
+
+def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
+
+    >>> data = Arrays(jnp.zeros((3, 1, 1, 1), jnp.uint8), jnp.array([5, 6, 7]))
+    >>> _, labels, mask = evaluation_batch(data, jnp.array([2, 3]))
+    >>> labels.tolist(), mask.tolist()
+    ([7, 7], [True, False])
+    """
+    index = jnp.minimum(position, len(data.labels) - 1)
+    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
 
 
 def means_of(batches: Sequence[Metrics]) -> Means:
@@ -191,8 +203,9 @@ def train_epochs(
     Yields:
         After each epoch a record (`epoch`, `step`, `seconds`, `images_per_second`, and for each of
         `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` and `edge_losses`
-        (one a sender), `val_loss` and `val_accuracy` or None), and the state, which must be copied
-        or saved before the next is asked for.
+        (one a sender), `val_loss` and `val_accuracy` or None, and of nodes with a prior
+        `prior_distance`, one a stage), and the state, which must be copied or saved before the next
+        is asked for.
 
     Raises:
         RunError: a loss or a parameter that is not finite; names the step and the node.
@@ -239,7 +252,7 @@ def train_epochs(
 def _node_records(
     names: Sequence[str], means: dict[str, np.ndarray], validation: dict[str, np.ndarray] | None
 ) -> list[Record]:
-    return [
+    records: list[Record] = [
         {
             "name": name,
             "train_loss": float(means["loss"][i]),
@@ -250,6 +263,10 @@ def _node_records(
         }
         for i, name in enumerate(names)
     ]
+    for record, distances in zip(records, means.get("prior_distance", ()), strict=False):
+        if there := distances[~np.isnan(distances)].tolist():
+            record["prior_distance"] = there
+    return records
 
 
 def _calls(first: int, steps: int, steps_per_call: int) -> Iterator[range]:

@@ -75,9 +75,8 @@ def batch_norm_relu(
     >>> y.round(3).tolist(), mean.tolist(), variance.tolist()
     ([[0.0], [1.0]], [2.0], [1.0])
     """
-    if dtype == jnp.float32 and uses_native_operations(
-        x, *([] if shortcut is None else [shortcut])
-    ):
+    arrays = (x,) if shortcut is None else (x, shortcut)
+    if dtype == jnp.float32 and uses_native_operations(*arrays):
         y, moments = _native(x, scale, bias, shortcut, epsilon, axis_name)
     else:
         moments = _one_pass_moments(x.astype(jnp.float32), shift, axis_name)

@@ -19,7 +19,17 @@ from jax.typing import ArrayLike
 from ktg_jax.convolution import formulation
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics, eval_sums, graph_gradients, node_forward, node_update
+from ktg_jax.step import (
+    Metrics,
+    NodeTerm,
+    Priors,
+    checked_priors,
+    distance_metrics,
+    eval_sums,
+    graph_gradients,
+    node_forward,
+    node_update,
+)
 
 Placement = tuple[jax.Device, ...]
 
@@ -90,6 +100,7 @@ def per_node_step(
     optimizer: optax.GradientTransformation,
     placement: Placement,
     temperature: ArrayLike = 1.0,
+    priors: Priors | None = None,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
 
@@ -103,9 +114,13 @@ def per_node_step(
         optimizer: as given to `init_state`.
         placement: the device of each node.
         temperature: `Graph.temperature`.
+        priors: as for `train_step`; best already on their nodes' devices.
 
     Returns:
-        The new state, and the metrics of `graph_gradients` on the first node's device.
+        The new state, and the metrics of `train_step` on the first node's device.
+
+    Raises:
+        InputError: as `train_step`.
 
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
@@ -122,6 +137,7 @@ def per_node_step(
     """
     home = placement[0]
     frozen = state.frozen
+    priors = checked_priors(priors, state)
     logits, pullbacks, model_state = [], [], list(state.model_state)
     for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
         if i in frozen:
@@ -137,12 +153,19 @@ def per_node_step(
     logit_gradients, metrics = _graph_gradients(tuple(logits), labels, gates, progress, temperature)
 
     params, opt_state = list(state.params), list(state.opt_state)
-    for i, pullback in enumerate(pullbacks):
-        if pullback is not None:
-            gradient = jax.device_put(logit_gradients[i], placement[i])
-            params[i], opt_state[i] = _backward_and_update(optimizer)(
-                pullback, gradient, params[i], opt_state[i]
-            )
+    distances: list[jax.Array | None] = [None] * len(priors)
+    for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
+        if pullback is None:
+            continue
+        inputs = pullback, jax.device_put(logit_gradients[i], device), params[i], opt_state[i]
+        if prior is None:
+            params[i], opt_state[i] = _backward_and_update(optimizer)(*inputs)
+        else:
+            extra = jax.device_put((prior, progress), device)
+            params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*inputs, *extra)
+            distances[i] = jax.device_put(distance, home)
+    if any(distance is not None for distance in distances):
+        metrics |= _distance_metrics(distances)
     new_step = _next(state.step)
     return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
 
@@ -168,6 +191,7 @@ def per_node_eval(
 
 
 _graph_gradients = jax.jit(graph_gradients)
+_distance_metrics = jax.jit(distance_metrics)
 _eval_sums = jax.jit(eval_sums)
 _next = jax.jit(lambda step: step + 1)
 
@@ -196,4 +220,21 @@ def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..
         return node_update(params, opt_state, gradients, optimizer=optimizer)
 
     # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
+    return jax.jit(update, donate_argnums=3)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_with_prior(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    def update(
+        pullback: Any,
+        gradient: jax.Array,
+        params: PyTree,
+        opt_state: Any,
+        prior: NodeTerm,
+        progress: jax.Array,
+    ) -> Any:
+        (gradients,) = pullback(gradient)
+        gradients, distance = prior.add_to(gradients, params, progress)
+        return *node_update(params, opt_state, gradients, optimizer=optimizer), distance
+
     return jax.jit(update, donate_argnums=3)

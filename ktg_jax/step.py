@@ -7,17 +7,31 @@ in their logits, they can as well be compiled apart or placed on devices of thei
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.errors import InputError
 from ktg_jax.losses import cross_entropy, edge_losses
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.state import GraphState
 
 Metrics = dict[str, jax.Array]
+
+
+class NodeTerm(Protocol):
+    """What steers a node by its own parameters alone, such as `ktg_jax.NodePrior`. A pytree."""
+
+    def add_to(
+        self, gradients: PyTree, params: PyTree, progress: ArrayLike
+    ) -> tuple[PyTree, jax.Array]:
+        """Returns the gradients with its own added, and distances to report, float32 `[G]`."""
+
+
+Priors = Sequence[NodeTerm | None]
 
 
 def node_forward(
@@ -110,6 +124,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
+    priors: Priors | None = None,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node at once, from one forward and one backward pass. Pure.
 
@@ -128,9 +143,17 @@ def train_step(
         temperature: `Graph.temperature`.
         axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
             then that of the whole batch.
+        priors: one a node, or None where it has none, as `with_priors` returns them; they add to
+            the gradients of their own nodes, and to nothing else. None: no node has one.
 
     Returns:
-        The new state and the metrics of `graph_gradients`. Nothing of a frozen node changes.
+        The new state and the metrics of `graph_gradients`, in which the losses are those of the
+        edges. With priors also `prior_distance`, float32 `[N, G]`: how far each stage of each node
+        was from its prior before the update; NaN where there is none. Nothing of a frozen node
+        changes.
+
+    Raises:
+        InputError: a prior of a frozen node or of another student, or not one entry a node.
 
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
@@ -142,6 +165,7 @@ def train_step(
     >>> int(state.step), metrics["edge_losses"].shape
     (1, (2, 2))
     """
+    priors = checked_priors(priors, state)
     logits, pullbacks, model_state = [], [], []
     for i, fns in enumerate(node_fns):
         frozen = i in state.frozen
@@ -161,20 +185,53 @@ def train_step(
     logit_gradients, metrics = graph_gradients(logits, labels, gates, progress, temperature)
 
     params, opt_state = list(state.params), list(state.opt_state)
-    for i, pullback in enumerate(pullbacks):
+    distances: list[jax.Array | None] = [None] * len(priors)
+    for i, (pullback, prior) in enumerate(zip(pullbacks, priors, strict=True)):
         if pullback is None:
             continue
         with jax.named_scope(f"node{i}_update"):
             (gradients,) = pullback(logit_gradients[i])
             if axis_name is not None:
                 gradients = jax.lax.pmean(gradients, axis_name)
+            if prior is not None:
+                gradients, distances[i] = prior.add_to(gradients, params[i], progress)
             params[i], opt_state[i] = node_update(
                 params[i], opt_state[i], gradients, optimizer=optimizer
             )
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
+    metrics |= distance_metrics(distances)
     new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
     return new_state, metrics
+
+
+def checked_priors(priors: Priors | None, state: GraphState) -> Priors:
+    """The priors, one entry a node; raises InputError as `train_step` describes."""
+    if priors is None:
+        return (None,) * len(state.params)
+    if len(priors) != len(state.params):
+        raise InputError("priors", len(priors), f"{len(state.params)} entries, one a node")
+    for i in state.frozen:
+        if priors[i] is not None:
+            raise InputError(f"priors[{i}]", type(priors[i]).__name__, "None: the node is frozen")
+    return priors
+
+
+def distance_metrics(distances: Sequence[jax.Array | None]) -> Metrics:
+    """The metric `prior_distance` from each node's distances; none where no node has any.
+
+    >>> distance_metrics([None, jnp.array([1.0, 2.0])])["prior_distance"].tolist()
+    [[nan, nan], [1.0, 2.0]]
+    """
+    stages = max((len(distance) for distance in distances if distance is not None), default=0)
+    if not stages:
+        return {}
+    rows = [jnp.full(stages, jnp.nan) if row is None else _padded(row, stages) for row in distances]
+    return {"prior_distance": jnp.stack(rows)}
+
+
+def _padded(row: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(row, (0, length - len(row)), constant_values=jnp.nan)
 
 
 def eval_step(

@@ -223,7 +223,7 @@ def test_a_bad_graph_is_refused_by_field_value_and_what_is_allowed(
         (
             '{"nodes": [{"model": "cnn", "width": 2}], "gates": []}',
             "nodes[0].width",
-            "an object with model (and name, weights)",
+            "an object with model (and name, prior, prior_matching, prior_quantile, ",
         ),
         ('{"nodes": [{"model": "cnn"}], "gates": [["open"]]}', "gates[0][0]", GATE_NAMES),
         (

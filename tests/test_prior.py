@@ -1,5 +1,6 @@
 """Priors: distances by hand, gradients, matching, files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from safetensors.numpy import save_file
 
 from ktg_jax.errors import InputError
 from ktg_jax.representing import (
+    PRIOR_FILE,
     Prior,
+    about_prior,
     assigned,
     initialised,
+    load_prior,
     match_prior,
     normalised,
     prior_distance,
     prior_loss,
     recoding_loss,
+    save_prior,
     soft_threshold,
 )
 
@@ -240,21 +245,27 @@ def test_a_prior_of_another_student_is_refused(function: Any) -> None:
 
 # --- files
 
+MADE_FOR: dict[str, Any] = {"student": "wide", "num_classes": 7, "image_shape": (8, 8, 3)}
+
 
 @pytest.mark.parametrize("accuracy", [None, jnp.array([0.1, 0.7])])
 def test_a_prior_comes_back_from_its_file(tmp_path: Path, accuracy: jax.Array | None) -> None:
     prior = replace(PRIOR, accuracy=accuracy)
-    prior.save(tmp_path / "prior.safetensors", about={"teacher": "resnet20"})
-    loaded = Prior.load(tmp_path / "prior.safetensors")
-    chex.assert_trees_all_equal(loaded, prior)
-    chex.assert_trees_all_equal_structs(loaded, prior)
-    assert loaded.shapes == dict(zip(PATHS, SHAPES, strict=True))
+    save_prior(tmp_path / PRIOR_FILE, prior, **MADE_FOR, about={"teacher": "resnet20"})
+    for path in (tmp_path / PRIOR_FILE, tmp_path, str(tmp_path)):
+        loaded = load_prior(path)
+        chex.assert_trees_all_equal(loaded, prior)
+        chex.assert_trees_all_equal_structs(loaded, prior)
+        assert loaded.shapes == dict(zip(PATHS, SHAPES, strict=True))
+    about = about_prior(tmp_path)
+    assert (about["student"], about["teacher"]) == ("wide", "resnet20")
+    assert (json.loads(about["num_classes"]), json.loads(about["image_shape"])) == (7, [8, 8, 3])
     assert [file.name for file in tmp_path.iterdir()] == ["prior.safetensors"]
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "prior.safetensors"
-    PRIOR.save(path)
+    path = tmp_path / PRIOR_FILE
+    save_prior(path, PRIOR, **MADE_FOR)
     whole = path.read_bytes()
     swapped = whole.replace(b"[0.5, 0.25]", b"[0.5, 0.75]")
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
@@ -262,18 +273,28 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     for damaged in (whole[:-4], whole[:20], b"", swapped, flipped):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"^prior: got '.*prior.safetensors'; allowed: ") as e:
-            Prior.load(path)
+            load_prior(path)
         assert "\n" not in str(e.value)
     path.write_bytes(whole)
-    chex.assert_trees_all_equal(Prior.load(path), PRIOR)
+    chex.assert_trees_all_equal(load_prior(path), PRIOR)
+
+
+def test_another_prior_has_another_checksum(tmp_path: Path) -> None:
+    changed = replace(PRIOR, kernels=(PRIOR.kernels[0], -PRIOR.kernels[1]))
+    sums = []
+    for prior in (PRIOR, changed, PRIOR):
+        save_prior(tmp_path / PRIOR_FILE, prior, **MADE_FOR)
+        sums.append(about_prior(tmp_path)["checksum"])
+    assert sums[0] == sums[2] != sums[1]
 
 
 def test_files_that_are_no_priors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"allowed: a whole .safetensors file"):
-        Prior.load(tmp_path / "missing.safetensors")
+    for missing in (tmp_path / "missing.safetensors", tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match=r"allowed: a whole .safetensors file, or a folder"):
+            load_prior(missing)
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"allowed: a file that Prior.save wrote"):
-        Prior.load(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"allowed: a file that save_prior wrote"):
+        load_prior(tmp_path / "other.safetensors")
     for name in ("prior.npz", "missing/prior.safetensors"):
         with pytest.raises(InputError, match=r"^prior: got .*; allowed: a file "):
-            PRIOR.save(tmp_path / name)
+            save_prior(tmp_path / name, PRIOR, **MADE_FOR)

@@ -29,6 +29,20 @@ class Tiny(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="classifier")(x)
 
 
+class Staged(nn.Module):
+    """Two convolutions, each a stage of its own."""
+
+    num_classes: int
+    widths: tuple[int, int] = (4, 6)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        x = nn.Conv(self.widths[0], (3, 3), strides=2, use_bias=False, name="stage1_conv")(images)
+        x = BatchNormRelu(jnp.float32, None, name="norm")(x, train)
+        x = nn.Conv(self.widths[1], (1, 1), use_bias=False, name="stage2_conv")(nn.relu(x))
+        return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
+
+
 class Dropping(nnx.Module):
     """Batch statistics and a random stream."""
 
@@ -65,5 +79,7 @@ def dropping(num_classes: int) -> ktg.NodeFns:
 
 
 ktg.register_model("tiny", Tiny)
+ktg.register_model("staged", Staged)
+ktg.register_model("staged_wide", lambda num_classes: Staged(num_classes, (8, 12)))
 ktg.register_model("dropping", dropping)
 ktg.register_model("failing", Failing)

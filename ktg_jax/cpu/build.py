@@ -36,12 +36,12 @@ class OneDnn:
     Attributes:
         prefix: where it is installed.
         version: "3.2", say.
-        library: the shared library.
+        shared_object: the shared library.
     """
 
     prefix: Path
     version: str
-    library: Path
+    shared_object: Path
 
 
 def find_onednn() -> OneDnn:
@@ -84,7 +84,7 @@ def library_path() -> Path:
     include = jax.ffi.include_dir()
     command = [*compiler, *_FLAGS, f"-isystem{include}", f"-isystem{onednn.prefix / 'include'}"]
     command += [str(source) for source in sorted(SOURCES.glob("*.cc"))]
-    command += [str(onednn.library), f"-Wl,-rpath,{onednn.library.parent}"]
+    command += [str(onednn.shared_object), f"-Wl,-rpath,{onednn.shared_object.parent}"]
     try:
         key = _key(compiler, command, onednn)
     except OSError as error:

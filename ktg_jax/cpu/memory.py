@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
     XLA allocates a step's activations anew in every step; with glibc's defaults each page of them
-    is mapped, zeroed and unmapped every time, which can take a third of a training step. Call it
+    is mapped, zeroed and unmapped every time, which can take a quarter of a training step. Call it
     before JAX's first computation: threads that already allocate keep their ways. The process's
     memory stays at its peak.
 

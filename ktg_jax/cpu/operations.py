@@ -67,30 +67,23 @@ def convolution(images: jax.Array, kernel: jax.Array, stride: int, padding: int)
         for extent, side in zip(images.shape[1:3], kernel.shape[:2], strict=True)
     ]
     shape = (images.shape[0], *size, kernel.shape[3])
-    attributes = {"stride": stride, "padding": padding}
-    return _call("KtgConvolution", [shape], (images, kernel), "br", "b", attributes=attributes)[0]
+    return _convolve("KtgConvolution", shape, (images, kernel), "br", "b", stride, padding)
 
 
 def convolution_input_gradient(
     gradient: jax.Array, kernel: jax.Array, shape: Sequence[int], stride: int, padding: int
 ) -> jax.Array:
     """The gradient to images `[B, H, W, in]` (`shape`) of a convolution."""
-    attributes = {"stride": stride, "padding": padding}
     operands = (gradient, kernel)
-    return _call(
-        "KtgConvolutionInputGradient", [shape], operands, "br", "b", attributes=attributes
-    )[0]
+    return _convolve("KtgConvolutionInputGradient", shape, operands, "br", "b", stride, padding)
 
 
 def convolution_weight_gradient(
     images: jax.Array, gradient: jax.Array, shape: Sequence[int], stride: int, padding: int
 ) -> jax.Array:
     """The gradient to the kernel `[h, w, in, out]` (`shape`) of a convolution."""
-    attributes = {"stride": stride, "padding": padding}
     operands = (images, gradient)
-    return _call(
-        "KtgConvolutionWeightGradient", [shape], operands, "bb", "s", attributes=attributes
-    )[0]
+    return _convolve("KtgConvolutionWeightGradient", shape, operands, "bb", "s", stride, padding)
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,6 +133,20 @@ def combine_moments(
     mean = jax.lax.pmean(share_mean, axis_name)
     between = jax.lax.pmean(jnp.square(share_mean - mean), axis_name)
     return mean, jax.lax.pmean(share_variance, axis_name) + between
+
+
+def _convolve(
+    target: str,
+    shape: Sequence[int],
+    operands: tuple[jax.Array, ...],
+    operand_kinds: str,
+    result_kind: str,
+    stride: int,
+    padding: int,
+) -> jax.Array:
+    attributes = {"stride": stride, "padding": padding}
+    (made,) = _call(target, [shape], operands, operand_kinds, result_kind, attributes=attributes)
+    return made
 
 
 def _sum(of_shares: tuple[jax.Array, ...], axis_name: Any) -> tuple[jax.Array, ...]:

@@ -12,15 +12,19 @@ a named option:
 - the prior's loss compares normalised filters, index by index (`prior`), after the student started
   from the prior's or filters were assigned (`matching`);
 - the penalty is a soft threshold at a quantile of the prior's gradient, with a dead-zone loss or an
-  L1 recoding of filters as alternatives (`recoding`).
+  L1 recoding of filters as alternatives (`recoding`);
+- a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Layers: recoding, stages, attention -> prior -> matching, kernels, aggregate.
+Layers: recoding, stages, attention -> prior -> matching, kernels, aggregate, files -> composition.
 """
 
+from ktg_jax.graph_node import MATCHINGS, SCHEDULES
 from ktg_jax.representing.aggregate import aggregate_prior
 from ktg_jax.representing.attention import attention_transfer_loss
+from ktg_jax.representing.composition import NodePrior, with_priors
+from ktg_jax.representing.files import PRIOR_FILE, about_prior, load_prior, save_prior
 from ktg_jax.representing.kernels import cluster_prior, svd_prior
-from ktg_jax.representing.matching import MATCHINGS, assigned, initialised, match_prior
+from ktg_jax.representing.matching import assigned, initialised, match_prior
 from ktg_jax.representing.prior import (
     NORMALISATIONS,
     Prior,
@@ -47,8 +51,12 @@ from ktg_jax.representing.stages import (
 __all__ = [
     "MATCHINGS",
     "NORMALISATIONS",
+    "PRIOR_FILE",
+    "SCHEDULES",
     "KernelShapes",
+    "NodePrior",
     "Prior",
+    "about_prior",
     "aggregate_prior",
     "assigned",
     "attention_transfer_loss",
@@ -57,16 +65,19 @@ __all__ = [
     "dead_zone_loss",
     "initialised",
     "l1_recoding",
+    "load_prior",
     "match_prior",
     "normalised",
     "prior_distance",
     "prior_loss",
     "recoding_loss",
     "recoding_threshold",
+    "save_prior",
     "soft_threshold",
     "sparse_recoding",
     "stage_convolutions",
     "stage_kernels",
     "stage_outputs",
     "svd_prior",
+    "with_priors",
 ]

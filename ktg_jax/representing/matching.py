@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktg_jax.errors import InputError
+from ktg_jax.graph_node import MATCHINGS
 from ktg_jax.nodes import PyTree
 from ktg_jax.representing.prior import Prior, check_prior, normalised
 from ktg_jax.trees import by_path, replaced
-
-MATCHINGS = ("initialise", "assignment", "none")
 
 
 def match_prior(

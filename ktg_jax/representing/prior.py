@@ -4,22 +4,12 @@ That priors are kernels of single convolutions, one a stage, compared filter by 
 scale, is our reading of KR's "distribution of the parameters"; see `ktg_jax.representing`.
 """
 
-import json
-import os
-import zlib
-from collections.abc import Mapping
-from pathlib import Path
-
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path
 from ktg_jax.nodes import PyTree
 from ktg_jax.representing.recoding import (
     check_quantile,
@@ -28,10 +18,9 @@ from ktg_jax.representing.recoding import (
     recoding_threshold,
 )
 from ktg_jax.representing.stages import KernelShapes
-from ktg_jax.trees import FlatTree, by_path, digest
+from ktg_jax.trees import by_path
 
 NORMALISATIONS = ("unit", "standard")
-_FORMAT = "ktg_jax prior 1"
 
 
 @flax.struct.dataclass
@@ -59,63 +48,6 @@ class Prior:
     def shapes(self) -> KernelShapes:
         """The kernels' shapes by path, as `stage_kernels` gives a student's."""
         return dict(zip(self.paths, (tuple(kernel.shape) for kernel in self.kernels), strict=True))
-
-    def save(self, path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
-        """Writes a safetensors file: tensors and text, reading it executes nothing.
-
-        Args:
-            path: ends in `.safetensors`.
-            about: further texts to keep in the file's metadata.
-
-        Raises:
-            InputError: another suffix, or a file that cannot be written.
-        """
-        if Path(path).suffix != ".safetensors":
-            raise InputError("prior", str(path), "a file name that ends in .safetensors")
-        kernels = (np.array(kernel, np.float32) for kernel in self.kernels)
-        tensors = dict(zip(self.paths, kernels, strict=True))
-        accuracy = None if self.accuracy is None else np.asarray(self.accuracy, float).tolist()
-        texts = {
-            **(about or {}),
-            "format": _FORMAT,
-            "paths": json.dumps(self.paths),
-            "accuracy": json.dumps(accuracy),
-        }
-        texts["checksum"] = _checksum(tensors, texts)
-        try:
-            with atomic_path(path) as temporary:
-                save_file(tensors, temporary, metadata=texts)
-        except (OSError, SafetensorError) as error:
-            raise InputError("prior", str(path), f"a file that can be written ({error})") from None
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Prior":
-        """Reads what `save` wrote.
-
-        Raises:
-            InputError: a file that cannot be read, is damaged, or holds no prior.
-        """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                texts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError("prior", str(path), f"a whole .safetensors file ({error})") from None
-        if texts.get("format") != _FORMAT:
-            raise InputError("prior", str(path), "a file that Prior.save wrote")
-        if texts.get("checksum") != _checksum(tensors, texts):
-            raise InputError("prior", str(path), "an undamaged file (its checksum differs)")
-        paths, accuracy = tuple(json.loads(texts["paths"])), json.loads(texts["accuracy"])
-        return cls(
-            tuple(jnp.asarray(tensors[name]) for name in paths),
-            paths,
-            None if accuracy is None else jnp.asarray(accuracy, jnp.float32),
-        )
-
-
-def _checksum(tensors: FlatTree, texts: Mapping[str, str]) -> str:
-    described = f"{texts.get('paths')} {texts.get('accuracy')}"
-    return str(zlib.crc32(described.encode(), digest(tensors)))
 
 
 def check_prior(params: PyTree, prior: Prior) -> None:

@@ -88,7 +88,7 @@ class GraphSampler(optuna.samplers.BaseSampler):
         """A graph's parameters, those that the search space asks for."""
         rng = np.random.default_rng([self._seed, trial.number])
         drawn = self._draw(study, trial, search_space, rng)
-        given = trial.system_attrs.get("fixed_params", {})
+        given = trial.params | trial.system_attrs.get("fixed_params", {})
         parameters = _with_a_heard_edge(self._space, drawn, given, rng)
         return {name: parameters[name] for name in search_space}
 

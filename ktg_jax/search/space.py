@@ -9,7 +9,8 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
-from ktg_jax.graph import Graph, Node
+from ktg_jax.graph import Graph
+from ktg_jax.graph_node import Node
 from ktg_jax.models import check_model
 
 _LARGEST = 7
