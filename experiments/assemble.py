@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import optax
 
 import ktg_jax as ktg
 from experiments.config import TrainConfig
+from experiments.options import Training
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
 from ktg_jax.loop import Arrays, Means
+from ktg_jax.representing import about_prior
 from ktg_jax.state import GraphState
 from ktg_jax.weights import load_weights, with_weights
 
@@ -27,7 +29,8 @@ class Run:
 
     Attributes:
         graph: of the networks.
-        state: the initial state, pre-trained weights included.
+        node_fns: one a node.
+        state: the initial state, pre-trained weights and priors included.
         engine: which trains and evaluates, on which devices.
         step: `step(state, count)`, compiled; consumes the state.
         val: validation images as the engine has them, or None.
@@ -40,6 +43,7 @@ class Run:
     """
 
     graph: ktg.Graph
+    node_fns: Sequence[ktg.NodeFns]
     state: GraphState
     engine: Engine
     step: Callable[[GraphState, int], tuple[GraphState, dict[str, jax.Array]]]
@@ -64,15 +68,16 @@ class Run:
         return val, None if self.test is None else evaluate(state, self.test)
 
 
-def load(config: TrainConfig) -> Dataset:
-    """Loads the data, split as the configuration says."""
+def load(training: Training, with_test: bool = True) -> Dataset:
+    """Loads the data, split as is said; without its test images they are not even opened."""
     return load_dataset(
-        config.data,
-        config.data_dir,
-        train_limit=config.train_limit,
-        val_fraction=config.val_fraction,
-        image_size=config.image_size,
-        split_seed=config.split_seed,
+        training.data,
+        training.data_dir,
+        train_limit=training.train_limit,
+        val_fraction=training.val_fraction,
+        image_size=training.image_size,
+        split_seed=training.split_seed,
+        with_test=with_test,
     )
 
 
@@ -89,15 +94,26 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def assemble(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> Run:
-    """Builds the run.
+def prior_facts(graph: ktg.Graph) -> dict[str, Any]:
+    """The priors' checksums by node: they, too, must be the same when a run is resumed."""
+    sums = {n.name: about_prior(n.prior)["checksum"] for n in graph.nodes if n.prior is not None}
+    return {"prior_facts": sums} if sums else {}
+
+
+def assemble(
+    config: TrainConfig,
+    graph: ktg.Graph,
+    dataset: Dataset,
+    devices: Sequence[jax.Device] | None = None,
+) -> Run:
+    """Builds the run, on these devices (default: all of this process's).
 
     Raises:
-        InputError: weights that do not fit, a batch larger than the data, a model that cannot
-            compute in bfloat16.
+        InputError: weights or a prior that does not fit, a batch larger than the data, a model
+            that cannot compute in bfloat16.
     """
     weights = {i: load_weights(node.weights) for i, node in enumerate(graph.nodes) if node.weights}
-    parallel = ktg.Parallel(config.parallel)
+    parallel = ktg.Parallel(config.parallel, devices or jax.local_devices())
     engine_name = choose_engine(config.engine, parallel, config.steps_per_call)
     per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
@@ -124,6 +140,7 @@ def assemble(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> Run:
     state = ktg.init_state(graph, node_fns, optimizer, init_key, sample)
     for i, node_weights in weights.items():
         state = with_weights(state, i, node_weights)
+    state, priors = ktg.with_priors(state, graph)
     task: dict[str, Any] = {
         "image_shape": dataset.image_shape,
         "total_steps": total_steps,
@@ -132,17 +149,17 @@ def assemble(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> Run:
     if engine_name == "fused":
         engine = fused_engine(node_fns, optimizer, parallel, batches, **task)
     else:
-        devices = parallel.devices
-        engine = per_node_engine(node_fns, optimizer, state, devices, batches, **task)
+        engine = per_node_engine(node_fns, optimizer, state, parallel.devices, batches, **task)
 
     def load(split: Split | None) -> Any:
         return None if split is None else engine.load(Arrays(split.images, split.labels))
 
     return Run(
         graph=graph,
+        node_fns=node_fns,
         state=engine.place(state),
         engine=engine,
-        step=engine.make_step(load(dataset.train), graph.gate_codes, data_key),
+        step=engine.make_step(load(dataset.train), graph.gate_codes, data_key, priors),
         val=load(dataset.val),
         test=load(dataset.test),
         epochs=config.epochs,

@@ -1,8 +1,12 @@
 """How a command ends: exit code 0, 2 for bad input, 1 for a failed run, one line, no traceback."""
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable
+
+from rich.console import Console
 
 from ktg_jax.errors import InputError, RunError
 
@@ -12,6 +16,7 @@ def run(
     interrupted: str = "interrupted; the same command goes on from the last checkpoint",
 ) -> None:
     """Runs a command's main function and exits; `interrupted` is what it says after Ctrl-C."""
+    sys.unraisablehook = _interrupt_again
     # Orbax logs every file it writes, and the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -23,6 +28,28 @@ def run(
     except KeyboardInterrupt:
         _end(interrupted, 130)
     sys.exit(0)
+
+
+_AGAIN_SECONDS = 0.05
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Sends Ctrl-C anew where it came in code that nothing can be raised from, such as JAX's callback
+    of the garbage collector: Python drops it there, and the command would go on.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # A little later, for it would be dropped in here as well.
+        main = threading.main_thread().ident
+        again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is, however long."""
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _end(message: str, code: int) -> None:

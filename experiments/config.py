@@ -1,11 +1,8 @@
 """What a training run is asked to do: the command line's fields, and their checks."""
 
 import dataclasses
-import hashlib
-import importlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -15,29 +12,29 @@ import tyro
 
 import ktg_jax as ktg
 import ktg_jax.models
+from experiments.options import Training, at_least, check_training, digest
+from experiments.searching.folder import found_graph, is_search, split_source
 from ktg_jax.errors import InputError
 
 PRESETS = ("mutual", "independent", "distillation", "chain")
 DEFAULT_MODELS = ("cnn", "cnn", "cnn")
+PRETRAINED = "pretrained"
+"""As a node's weights: those of the same network, trained alone first."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a knowledge transfer graph: several networks together, each learning from the others.
-
-    The target is node 0. Running the same command again resumes an interrupted run.
-    """
-
+class _GraphOptions:
     graph: str = "mutual"
     """A JSON file, or a preset: mutual (every gate through), independent (labels only),
     distillation (the first model is the student, the others its frozen teachers), chain (each
-    model learns from the next)."""
+    model learns from the next); or what experiments.search found: the folder of a search for its
+    best graph, DIR:TRIAL for another."""
     models: tuple[str, ...] = ()
     """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ...
     Without them: cnn cnn cnn."""
     weights: tuple[str, ...] = ()
     """Initial weights of a preset's nodes, one a model: a run's folder, DIR:node, a .safetensors
-    file, or none."""
+    file, pretrained (trained alone first, on the same data, and kept for other runs), or none."""
     temperature: float | None = None
     """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
     prune: bool = False
@@ -45,39 +42,14 @@ class TrainConfig:
     imports: tuple[str, ...] = ()
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
-    data: str = "digits"
-    """digits | cifar10 | cifar100 | tiny_imagenet | npz:FILE | folder:DIR."""
-    data_dir: str | None = None
-    """Where cifar10, cifar100 or tiny_imagenet are; else tensorflow-datasets' own folder."""
-    train_limit: int | None = None
-    """Use only so many training images (stratified), validation images included."""
-    val_fraction: float = 0.1
-    """Share of the training images held out for validation (stratified); 0: none."""
-    split_seed: int = 0
-    """Seed of the limit and of the validation split; independent of --seed."""
-    image_size: int | None = None
-    """Resize images to so many pixels a side on load."""
 
-    epochs: int = 15
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images a step, over all devices; a last partial batch is dropped."""
-    learning_rate: float = 0.1
-    """Peak learning rate of SGD with Nesterov momentum 0.9."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: times 0.1 after 30, 60 and 90 per cent of the training; cosine: down to 0."""
-    weight_decay: float = 5e-4
-    """Coupled weight decay, on all parameters."""
-    warmup_epochs: int = 0
-    """Epochs in which the learning rate rises linearly."""
-    seed: int = 0
-    """Seed of initial weights, data order and augmentation."""
-    augment: bool = True
-    """Random crops of the image padded by an eighth of its size, and random mirroring."""
-    mirror: bool = True
-    """Mirroring as part of --augment (never done with digits)."""
-    mixed_precision: bool = False
-    """Compute in bfloat16; parameters, statistics and losses stay float32."""
+@dataclass(frozen=True)
+class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
+    """Train a knowledge transfer graph: several networks together, each learning from the others.
+
+    The target is node 0. Running the same command again resumes an interrupted run.
+    """
+
     parallel: Literal["jit", "pmap"] = "jit"
     """How all local devices are used: jit over a mesh, or pmap."""
 
@@ -102,41 +74,21 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
-    _at_least(config, 1, "epochs", "batch_size", "steps_per_call")
-    _at_least(config, 0, "warmup_epochs", "seed", "split_seed")
-    for field in ("train_limit", "image_size", "cpu_devices"):
-        if getattr(config, field) is not None:
-            _at_least(config, 1, field)
-    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise InputError("learning_rate", config.learning_rate, "a finite number above 0")
-    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
-        raise InputError("weight_decay", config.weight_decay, "a finite number of at least 0")
-    if not 0 <= config.val_fraction < 1:
-        raise InputError("val_fraction", config.val_fraction, "at least 0 and below 1")
-    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 0:
-        raise InputError("warmup_epochs", config.warmup_epochs, f"below epochs ({config.epochs})")
-
-
-def import_modules(names: tuple[str, ...]) -> None:
-    """Imports the user's modules, which may register models."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise InputError("imports", name, f"a module that can be imported ({error})") from None
+    check_training(config)
+    at_least(config, 1, "steps_per_call")
+    if config.cpu_devices is not None:
+        at_least(config, 1, "cpu_devices")
 
 
 def build_graph(config: TrainConfig) -> ktg.Graph:
     """The graph that the options describe."""
     if config.graph in PRESETS:
         graph = _preset(config.graph, _preset_nodes(config))
-    elif Path(config.graph).is_file():
+    else:
+        graph = _graph_of(config.graph)
         for field in ("models", "weights"):
             if getattr(config, field):
                 raise InputError(field, list(getattr(config, field)), "nothing beside a graph file")
-        graph = ktg.Graph.load(config.graph)
-    else:
-        raise InputError("graph", config.graph, f"{', '.join(PRESETS)}, or a JSON file")
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
     for i, node in enumerate(graph.nodes):
@@ -162,10 +114,9 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
 
 def default_workdir(config: TrainConfig, fields: Mapping[str, Any]) -> Path:
     """A folder's name from what determines the run."""
-    text = json.dumps(fields, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     data = config.data.partition(":")[0]
-    return Path("runs") / f"{data}-{Path(config.graph).stem}-{digest}"
+    name = Path(config.graph).stem.replace(":", "-")
+    return Path("runs") / f"{data}-{name}-{digest(fields)}"
 
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
@@ -185,13 +136,36 @@ EXAMPLES = """Examples:
       --epochs 200 --val-fraction 0 --workdir runs/dml
   python -m experiments.train --graph distillation --models resnet8 resnet20
       --weights none runs/teacher --temperature 4 --data cifar10
-  python -m experiments.train --graph my_graph.json --data npz:images.npz"""
+  python -m experiments.train --graph my_graph.json --data npz:images.npz
+  python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 --epochs 200"""
 
 
-def _at_least(config: TrainConfig, minimum: int, *fields: str) -> None:
-    for field in fields:
-        if getattr(config, field) < minimum:
-            raise InputError(field, getattr(config, field), f"at least {minimum}")
+def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
+    """The graph with `weights="pretrained"` at each frozen node that has none.
+
+    >>> [node.weights for node in with_pretrained(ktg.graphs.distillation("cnn", "cnn")).nodes]
+    [None, 'pretrained']
+    """
+    return with_weights(
+        graph,
+        lambda i, node: PRETRAINED if i in graph.frozen and node.weights is None else node.weights,
+    )
+
+
+def with_weights(graph: ktg.Graph, source: Callable[[int, ktg.Node], str | None]) -> ktg.Graph:
+    """The graph with the weights that `source` gives for each node and its index."""
+    nodes = [dataclasses.replace(n, weights=source(i, n)) for i, n in enumerate(graph.nodes)]
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _graph_of(source: str) -> ktg.Graph:
+    """The graph of a file, or of a search."""
+    if Path(source).is_file():
+        return ktg.Graph.load(source)
+    if is_search(split_source(source)[0]):
+        return with_pretrained(found_graph(source))
+    allowed = f"{', '.join(PRESETS)}, a JSON file, or a folder of experiments.search"
+    raise InputError("graph", source, allowed)
 
 
 def _preset_nodes(config: TrainConfig) -> list[ktg.Node]:

@@ -20,7 +20,7 @@ from rich.table import Table
 import ktg_jax as ktg
 from experiments import cli
 from experiments.assemble import data_facts
-from experiments.config import import_modules
+from experiments.options import import_modules
 from experiments.process import prepare
 from experiments.results import best_epoch
 from experiments.workdir import Workdir
@@ -56,6 +56,8 @@ class EvaluateConfig:
     """Write one node alone to this .safetensors file, too."""
     node: str | None = None
     """The node to export (default: the target)."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     config = tyro.cli(
         EvaluateConfig, prog="python -m experiments.evaluate", description=description
     )
-    prepare()
+    prepare(config.compile_cache)
     evaluate(config, Console())
 
 

@@ -1,8 +1,10 @@
 """What is set once for the whole process, before JAX computes anything."""
 
 import os
+from dataclasses import dataclass
 
 import jax
+import jax.monitoring
 
 from ktg_jax.cpu.memory import keep_freed_memory
 from ktg_jax.errors import InputError
@@ -34,3 +36,45 @@ def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
         # Small programs are many: together they take as long as the large ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@dataclass
+class Programs:
+    """Counts the programs that this process asks JAX for, from when it is made.
+
+    Attributes:
+        requested: programs that were not there yet in this process.
+        loaded: those of them that came from the compilation cache.
+    """
+
+    requested: int = 0
+    loaded: int = 0
+
+    def __post_init__(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    @property
+    def compiled(self) -> int:
+        """Those that were compiled."""
+        return self.requested - self.loaded
+
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.requested += event == "/jax/core/compile/backend_compile_duration"
+
+    def _on_event(self, event: str, **kwargs: str | int) -> None:
+        self.loaded += event == "/jax/compilation_cache/cache_hits"
+
+
+def share_cores(index: int, count: int) -> None:
+    """Confines this process to its share of the cores, before JAX starts its threads.
+
+    Args:
+        index: of the process among those that share the machine.
+        count: of such processes; where they are more than the cores, some have one in common.
+    """
+    if not hasattr(os, "sched_setaffinity"):  # only Linux has it
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[index * len(cores) // count : (index + 1) * len(cores) // count]
+    os.sched_setaffinity(0, mine or [cores[index % len(cores)]])

@@ -5,28 +5,31 @@ minute on two CPU cores.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 from rich.console import Console
 
 import ktg_jax as ktg
 from experiments import cli
-from experiments.assemble import Run, assemble, data_facts, load
+from experiments.assemble import Run, assemble, data_facts, load, prior_facts
 from experiments.config import (
     TrainConfig,
     build_graph,
     check,
     default_workdir,
-    import_modules,
     parse,
     resolved,
 )
+from experiments.options import import_modules
+from experiments.pretrained import locate_pretrained
 from experiments.process import prepare
 from experiments.progress import Display
 from experiments.results import Best, Record, best_epoch, make_result, result_table
 from experiments.tensorboard import event_writer, require_tensorboard
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import Checkpoints
+from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import RunError
 from ktg_jax.loop import train_epochs
 from ktg_jax.state import GraphState
@@ -42,8 +45,20 @@ def main() -> None:
     train(config, Console())
 
 
-def train(config: TrainConfig, console: Console) -> None:
+def train(
+    config: TrainConfig,
+    console: Console,
+    dataset: Dataset | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
     """Trains, or goes on training, the run that the configuration describes.
+
+    Args:
+        config: of the run.
+        console: where to say what is done.
+        dataset: that the configuration describes, where it is loaded already; without test images
+            the result has none of their numbers.
+        devices: to train on (default: all of this process's).
 
     Raises:
         InputError: bad input, found before anything is computed or written.
@@ -59,23 +74,26 @@ def train(config: TrainConfig, console: Console) -> None:
     if config.resume:
         workdir.check(fields)
         if workdir.result is not None:
-            _say(console, f"{workdir.path} is finished; nothing to do.")
+            cli.say(console, f"{workdir.path} is finished; nothing to do.")
             console.print(result_table(workdir.result))
             return
 
-    dataset = load(config)
-    run = assemble(config, graph, dataset)
+    dataset = dataset or load(config)
+
+    def train_alone(alone: TrainConfig, dataset: Dataset) -> None:
+        cli.say(console, f"The frozen {alone.models[0]} is trained first.")
+        train(alone, console, dataset, devices)
+
+    located = locate_pretrained(graph, config, dataset, train_alone)
+    run = assemble(config, located, dataset, devices)
     if config.tensorboard:
         require_tensorboard()
     if not config.resume and (aside := workdir.set_aside()):
-        _say(console, f"The former run is kept in {aside}.")
-    workdir.begin(fields | {"data_facts": data_facts(dataset)}, graph, config.data_dir)
+        cli.say(console, f"The former run is kept in {aside}.")
+    facts = {"data_facts": data_facts(dataset), **prior_facts(graph)}
+    workdir.begin(fields | facts, config.data_dir, {"graph.json": fields["graph"]})
     with workdir.locked(), Checkpoints(workdir.checkpoints) as checkpoints:
         _Training(run, workdir, checkpoints, console, config.tensorboard).go()
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 class _Training:
@@ -98,13 +116,13 @@ class _Training:
 
     def go(self) -> None:
         """Does it all."""
-        _say(self._console, f"Training in {self._workdir.path}: {self._run.summary}.")
-        _say(self._console, f"Convolutions: {ktg.cpu_convolution()}.")
+        cli.say(self._console, f"Training in {self._workdir.path}: {self._run.summary}.")
+        cli.say(self._console, f"Convolutions: {ktg.cpu_convolution()}.")
         state, records = self._resume()
         state = self._train(state, records)
         result = self._finish(state, records)
         self._console.print(result_table(result))
-        _say(
+        cli.say(
             self._console,
             f"Trained {len(records)} epochs in {result['seconds']:.1f} s "
             f"({records[-1]['images_per_second']:.0f} images/s in the last); metrics, pictures and "
@@ -115,9 +133,9 @@ class _Training:
         """The state to go on from, and the records of the epochs that led to it."""
         epoch, state, messages = self._checkpoints.restore_latest(self._run.state, self._names)
         for message in messages:
-            _say(self._console, f"{message}; going back to epoch {epoch}.")
+            cli.say(self._console, f"{message}; going back to epoch {epoch}.")
         if epoch:
-            _say(self._console, f"Resuming after epoch {epoch} of {self._run.epochs}.")
+            cli.say(self._console, f"Resuming after epoch {epoch} of {self._run.epochs}.")
         records = self._workdir.records(up_to_epoch=epoch)
         self._workdir.keep_records(records)
         return self._run.engine.place(state), records
@@ -201,7 +219,7 @@ class _Training:
             try:
                 state = self._checkpoints.restore(state, self._names, epoch)
             except RunError as error:
-                _say(self._console, f"{error}; the best epoch is left out of the result.")
+                cli.say(self._console, f"{error}; the best epoch is left out of the result.")
                 return None
         return epoch, *self._run.evaluate_val_and_test(self._run.engine.place(state))
 

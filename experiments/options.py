@@ -1,0 +1,101 @@
+"""What every training is asked: the data, the optimiser and the schedule; and their checks."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ktg_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Training:
+    """The data, and how networks are trained on it."""
+
+    data: str = "digits"
+    """digits | cifar10 | cifar100 | tiny_imagenet | npz:FILE | folder:DIR."""
+    data_dir: str | None = None
+    """Where cifar10, cifar100 or tiny_imagenet are; else tensorflow-datasets' own folder."""
+    train_limit: int | None = None
+    """Use only so many training images (stratified), validation images included."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation (stratified); 0: none."""
+    split_seed: int = 0
+    """Seed of the limit and of the validation split; independent of --seed."""
+    image_size: int | None = None
+    """Resize images to so many pixels a side on load."""
+
+    epochs: int = 15
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images a step, over all devices; a last partial batch is dropped."""
+    learning_rate: float = 0.1
+    """Peak learning rate of SGD with Nesterov momentum 0.9."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: times 0.1 after 30, 60 and 90 per cent of the training; cosine: down to 0."""
+    weight_decay: float = 5e-4
+    """Coupled weight decay, on all parameters."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises linearly."""
+    seed: int = 0
+    """Seed of initial weights, data order and augmentation."""
+    augment: bool = True
+    """Random crops of the image padded by an eighth of its size, and random mirroring."""
+    mirror: bool = True
+    """Mirroring as part of --augment (never done with digits)."""
+    mixed_precision: bool = False
+    """Compute in bfloat16; parameters, statistics and losses stay float32."""
+
+
+def check_training(training: Training) -> None:
+    """Raises InputError for the first value that is out of range, before anything is loaded."""
+    at_least(training, 1, "epochs", "batch_size")
+    at_least(training, 0, "warmup_epochs", "seed", "split_seed")
+    for field in ("train_limit", "image_size"):
+        if getattr(training, field) is not None:
+            at_least(training, 1, field)
+    if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
+        raise InputError("learning_rate", training.learning_rate, "a finite number above 0")
+    if not (math.isfinite(training.weight_decay) and training.weight_decay >= 0):
+        raise InputError("weight_decay", training.weight_decay, "a finite number of at least 0")
+    if not 0 <= training.val_fraction < 1:
+        raise InputError("val_fraction", training.val_fraction, "at least 0 and below 1")
+    if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
+        allowed = f"below epochs ({training.epochs})"
+        raise InputError("warmup_epochs", training.warmup_epochs, allowed)
+
+
+def training_fields(training: Training) -> dict[str, Any]:
+    """The fields of `Training` alone, of whatever was made of it."""
+    return {field.name: getattr(training, field.name) for field in dataclasses.fields(Training)}
+
+
+def at_least(options: Any, minimum: float, *fields: str) -> None:
+    """Raises InputError for the first of these fields that is less."""
+    for field in fields:
+        if getattr(options, field) < minimum:
+            raise InputError(field, getattr(options, field), f"at least {minimum}")
+
+
+def digest(fields: Mapping[str, Any], length: int = 8) -> str:
+    """So many hexadecimal digits that are the same for the same JSON fields."""
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's fields as they were before JSON made lists of tuples."""
+    return {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+
+
+def import_modules(names: tuple[str, ...]) -> None:
+    """Imports the user's modules, which may register models."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError("imports", name, f"a module that can be imported ({error})") from None

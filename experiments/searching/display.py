@@ -1,0 +1,138 @@
+"""What one sees of a search: a live table in a terminal, and a line for each finished trial."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+import ktg_jax as ktg
+from experiments.searching.records import TrialRecord
+
+
+class SearchDisplay:
+    """Shows the trials done, pruned, running and equivalent, the best so far, and the time left.
+
+    Args:
+        trials: so many in all.
+        epochs: of a whole trial.
+        console: where to; the table is shown only in a terminal.
+    """
+
+    def __init__(self, trials: int, epochs: int, console: Console) -> None:
+        self._total = trials
+        self._epochs = epochs
+        self._console = console
+        self._records: Sequence[TrialRecord] = ()
+        self._said: set[int] | None = None
+        self._began = time.monotonic()
+        self._done_before = 0
+        self._bar = Progress(
+            TextColumn("trials"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=trials, left="")
+        self._live = Live(
+            console=console, refresh_per_second=2, get_renderable=self._render, transient=True
+        )
+
+    def __enter__(self) -> "SearchDisplay":
+        """Begins to show."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Clears the table."""
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def update(self, records: Sequence[TrialRecord]) -> None:
+        """Takes note of how the trials stand, and says which ended since."""
+        self._records = records
+        ended = {trial.number: trial for trial in records if _is_ended(trial)}
+        if self._said is None:
+            self._said = set(ended)
+            self._done_before = len(ended)
+        for number in sorted(set(ended) - self._said):
+            line = Text(_line(ended[number]))
+            self._console.print(line, soft_wrap=True)
+        self._said |= set(ended)
+        self._bar.update(self._task, completed=len(ended), left=self._left(len(ended)))
+
+    def _left(self, done: int) -> str:
+        here = done - self._done_before
+        if here == 0:
+            return "time left: -"
+        seconds = (self._total - done) * (time.monotonic() - self._began) / here
+        minutes, seconds = divmod(round(max(seconds, 0)), 60)
+        return f"time left: {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def _render(self) -> Group:
+        counts = Table(*COUNTS, box=None)
+        counts.add_row(*(str(number) for number in count(self._records).values()))
+        running = Table("running", "graph", "epoch", "val. accuracy", box=None)
+        for trial in self._records:
+            if trial.state == "running" and trial.graph is not None:
+                epoch = max(trial.curve, default=0)
+                value = f"{100 * trial.curve[epoch]:.2f} %" if epoch else "-"
+                graph = short(trial.graph.pruned())
+                running.add_row(str(trial.number), graph, f"{epoch}/{self._epochs}", value)
+        best = best_so_far(self._records)
+        text = "-" if best is None else _line(best)
+        return Group(self._bar, counts, running, f"best: {text}")
+
+
+COUNTS = ("complete", "pruned", "failed", "running", "equivalent")
+
+
+def count(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials are in each state, and how many had the values of an equivalent one.
+
+    A failed trial is one whose training failed; one whose worker died is run again instead.
+    """
+    states = [t.state for t in records if t.state != "failed" or t.reason is not None]
+    numbers = {state: states.count(state) for state in COUNTS[:-1]}
+    return numbers | {"equivalent": sum(t.duplicate_of is not None for t in records)}
+
+
+def best_so_far(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The complete trial of the highest value, the first of several."""
+    complete = [trial for trial in records if trial.value is not None]
+    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+
+
+def short(graph: ktg.Graph) -> str:
+    """A graph in a line: its models, and the gates of each receiver.
+
+    >>> short(ktg.graphs.mutual(["cnn", "resnet8"]))
+    'cnn, resnet8: through through | through through'
+    """
+    models = ", ".join(node.model for node in graph.nodes)
+    return f"{models}: {' | '.join(' '.join(row) for row in graph.gates)}"
+
+
+def _is_ended(trial: TrialRecord) -> bool:
+    return trial.state in ("complete", "pruned") or trial.reason is not None
+
+
+def _line(trial: TrialRecord) -> str:
+    graph = "" if trial.graph is None else short(trial.graph.pruned())
+    name = f"trial {trial.number}" + (f" ({trial.baseline})" if trial.baseline else "")
+    if trial.duplicate_of is not None:
+        name += f" (equivalent to trial {trial.duplicate_of})"
+    last = max(trial.curve, default=0)
+    reached = f"{100 * trial.curve[last]:.2f} %" if last else ""
+    outcome = {
+        "complete": reached,
+        "pruned": f"{reached}, pruned after epoch {last}",
+        "failed": f"failed: {trial.reason}",
+        "running": "running",
+    }[trial.state]
+    return f"{name}: {outcome}; {graph}"

@@ -1,0 +1,113 @@
+"""The fair ending: the best graphs and their baselines trained from scratch, and then tested.
+
+All contenders are trained on all training images, validation images included, with the same seeds,
+and before that nobody reads the test images.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.assemble import load
+from experiments.config import TrainConfig
+from experiments.searching.comparison import Contender, compare, contenders, markdown, table
+from experiments.searching.config import SearchConfig
+from experiments.searching.folder import SearchFolder
+from experiments.searching.records import StudyRecord
+from experiments.searching.retraining import is_done
+from experiments.searching.team import Team, orders_for
+from experiments.workdir import Workdir
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.files import write_text
+
+_POLL_SECONDS = 0.3
+
+
+def finish(
+    study: StudyRecord, folder: SearchFolder, config: SearchConfig, console: Console
+) -> dict[str, Any] | None:
+    """Trains the best graphs and their baselines, unless that was done, and compares them.
+
+    Returns:
+        The content of `results.json`; None: no trial was completed.
+
+    Raises:
+        RunError: a training fails.
+    """
+    best = study.best(config.retrain_top)
+    if not best:
+        console.print("No trial was completed: there is nothing to train again.")
+        return None
+    listed = contenders(best)
+    seeds = [config.seed + i for i in range(config.retrain_seeds)]
+    runs = {
+        contender.name: [_run(contender, seed, folder, config) for seed in seeds]
+        for contender in listed
+    }
+    _train_all([run for of_seeds in runs.values() for run in of_seeds], folder, config, console)
+    accuracies = {name: [_accuracy(run) for run in of_seeds] for name, of_seeds in runs.items()}
+    results = compare(listed, accuracies, seeds)
+    write_text(folder.path / "results.md", markdown(results))
+    folder.write("results.json", results)
+    console.print(table(results))
+    return results
+
+
+def _run(
+    contender: Contender, seed: int, folder: SearchFolder, config: SearchConfig
+) -> TrainConfig:
+    """The training of a contender with one seed."""
+    here = folder.retrained / contender.name
+    here.mkdir(parents=True, exist_ok=True)
+    graph = here / "graph.json"
+    contender.graph.save(graph)
+    return config.training(
+        graph=str(graph),
+        workdir=str(here / f"seed-{seed}"),
+        seed=seed,
+        epochs=config.retrain_epochs or config.epochs,
+        val_fraction=0.0,
+    )
+
+
+def _train_all(
+    runs: Sequence[TrainConfig], folder: SearchFolder, config: SearchConfig, console: Console
+) -> None:
+    done = sum(map(is_done, runs))
+    if done == len(runs):
+        return
+    if load(config).test is None:
+        allowed = "0, for the data has no test images"
+        raise InputError("retrain_top", config.retrain_top, allowed)
+    console.print(
+        f"Training the best graphs and their baselines again: {len(runs)} runs, "
+        f"{config.retrain_seeds} seeds each.",
+        highlight=False,
+    )
+    progress = Progress(
+        TextColumn("training again"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs, left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    retrained = [dataclasses.asdict(run) for run in runs]
+    orders = orders_for(config, folder.owner, retrain=retrained)
+    with progress, Team(orders, folder.logs) as team:
+        bar = progress.add_task("", total=len(runs), completed=done)
+        while team.is_at_work():
+            progress.update(bar, completed=sum(map(is_done, runs)))
+            time.sleep(_POLL_SECONDS)
+
+
+def _accuracy(run: TrainConfig) -> float:
+    result = Workdir(str(run.workdir)).result
+    if result is None or result["target"]["test_accuracy"] is None:
+        raise RunError(f"{run.workdir}: a run of the fair ending has no result on the test images")
+    return result["target"]["test_accuracy"]

@@ -1,0 +1,170 @@
+"""The folder of a search: what it is a search of, where its trials are, and what came of it."""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ktg_jax as ktg
+from experiments.folder import Folder, Record
+from experiments.searching.records import StudyRecord
+from ktg_jax.errors import InputError
+
+
+class SearchFolder(Folder):
+    """A search's folder.
+
+    `config.json` says what is searched, `search.json` where the trials are, `study.db` has them
+    unless they are in another database; `logs/` has what the workers said; `retrained/` the runs
+    of the fair ending, and `results.json` and `results.md` what came of them.
+    """
+
+    command = "experiments.search"
+    keys: ClassVar = {
+        "config.json": "config",
+        "search.json": "study",
+        "results.json": "entries",
+    }
+
+    @property
+    def logs(self) -> Path:
+        """Where workers write what they say."""
+        return self.path / "logs"
+
+    @property
+    def retrained(self) -> Path:
+        """Where the runs of the fair ending are."""
+        return self.path / "retrained"
+
+    @property
+    def artifacts(self) -> Path:
+        """Pictures for Optuna's dashboard."""
+        return self.path / "artifacts"
+
+    @property
+    def owner(self) -> str:
+        """What tells the workers of this folder from those of other machines."""
+        return self.read("search.json")["owner"]
+
+    @property
+    def storage(self) -> str:
+        """URL of the storage, without a password."""
+        return self.read("search.json")["storage"] or self.own_storage
+
+    @property
+    def own_storage(self) -> str:
+        """URL of the file in this folder, wherever the folder was moved to."""
+        from experiments.searching.database import sqlite_url  # needs Optuna, unlike this module
+
+        return sqlite_url(self.path / "study.db")
+
+    @property
+    def results(self) -> Record | None:
+        """What came of the fair ending; None: it did not come yet."""
+        return self.read("results.json") if (self.path / "results.json").is_file() else None
+
+    def begin_search(
+        self,
+        config: Mapping[str, Any],
+        study: str,
+        storage: str | None,
+        data_dir: str | None,
+        words: Sequence[str],
+    ) -> None:
+        """Makes the folder, or checks that this search lives there.
+
+        Args:
+            config: what determines the search.
+            study: its name.
+            storage: URL without a password; None: the file in the folder.
+            data_dir: where the data is.
+            words: of the command line, without a password.
+
+        Raises:
+            InputError: another search, study or storage; names what differs.
+        """
+        if self.exists:
+            known = self.read("search.json")
+            for field, value in (("study", study), ("storage", storage)):
+                if known[field] != value:
+                    raise InputError(field, value, f"{known[field]}, as in {self.path}")
+        about = {
+            "study": study,
+            "storage": storage,
+            "owner": uuid.uuid4().hex,
+            "command": ["python", "-m", self.command, *words],
+        }
+        self.begin(config, data_dir, {"search.json": about})
+
+
+def is_search(path: str | os.PathLike[str]) -> bool:
+    """Whether a search lives in this folder."""
+    return (Path(path) / "search.json").is_file()
+
+
+def load_search(path: str | os.PathLike[str], storage: str | None = None) -> StudyRecord:
+    """Reads a search and its trials.
+
+    Args:
+        path: its folder.
+        storage: URL of its storage, where it is another than before or needs a password.
+
+    Raises:
+        InputError: no search, or its storage cannot be read.
+    """
+    from experiments.searching.storage import open_storage
+    from experiments.searching.study import records
+    from ktg_jax.search.engine import optuna
+
+    folder = SearchFolder(path)
+    if not is_search(path):
+        raise InputError("study_dir", str(path), "a folder of experiments.search")
+    about, config = folder.read("search.json"), folder.config
+    url = storage or folder.storage
+    opened = open_storage(url, heartbeat=60)
+    if about["study"] not in optuna.get_all_study_names(opened):
+        raise InputError("study_dir", str(path), f"a search whose storage has {about['study']}")
+    study = optuna.load_study(study_name=about["study"], storage=opened)
+    space = dict(config["space"])
+    return StudyRecord(
+        path=Path(path),
+        name=about["study"],
+        config=config | {"versions": folder.read("config.json")["versions"]},
+        command=" ".join(about["command"]),
+        space=ktg.SearchSpace(**space, allow_large=True),
+        trials=records(study.get_trials(deepcopy=False)),
+        results=folder.results,
+    )
+
+
+def found_graph(source: str) -> ktg.Graph:
+    """The graph of `STUDY_DIR`, its best, or of `STUDY_DIR:TRIAL`, pruned for its target.
+
+    Raises:
+        InputError: no such search, or no such trial.
+    """
+    path, number = split_source(source)
+    study = load_search(path)
+    if number is None:
+        best = study.best(1)
+        if not best:
+            raise InputError("graph", source, "a search with a complete trial")
+        graph = best[0].graph
+    else:
+        graph = next((t.graph for t in study.trials if t.number == number), None)
+    if graph is None:
+        numbers = [t.number for t in study.trials if t.graph is not None]
+        allowed = f"a trial of {path}: {min(numbers, default='none')} to {max(numbers, default='')}"
+        raise InputError("graph", source, allowed)
+    return graph.pruned()
+
+
+def split_source(source: str) -> tuple[str, int | None]:
+    """`STUDY_DIR` or `STUDY_DIR:TRIAL` in its parts.
+
+    >>> split_source("runs/search:12"), split_source("runs/search")
+    (('runs/search', 12), ('runs/search', None))
+    """
+    path, _, number = source.rpartition(":")
+    return (path, int(number)) if path and number.isdecimal() else (source, None)
