@@ -1,0 +1,1 @@
+"""Parts of `experiments.ablation`: what of Knowledge Representing does what."""

@@ -1,0 +1,124 @@
+"""What the ablation is asked to do: the command line's fields, and their checks."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.ablating.arms import ARMS, chosen
+from experiments.config import TrainConfig
+from experiments.options import Training, at_least, digest, training_fields
+from experiments.representing import config as representing
+from experiments.representing.config import RepresentConfig
+from experiments.representing.options import FitOptions, PairOptions
+from ktg_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class _StudyOptions:
+    arms: tuple[str, ...] = ()
+    """Arms to run; else all of them."""
+    seeds: int = 5
+    """With how many seeds, --seed and those after it; arms are paired by seed, and each seed has
+    priors of its own."""
+    temperature: float = 4.0
+    """Of the distillation."""
+    prior_weight: float = 1.0
+    """Of the priors' losses."""
+    prior_schedule: Literal["linear", "constant"] = "linear"
+    """linear: their weights fall to 0 over the training; constant: they stay."""
+    reach: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """Validation accuracies of which is told in which epoch they are reached."""
+
+
+@dataclass(frozen=True)
+class AblationConfig(Training, FitOptions, _StudyOptions, PairOptions):  # the last's come first
+    """Find out what of Knowledge Representing does what: the same student, trained in many ways.
+
+    Each arm is trained with each seed by experiments.train, in a folder of its own. Running the
+    same command again goes on where it stopped; with more --arms or --seeds it goes on, too.
+    """
+
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+    workdir: str | None = None
+    """Folder of the study; else runs/ablation-DATA-STUDENT-HASH, the same for the same options."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the study; absolute, for graphs name their priors by path."""
+        return Path(self.workdir or _default_workdir(self)).absolute()
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds."""
+        return [self.seed + i for i in range(self.seeds)]
+
+    def represent(self, seed: int, aggregation: str) -> RepresentConfig:
+        """How a prior is made."""
+        shared = {
+            field.name: getattr(self, field.name)
+            for options in (Training, FitOptions, PairOptions)
+            for field in dataclasses.fields(options)
+        }
+        return RepresentConfig(
+            **shared
+            | {
+                "seed": seed,
+                "aggregation": aggregation,
+                "prior_weight": self.prior_weight,
+                "prior_schedule": self.prior_schedule,
+                "compile_cache": self.compile_cache,
+                "workdir": str(self.folder / "priors" / f"{aggregation}-{seed}"),
+            }
+        )
+
+    def training(self, seed: int, **changes: Any) -> TrainConfig:
+        """How an arm is trained."""
+        own = {"imports": self.imports, "compile_cache": self.compile_cache, "seed": seed}
+        return TrainConfig(**training_fields(self) | own | changes)
+
+
+def check(config: AblationConfig) -> None:
+    """Raises InputError for the first value that is out of range, before anything is loaded."""
+    at_least(config, 1, "seeds")
+    chosen(config.arms)
+    representing.check(config.represent(config.seed, "fit"))
+    if not 0 < config.temperature < float("inf"):
+        raise InputError("temperature", config.temperature, "a finite number above 0")
+    for share in config.reach:
+        if not 0 < share <= 1:
+            raise InputError("reach", share, "accuracies above 0, at most 1")
+
+
+def resolved(config: AblationConfig) -> dict[str, Any]:
+    """What determines the runs, as JSON; arms and seeds may become more."""
+    fields = dataclasses.asdict(config)
+    for field in ("workdir", "data_dir", "compile_cache", "arms", "seeds", "reach", "teacher"):
+        del fields[field]
+    return json.loads(json.dumps(fields))
+
+
+def _default_workdir(config: AblationConfig) -> Path:
+    fields = resolved(config) | {"teacher": config.teacher}
+    data = config.data.partition(":")[0]
+    return Path("runs") / f"ablation-{data}-{config.student}-{digest(fields)}"
+
+
+def parse(arguments: list[str] | None = None) -> AblationConfig:
+    """The configuration of a command line (default: this process's)."""
+    arms = "\n".join(f"  {arm.name}: {arm.about}" for arm in ARMS.values())
+    text = f"{cleandoc(AblationConfig.__doc__ or '')}\n\nArms:\n{arms}\n\n{EXAMPLES}"
+    return tyro.cli(
+        AblationConfig, prog="python -m experiments.ablation", description=text, args=arguments
+    )
+
+
+EXAMPLES = """Examples:
+  python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
+  python -m experiments.ablation --data cifar10 --train-limit 10000 --image-size 16
+      --teacher-model resnet20 --student resnet8 --epochs 30 --reach 0.4 0.5 0.55"""

@@ -1,0 +1,1 @@
+"""Parts of `experiments.represent`: a teacher's prior, and the student it is for."""

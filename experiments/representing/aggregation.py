@@ -1,0 +1,169 @@
+"""From a teacher to a prior in its folder: fitted with a progress bar, or reduced from kernels."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import ktg_jax as ktg
+from experiments.assemble import data_facts
+from experiments.options import training_fields
+from experiments.representing.config import RepresentConfig
+from experiments.representing.folder import PriorFolder
+from experiments.representing.options import FitOptions
+from experiments.representing.teacher import Teacher
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.errors import InputError
+from ktg_jax.representing import (
+    KernelShapes,
+    Prior,
+    about_prior,
+    aggregate_prior,
+    cluster_prior,
+    svd_prior,
+)
+from ktg_jax.representing.aggregate import Metrics
+
+_SHOWN_EVERY = 20  # steps; reading a number waits for the device
+
+PRIOR_OPTIONS = ("student", "data", "aggregation")
+"""Options that determine any prior."""
+
+_OF_FIT = ("batch_size", "seed", "augment", "mirror")
+
+
+def prior_fields(
+    config: RepresentConfig, teacher: Teacher, kernels: KernelShapes, dataset: Dataset
+) -> dict[str, Any]:
+    """What determines the prior, as JSON: two that agree in it are the same prior."""
+    fields: dict[str, Any] = {field: getattr(config, field) for field in PRIOR_OPTIONS}
+    fields["kernels"] = {path: list(shape) for path, shape in kernels.items()}
+    fields["teacher"] = {"model": teacher.model, "checksum": teacher.checksum}
+    if config.aggregation == "cluster":
+        fields["seed"] = config.seed
+    if config.aggregation == "fit":
+        training, facts = training_fields(config), data_facts(dataset)
+        del facts["test"]
+        fields |= {field: training[field] for field in _OF_FIT}
+        for field in dataclasses.fields(FitOptions):
+            fields[field.name] = getattr(config, field.name)
+        fields["data_facts"] = facts
+    return fields
+
+
+def make_prior(
+    folder: PriorFolder,
+    fields: Mapping[str, Any],
+    config: RepresentConfig,
+    teacher: Teacher,
+    kernels: KernelShapes,
+    dataset: Dataset,
+    console: Console,
+) -> None:
+    """Makes the prior in its folder, unless it is there; an interrupted fit begins anew.
+
+    Args:
+        folder: of the prior.
+        fields: as `prior_fields` returns them.
+        config: how it is made.
+        teacher: from whose parameters.
+        kernels: of the student.
+        dataset: that it is fitted on.
+        console: where to say what is done.
+
+    Raises:
+        InputError: the folder holds another prior, or kernels do not fit the teacher's.
+        RunError: the fit diverged.
+    """
+    folder.check(fields)
+    if folder.is_finished:
+        return
+    folder.begin(fields, config.data_dir)
+    with folder.locked():
+        if config.aggregation == "fit":
+            prior = _fitted(config, teacher, kernels, dataset, console)
+        elif config.aggregation == "svd":
+            prior = svd_prior(teacher.params, kernels)
+        else:
+            prior = cluster_prior(teacher.params, kernels, config.seed)
+        ktg.save_prior(
+            folder.file,
+            prior,
+            student=config.student,
+            num_classes=dataset.num_classes,
+            image_shape=dataset.image_shape,
+            about={
+                "data": config.data,
+                "aggregation": config.aggregation,
+                "teacher": teacher.source,
+                "teacher_model": teacher.model,
+            },
+        )
+
+
+def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
+    """Checks that a prior of another run is for this student and data.
+
+    Raises:
+        InputError: a file that holds no prior, or one for another student or other data.
+    """
+    about = about_prior(str(config.prior))
+    wanted = {
+        "student": config.student,
+        "num_classes": json.dumps(dataset.num_classes),
+        "image_shape": json.dumps(list(dataset.image_shape)),
+        "data": config.data,
+    }
+    for field, value in wanted.items():
+        if about.get(field, value) != value:
+            allowed = f"a prior fitted for this student ({field}: {about[field]}, now {value})"
+            raise InputError("prior", config.prior, allowed)
+
+
+def _fitted(
+    config: RepresentConfig,
+    teacher: Teacher,
+    kernels: KernelShapes,
+    dataset: Dataset,
+    console: Console,
+) -> Prior:
+    train = dataset.train
+    rate = optax.cosine_decay_schedule(config.fit_learning_rate, config.fit_steps)
+    progress = Progress(
+        TextColumn("fitting the prior: {task.fields[accuracies]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    bar = progress.add_task("", total=config.fit_steps, accuracies="compiling")
+
+    def show(step: int, metrics: Metrics) -> None:
+        if step % _SHOWN_EVERY == 0:
+            accuracies = " ".join(f"{100 * a:.0f}" for a in metrics["accuracy"].tolist())
+            progress.update(bar, completed=step, accuracies=f"heads {accuracies} %")
+
+    with progress:
+        return aggregate_prior(
+            teacher.fns,
+            teacher.params,
+            teacher.model_state,
+            kernels,
+            train.images,
+            train.labels,
+            rng=jax.random.key(config.seed),
+            steps=config.fit_steps,
+            batch_size=config.batch_size,
+            optimizer=optax.adamw(rate, weight_decay=config.fit_weight_decay),
+            max_offset=min(dataset.image_shape[:2]) // 8 if config.augment else 0,
+            flip=config.augment and config.mirror and dataset.flip,
+            on_step=show,
+        )
