@@ -30,15 +30,11 @@ _PARTS = ("ready_s", "trace_s", "compile_s", "first_step_s", "process_s")
 
 
 @dataclass(frozen=True)
-class CompileOptions(report.Options):
+class CompileOptions(report.StepSize):
     """Time from the start of tracing to the end of the first step, with nothing compiled before."""
 
     models: str | None = None
     """Three models joined by +; the graph of seven nodes has them again and again."""
-    batch_size: int = 64
-    """Images a step."""
-    image_size: int = 32
-    """Pixels a side."""
 
 
 def main() -> None:
@@ -54,9 +50,6 @@ def measure(options: CompileOptions, console: Console) -> dict[str, Any]:
         RunError: a worker failed.
     """
     report.check(options, known=OURS)
-    for field in ("batch_size", "image_size"):
-        if getattr(options, field) < 1:
-            raise InputError(field, getattr(options, field), "at least 1")
     graph = options.models or (QUICK_MODELS if options.quick else MODELS)
     models = report.models_of("models", graph)
     if len(models) != SIZES[0]:

@@ -20,10 +20,9 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.machine import machine
-from benchmarks.measure import Spread, Worker, interleaved, spread, start
+from benchmarks.measure import Spread, Worker, interleaved, output_of, spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, SEED, Figures, Task, Unavailable
 from experiments import cli
-from ktg_jax.errors import RunError
 
 EXAMPLES = """  python -m benchmarks.loop
   python -m benchmarks.loop --quick --json loop.json
@@ -194,23 +193,10 @@ def _train(name: str, threads: int, *arguments: str, **environment: str) -> floa
     how = IMPLEMENTATIONS[name]
     environment |= {"KTG_CPU_CONVOLUTION": how.convolution}
     arguments += ("--engine", how.engine, "--cpu-devices", str(threads if how.spread else 1))
-    with tempfile.TemporaryFile("w+") as errors:
-        begin = time.perf_counter()
-        process = start(
-            "benchmarks.training", str(threads), *arguments, errors=errors, **environment
-        )
-        try:
-            process.communicate()
-        except BaseException:
-            process.kill()
-            process.communicate()
-            raise
-        elapsed = time.perf_counter() - begin
-        if process.returncode:
-            errors.seek(0)
-            last_words = errors.read().strip().splitlines()[-1:] or [str(process.returncode)]
-            raise RunError(f"experiments.train ({name}, {threads} threads): {last_words[0]}")
-        return elapsed
+    begin = time.perf_counter()
+    what = f"experiments.train ({name}, {threads} threads)"
+    output_of(what, "benchmarks.training", str(threads), *arguments, **environment)
+    return time.perf_counter() - begin
 
 
 def _loop_table(cases: Sequence[Figures]) -> Table:

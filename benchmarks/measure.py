@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import benchmarks
@@ -138,12 +137,7 @@ class Worker:
         """Gives itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Ends the process."""
         self.close()
 
@@ -179,6 +173,27 @@ def start(module: str, *arguments: str, errors: Any, **environment: str) -> subp
         text=True,
         start_new_session=True,
     )
+
+
+def output_of(what: str, module: str, *arguments: str, **environment: str) -> str:
+    """Runs `python -m module` to its end; returns what it printed.
+
+    Raises:
+        RunError: it failed; names `what`, with its last words.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start(module, *arguments, errors=errors, **environment)
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+        if process.returncode:
+            errors.seek(0)
+            last_words = errors.read().strip().splitlines()[-1:] or [str(process.returncode)]
+            raise RunError(f"{what}: {last_words[0]}")
+        return output
 
 
 def start_all(

@@ -24,17 +24,23 @@ from ktg_jax.models import check_model
 
 _FILE_WIDTH = 160
 
-C = TypeVar("C", bound="Options")
+C = TypeVar("C", bound="Output")
 
 
 @dataclass(frozen=True)
-class Options:
+class Output:
     """What every benchmark can be asked for."""
 
     json: str | None = None
     """File to write the figures to; written again after every case."""
     quick: bool = False
-    """A few cases in about five minutes."""
+    """Fewer and smaller cases."""
+
+
+@dataclass(frozen=True)
+class Options(Output):
+    """What a benchmark of implementations can be asked for."""
+
     implementations: tuple[str, ...] = ()
     """Which to measure; else all that are available here."""
     threads: tuple[int, ...] = ()
@@ -42,6 +48,16 @@ class Options:
     --quick the most of these."""
     rounds: int | None = None
     """Turns of each that count."""
+
+
+@dataclass(frozen=True)
+class StepSize(Options):
+    """What a benchmark of training steps can be asked for, too."""
+
+    batch_size: int = 64
+    """Images a step."""
+    image_size: int = 32
+    """Pixels a side."""
 
 
 def parse(kind: type[C], module: str, examples: str, arguments: list[str] | None = None) -> C:
@@ -66,8 +82,20 @@ def check(options: Options, known: Sequence[str] = tuple(IMPLEMENTATIONS)) -> No
     for threads in options.threads:
         if not 1 <= threads <= cores():
             raise InputError("threads", threads, f"1 to {cores()}, the cores of this machine")
-    if options.rounds is not None and options.rounds < 1:
-        raise InputError("rounds", options.rounds, "at least 1")
+    check_positive(options, "rounds", "steps", "batch_size", "image_size")
+    check_output(options)
+
+
+def check_positive(options: Output, *fields: str) -> None:
+    """Raises InputError for the first of these fields, where it is there and set, below 1."""
+    for field in fields:
+        value = getattr(options, field, None)
+        if value is not None and value < 1:
+            raise InputError(field, value, "at least 1")
+
+
+def check_output(options: Output) -> None:
+    """Raises InputError where the file cannot be written."""
     if options.json is not None and not os.access(Path(options.json).absolute().parent, os.W_OK):
         raise InputError("json", options.json, "a file in a folder that can be written")
 
@@ -132,7 +160,7 @@ def left_out(options: Options, console: Console) -> Callable[[str], None]:
     return say
 
 
-def save(options: Options, content: Mapping[str, Any]) -> None:
+def save(options: Output, content: Mapping[str, Any]) -> None:
     """Writes the figures, if there is a file for them; it is always whole."""
     if options.json is not None:
         try:

@@ -44,17 +44,13 @@ EXAMPLES = """  python -m benchmarks.step
 
 
 @dataclass(frozen=True)
-class StepOptions(report.Options):
+class StepOptions(report.StepSize):
     """Time one training step of a graph against PyTorch, side by side."""
 
     cases: tuple[str, ...] = ()
     """Graphs, as models joined by +; in each every node learns from every other."""
     steps: int = 2
     """Steps a turn."""
-    batch_size: int = 64
-    """Images a step."""
-    image_size: int = 32
-    """Pixels a side."""
 
 
 def main() -> None:
@@ -70,9 +66,6 @@ def measure(options: StepOptions, console: Console) -> dict[str, Any]:
         RunError: a worker failed, or computes something else than the baseline.
     """
     report.check(options)
-    for field in ("steps", "batch_size", "image_size"):
-        if getattr(options, field) < 1:
-            raise InputError(field, getattr(options, field), "at least 1")
     report.require_torch()
     cases = options.cases or (QUICK_CASES if options.quick else CASES)
     tasks = [
@@ -121,15 +114,15 @@ def _case(
     steps: int,
     left_out: Callable[[str], None],
 ) -> tuple[list[Figures], dict[str, float]]:
-    """Measures a graph with a number of threads; the entries of ours, and peaks by library."""
+    """Measures a graph with a number of threads; the entries of ours, and peaks by framework."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         _save_weights(tasks[0], Path(folder))
         tasks = [Task(**{**vars(task), "weights": folder}) for task in tasks]
         workers = start_all(stack, tasks, left_out)
-        by_library = {IMPLEMENTATIONS[name].library: worker for name, worker in workers.items()}
+        by_framework = {IMPLEMENTATIONS[name].framework: worker for name, worker in workers.items()}
         peaks = {
-            library: worker.ask("peak")["flops_per_second"]
-            for library, worker in by_library.items()
+            framework: worker.ask("peak")["flops_per_second"]
+            for framework, worker in by_framework.items()
         }
         turns = {name: partial(_turn, worker, steps) for name, worker in workers.items()}
         answers = interleaved(turns, rounds, warm_up=1)

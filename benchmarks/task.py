@@ -25,14 +25,14 @@ class Implementation:
     """A way to compute the training step of a graph.
 
     Attributes:
-        library: `torch` (the baseline) or `jax` (ours).
+        framework: `torch` (the baseline) or `jax` (ours).
         convolution: what ours uses on a CPU: `xla`, `chunked` or `onednn`.
         engine: how ours composes the step: `fused` or `per_node`.
         spread: whether the CPU is divided into a device for each thread, nodes spread over them.
         compiled: whether PyTorch's networks go through `torch.compile`.
     """
 
-    library: str
+    framework: str
     convolution: str = "xla"
     engine: str = "fused"
     spread: bool = False
@@ -50,7 +50,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "onednn_per_node": Implementation("jax", convolution="onednn", engine="per_node"),
     "onednn_spread": Implementation("jax", convolution="onednn", engine="per_node", spread=True),
 }
-OURS = tuple(name for name, how in IMPLEMENTATIONS.items() if how.library == "jax")
+OURS = tuple(name for name, how in IMPLEMENTATIONS.items() if how.framework == "jax")
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ def start(task: Task) -> tuple[Session, float]:
     implementation = IMPLEMENTATIONS[task.implementation]
     prepare_process(implementation, task.threads)
     begin = time.perf_counter()
-    make = _session_class(implementation.library)
+    make = _session_class(implementation.framework)
     import_seconds = time.perf_counter() - begin
     return make(task, implementation), import_seconds
 
 
-def _session_class(library: str) -> Callable[[Task, Implementation], Session]:
-    """Imports the library, and only that one: the memory of a process is measured, too."""
-    if library == "torch":
+def _session_class(framework: str) -> Callable[[Task, Implementation], Session]:
+    """Imports the framework, and only that one: the memory of a process is measured, too."""
+    if framework == "torch":
         from benchmarks.torch_baseline import TorchSession
 
         return TorchSession
