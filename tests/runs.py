@@ -26,7 +26,9 @@ from rich.console import Console
 
 from experiments import cli
 from experiments.config import TrainConfig
+from experiments.options import Training
 from experiments.train import train as train_config
+from ktg_jax.files import cache_folder
 from ktg_jax.trees import FlatTree, flatten
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,14 @@ def _cache_folder() -> str:
     return folder
 
 
+def own_cache(home: Path) -> Path:
+    """A cache folder in which only the native operations are there already."""
+    native = cache_folder() / "native"
+    native.mkdir(parents=True, exist_ok=True)
+    (home / "native").symlink_to(native)
+    return home
+
+
 def small(workdir: str | Path, **changes: Any) -> TrainConfig:
     """A run of two tiny networks that takes seconds, with its workdir."""
     defaults: dict[str, Any] = {
@@ -90,7 +100,7 @@ def finished(factory: pytest.TempPathFactory, name: str, **changes: Any) -> Path
     return workdir
 
 
-def options(config: TrainConfig) -> list[str]:
+def options(config: Training) -> list[str]:
     """The command line of a configuration."""
     words: list[str] = []
     for field in dataclasses.fields(config):

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import jax.numpy as jnp
 import pytest
 
 import ktg_jax as ktg
-from experiments.config import TrainConfig, check, parse
+from experiments import config
+from experiments.ablating import config as ablating
+from experiments.representing import config as representing
+from experiments.searching import config as searching
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "design.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("experiments", "search", "design")),
+)
 
 
 def blocks(language: str) -> list[Any]:
@@ -45,17 +52,27 @@ def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.M
     exec(compile(snippet, "snippet", "exec"), {})
 
 
-def training_commands() -> list[str]:
+COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "train": lambda words: config.check(config.parse(words)),
+    "represent": lambda words: representing.check(representing.parse(words)),
+    "search": lambda words: searching.check(searching.parse(words)),
+    "ablation": lambda words: ablating.check(ablating.parse(words)),
+}
+
+
+def commands() -> list[str]:
     shell = "\n".join(block.values[0] for block in blocks("bash")).replace("\\\n", " ")
     lines = [line.split("&&")[-1].strip() for line in shell.splitlines()]
-    return [line for line in lines if line.startswith("python -m experiments.train")]
+    prefixes = tuple(f"python -m experiments.{name}" for name in COMMANDS)
+    found = [line for line in lines if line.startswith(prefixes)]
+    assert all(any(line.startswith(prefix) for line in found) for prefix in prefixes)
+    return found
 
 
-@pytest.mark.parametrize("command", training_commands())
-def test_training_commands_are_accepted(command: str) -> None:
-    config = parse(shlex.split(command)[3:])
-    check(config)
-    assert isinstance(config, TrainConfig)
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command: str) -> None:
+    module, *words = shlex.split(command)[2:]
+    COMMANDS[module.removeprefix("experiments.")](words)
 
 
 @pytest.mark.parametrize("text", blocks("json"))

@@ -1,0 +1,276 @@
+"""The ablation: its arms' graphs, its runs, resumed and extended, and its tables."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from runs import assert_same_end, compiled_once, in_process, metrics, options, result
+
+import ktg_jax as ktg
+from experiments import ablation
+from experiments.ablating.arms import ARMS, Setting, chosen
+from experiments.ablating.config import AblationConfig
+from experiments.ablating.study import first_epoch
+from experiments.ablating.tables import markdown
+from ktg_jax.representing import load_prior
+
+NAMES = ("plain", "prior-0.7", "distillation+prior")
+SETTING = Setting("resnet8", "runs/t", "resnet20", 2.0, "constant", 4.0, lambda how: f"prior/{how}")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTG_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ablation_cache"))
+
+
+def small(workdir: Path, **changes: Any) -> AblationConfig:
+    fields: dict[str, Any] = {
+        "student": "staged",
+        "teacher_model": "staged_wide",
+        "imports": ("tiny_models",),
+        "arms": NAMES,
+        "train_limit": 200,
+        "epochs": 2,
+        "fit_steps": 6,
+        "batch_size": 32,
+        "seeds": 2,
+        "reach": (0.05, 1.0),
+    }
+    return AblationConfig(**fields | {"workdir": str(workdir)} | changes)
+
+
+def ablate(workdir: Path, **changes: Any) -> str:
+    """Runs the command in this process; returns what it says."""
+    text = io.StringIO()
+    with compiled_once():
+        ablation.ablate(small(workdir, **changes), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When each file of the runs and priors was written."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that was begun with one seed and stopped in its second."""
+    folder = tmp_path_factory.mktemp("ablation") / "study"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KTG_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ablation_cache"))
+        ablate(folder, seeds=1)
+        assert results_in(folder)["seeds"] == [0]
+        before, train, count = times(folder), ablation.train, 0
+
+        def stop_at_second(*args: Any, **kwargs: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == 2:
+                raise KeyboardInterrupt
+            train(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(ablation, "train", stop_at_second)
+            with pytest.raises(KeyboardInterrupt):
+                ablate(folder)
+        assert (folder / "arms" / "plain" / "seed-1" / "result.json").is_file()
+        assert results_in(folder)["seeds"] == [0]
+        ablate(folder)
+    after = times(folder)
+    assert {path: after[path] for path in before} == before
+    return folder
+
+
+# --- graphs
+
+
+def node_of(name: str) -> ktg.Node:
+    return ARMS[name].graph(SETTING).nodes[0]
+
+
+def test_every_arm_is_a_graph_of_the_same_student() -> None:
+    for name in ARMS:
+        node = node_of(name)
+        assert (node.name, node.model, node.weights) == ("student", "resnet8", None)
+    assert node_of("plain").prior is None
+    assert (node_of("initialised").prior_weight, node_of("initialised").prior) == (0, "prior/fit")
+    expected = {"prior": 0.0, "prior-0.5": 0.5, "prior-0.7": 0.7, "prior-0.9": 0.9, "svd": 0.7}
+    for name, quantile in expected.items():
+        node = node_of(name)
+        assert (node.prior_quantile, node.prior_weight) == (quantile, 2.0)
+        assert (node.prior_schedule, node.prior_matching) == ("constant", "initialise")
+    assert node_of("svd").prior == "prior/svd"
+    assert node_of("assigned").prior_matching == "assignment"
+
+
+@pytest.mark.parametrize("kind", ["distillation", "mutual"])
+def test_a_graph_with_a_prior_differs_in_the_prior_alone(kind: str) -> None:
+    without, combined = (ARMS[name].graph(SETTING) for name in (kind, f"{kind}+prior"))
+    assert without.gates == combined.gates
+    assert without.temperature == combined.temperature == (4.0 if kind == "distillation" else 1.0)
+    assert without.nodes[1] == combined.nodes[1]
+    assert without.nodes[0].prior is None
+    assert combined.nodes[0] == node_of("prior-0.7")
+    assert without.frozen == ((1,) if kind == "distillation" else ())
+
+
+def test_controls_are_arms_that_come_before() -> None:
+    seen: list[str] = []
+    for arm in ARMS.values():
+        assert set(arm.controls) <= set(seen)
+        seen.append(arm.name)
+    assert [arm.name for arm in chosen(())] == seen
+
+
+# --- runs
+
+
+def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
+    results = results_in(whole)
+    assert results["seeds"] == [0, 1]
+    assert [entry["name"] for entry in results["entries"]] == list(NAMES)
+    for entry in results["entries"]:
+        runs = [whole / "arms" / entry["name"] / f"seed-{seed}" for seed in (0, 1)]
+        found = [result(run)["target"]["test_accuracy"] for run in runs]
+        assert entry["accuracies"] == found
+        nodes = [[line["nodes"][0] for line in metrics(run)] for run in runs]
+        by_epoch = np.mean([[n["val_accuracy"] for n in of_run] for of_run in nodes], axis=0)
+        np.testing.assert_allclose(entry["val_accuracy_by_epoch"], by_epoch)
+        if entry["name"] == "plain":
+            assert entry["prior_distance_by_epoch"] is None
+        else:
+            distances = np.mean([[n["prior_distance"] for n in of_run] for of_run in nodes], axis=0)
+            assert distances.shape == (2, 2)
+            np.testing.assert_allclose(entry["prior_distance_by_epoch"], distances)
+    pairs = [(found["entry"], found["baseline"]) for found in results["comparisons"]]
+    assert pairs == [
+        ("prior-0.7", "plain"),
+        ("distillation+prior", "plain"),
+        ("distillation+prior", "prior-0.7"),
+    ]
+    accuracies = {entry["name"]: np.array(entry["accuracies"]) for entry in results["entries"]}
+    for found in results["comparisons"]:
+        difference = accuracies[found["entry"]] - accuracies[found["baseline"]]
+        np.testing.assert_allclose(found["difference"], difference.mean(), atol=1e-12)
+
+
+def test_each_seed_has_its_prior_and_arms_share_it(whole: Path) -> None:
+    priors = [load_prior(whole / "priors" / f"fit-{seed}" / "prior") for seed in (0, 1)]
+    assert not np.allclose(priors[0].kernels[0], priors[1].kernels[0])
+    assert not (whole / "priors" / "svd-0").exists()
+    for arm in NAMES[1:]:
+        node = ktg.Graph.load(whole / "arms" / arm / "seed-1" / "graph.json").nodes[0]
+        assert node.prior == str(whole / "priors" / "fit-1" / "prior")
+
+
+def test_a_study_that_was_stopped_and_extended_has_the_runs_of_another(
+    whole: Path, tmp_path: Path
+) -> None:
+    ablate(tmp_path / "study", seed=1, seeds=1, arms=("plain",))
+    path = Path("arms") / "plain" / "seed-1"
+    assert_same_end(tmp_path / "study" / path, whole / path)
+
+
+def test_a_finished_study_trains_nothing(whole: Path) -> None:
+    before = times(whole)
+    said = ablate(whole)
+    assert "Training" not in said
+    assert "distillation+prior" in said
+    assert times(whole) == before
+
+
+def test_tables_and_curves_are_written(whole: Path) -> None:
+    with Image.open(whole / "curves.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+    assert (whole / "curves.svg").read_text().startswith("<?xml")
+    text = (whole / "results.md").read_text()
+    assert text == markdown(results_in(whole))
+    (plain, *_) = results_in(whole)["entries"]
+    mean = np.mean(plain["accuracies"])
+    assert f"| plain | the student alone | {100 * mean:.2f} ±" in text
+
+
+# --- tables
+
+
+def test_the_first_epoch_of_an_accuracy() -> None:
+    assert first_epoch([0.2, 0.5, 0.4, 0.6], 0.5) == 2
+    assert first_epoch([0.2, 0.5], 0.6) is None
+    assert first_epoch([None, None], 0.1) is None
+
+
+def entry(name: str, accuracies: list[float], epochs: list[int | None]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "about": f"about {name}",
+        "accuracies": accuracies,
+        "mean": float(np.mean(accuracies)),
+        "std": float(np.std(accuracies, ddof=1)),
+        "epochs_to": {"0.5": epochs},
+        "val_accuracy_by_epoch": None,
+        "prior_distance_by_epoch": [[1.0, 2.0], [0.5, 1.0], [0.25, 0.125]] if name == "b" else None,
+    }
+
+
+def test_tables_say_what_the_results_are() -> None:
+    comparison = {"entry": "b", "baseline": "a", "difference": 0.05, "low": 0.01, "high": 0.09}
+    results = {
+        "seeds": [3, 4],
+        "num_tests": 1,
+        "entries": [entry("a", [0.5, 0.6], [2, None]), entry("b", [0.55, 0.65], [1, 4])],
+        "comparisons": [comparison | {"p": 0.0001, "p_holm": 0.02}],
+    }
+    text = markdown(results)
+    for line in (
+        "| arm | what | mean | seed 3 | seed 4 |",
+        "| a | about a | 55.00 ± 7.07 | 50.00 | 60.00 |",
+        "| b | a | +5.00 | +1.00 to +9.00 | < 0.001 | 0.020 |",
+        "| arm | 50 % |",
+        "| a | 2.0 (1) |",
+        "| b | 2.5 |",
+        "| b | 1.000, 2.000 | 0.500, 1.000 | 0.250, 0.125 |",
+    ):
+        assert line in text.splitlines(), line
+
+
+# --- bad input
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"arms": ("plain", "magic")}, "arms", "got 'magic'; allowed: plain, initialised"),
+    ({"seeds": 0}, "seeds", "got 0; allowed: at least 1"),
+    ({"temperature": 0.0}, "temperature", "got 0.0; allowed: a finite number above 0"),
+    ({"reach": (0.5, 60.0)}, "reach", "got 60.0; allowed: accuracies"),
+    ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
+    ({"teacher": "gone", "teacher_model": "resnet14"}, "teacher", "got 'gone'; allowed: a folder"),
+    ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),
+    ({"student": "tiny"}, "student", "got 'tiny'; allowed: a model with convolutions"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "message"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    changes: dict[str, Any], field: str, message: str, tmp_path: Path
+) -> None:
+    ended = in_process(ablation.main, *options(small(tmp_path / "study", **changes)))
+    assert ended.code == 2, ended
+    assert ended.err.startswith(f"error: {field}: ")
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_of_another_study_is_refused(whole: Path) -> None:
+    ended = in_process(ablation.main, *options(small(whole, prior_weight=3.0)))
+    assert ended.code == 2
+    assert "(differing: prior_weight: 1.0, now 3.0)" in ended.err

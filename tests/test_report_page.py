@@ -1,0 +1,301 @@
+"""The report of a search: its numbers, its page, and the page in a browser."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from chromium import chromium
+from made_up_studies import (
+    ALONE,
+    EPOCHS,
+    HEARING,
+    REASON,
+    complete,
+    large_study,
+    make_study,
+    results_of,
+    small_study,
+)
+
+from experiments.reporting import write_report
+from experiments.reporting.figures import curves_picture, points
+from experiments.reporting.measures import (
+    EDGE_KINDS,
+    best_tenth,
+    compute_curve,
+    count_gates,
+    summarise,
+)
+from experiments.reporting.page import short_form
+from experiments.reporting.svg import inline
+from experiments.searching.records import TrialRecord
+from ktg_jax import Graph, Node, SearchSpace, graphs
+
+
+class Parsed(HTMLParser):
+    """Tags with their attributes, and the text, of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self._inside: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self._inside.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._inside[-1:] not in (["style"], ["script"]):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def small_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(small_study(), tmp_path_factory.mktemp("report") / "report.html")
+
+
+def test_gates_are_counted_by_the_kind_of_edge() -> None:
+    graph = Graph(
+        (Node("cnn"),) * 3,
+        (
+            ("through", "linear", "cutoff"),
+            ("correct", "linear", "cutoff"),
+            ("correct", "through", "cutoff"),
+        ),
+    )
+    counts = count_gates([graph, graphs.mutual(["cnn", "cnn", "cnn"])])
+    assert counts == {
+        "label to target": {"through": 2},
+        "label to others": {"linear": 1, "cutoff": 1, "through": 2},
+        "others to target": {"linear": 1, "cutoff": 1, "through": 2},
+        "target to others": {"correct": 2, "through": 2},
+        "among others": {"cutoff": 1, "through": 3},
+    }
+    assert tuple(counts) == EDGE_KINDS
+    alone = Graph((Node("cnn"),), (("linear",),))
+    assert count_gates([alone]) == {"label to target": {"linear": 1}}
+
+
+def test_the_best_tenth_has_no_baseline_and_no_graph_twice() -> None:
+    best, drawn = best_tenth(small_study())
+    assert best == [HEARING]
+    assert drawn == [HEARING, ALONE, ALONE, ALONE, ALONE]
+    space = SearchSpace(3, "cnn", ("cnn", "resnet8"))
+    rng = np.random.default_rng(0)
+    trials = [complete(i, space.sample(rng), i / 100) for i in range(21)]
+    best, drawn = best_tenth(make_study(*trials, space=space))
+    assert best == [trials[i].graph for i in (20, 19, 18)]
+    assert len(drawn) == 21
+    assert best_tenth(make_study(TrialRecord(0, "pruned", ALONE, curve={1: 0.2})))[0] == []
+
+
+def test_compute_adds_up_and_the_best_never_falls() -> None:
+    points = compute_curve(small_study().trials)
+    assert [point.node_epochs for point in points] == [8, 16, 17, 17, 19, 20, 20, 24]
+    assert [point.best for point in points] == [0.5, *[0.75] * 7]
+    assert compute_curve([TrialRecord(0, "failed", node_epochs=3.0)])[0].best is None
+
+
+def test_the_summary_adds_up() -> None:
+    summary = summarise(small_study())
+    assert summary.states == {"complete": 4, "pruned": 1, "failed": 2, "running": 1}
+    assert (summary.duplicates, summary.trained) == (1, 6)
+    assert (summary.compiled, summary.loaded) == (6, 2)
+    assert summary.best is not None
+    assert summary.best.number == 1
+    assert summary.node_epochs == 24
+    assert summary.whole == 5 * 2 * EPOCHS  # four complete trials and a pruned one
+    assert summary.seconds == 180
+
+
+def test_epochs_are_those_of_the_longest_curve_where_they_are_not_set() -> None:
+    study = replace(small_study(), config={})
+    assert summarise(study).epochs == EPOCHS
+    assert summarise(make_study(config={})).epochs is None
+
+
+def test_long_curves_are_thinned_to_their_ends() -> None:
+    known = {epoch: epoch / 1000 for epoch in range(1, 301)} | {150: math.nan}
+    thin = points(TrialRecord(0, "pruned", ALONE, curve=known))
+    assert len(thin) == 100
+    assert thin[0] == (1, 0.1)
+    assert thin[-1] == (300, 30.0)
+    assert 150 not in dict(thin)
+
+
+def test_every_trained_trial_has_its_curve() -> None:
+    picture = curves_picture(small_study())
+    assert picture is not None
+    assert {state: len(texts) for state, texts in picture.tooltips.items()} == {
+        "curves-complete": 3,
+        "curves-pruned": 1,
+        "curves-running": 1,
+        "curves-failed": 1,
+    }
+    assert picture.tooltips["curves-pruned"] == ["trial 2: pruned, 25.00 % after epoch 1"]
+    assert curves_picture(make_study(TrialRecord(0, "running", ALONE))) is None
+
+
+def test_inlined_pictures_share_no_id_and_point_at_their_own() -> None:
+    svg = (
+        '<?xml version="1.0"?><!DOCTYPE svg><svg xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9"><metadata>x</metadata>'
+        '<defs><style>*{fill:red}</style><clipPath id="c"/></defs><g id="lines">'
+        '<path d="M 0.123456 1\nL 2 -3.98765 " clip-path="url(#c)"/></g>'
+        '<use xlink:href="#c"/><text>a &lt; b</text></svg>'
+    )
+    assert inline(svg, "one", "a picture", {"lines": ["<first>"]}) == (
+        '<svg viewBox="0 0 9 9" role="img" aria-label="a picture">'
+        '<defs><clipPath id="one-c" /></defs><g id="one-lines">'
+        '<path d="M 0.12 1 L 2 -3.99" clip-path="url(#one-c)"><title>&lt;first&gt;</title></path>'
+        '</g><use href="#one-c" /><text>a &lt; b</text></svg>'
+    )
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        inline(svg, "one", "a picture", {"lines": ["first", "second"]})
+
+
+def test_the_short_form_has_a_letter_for_each_gate() -> None:
+    assert re.sub("<.*?>", "", short_form(HEARING)) == "cnn TL&ensp; resnet8 C·"
+
+
+def test_the_page_says_what_the_record_holds(tmp_path: Path) -> None:
+    study = small_study()
+    page = Parsed(write_report(replace(study, results=results_of(study)), tmp_path / "a.html"))
+    assert "8 trials of graphs of 2 nodes" in page.text
+    assert "24 node-epochs" in page.text
+    assert "would have cost 40: 40 % saved" in page.text
+    assert "The best validation accuracy is 75.00 %" in page.text
+    assert "71.00 % ± 1.41" in page.text
+    assert "−1.25 −3.00 to +0.50 0.062" in page.text  # noqa: RUF001
+    assert "1 node left out" in page.text  # of ALONE, whose target hears its label alone
+    assert "python -m experiments.train --graph 'runs/a search:1'" in page.text
+    assert re.findall("<h2>(.*?)</h2>", (tmp_path / "a.html").read_text(encoding="utf-8")) == [
+        "Fair ending",
+        "The best graphs",
+        "Learning curves",
+        "Gates of good graphs",
+        "Accuracy against compute",
+        "All trials",
+        "How to reproduce it",
+    ]
+    assert page.count("svg") == 3 + 3  # three distinct complete graphs, three figures
+
+
+def test_text_is_escaped(small_report: Path) -> None:
+    page = Parsed(small_report)
+    assert REASON in page.text
+    assert "small & <quiet>" in page.text
+    assert "'npz:<a>.npz'" in page.text
+    assert page.count("quiet") == 0
+    assert "duplicate of 1" in page.text
+
+
+def test_nothing_lies_outside_the_file(small_report: Path) -> None:
+    page, text = Parsed(small_report), small_report.read_text(encoding="utf-8")
+    for _, attributes in page.tags:
+        assert not {"src", "srcset", "action", "data", "poster", "xmlns"} & attributes.keys()
+        assert attributes.get("href", "#")[:1] == "#" or attributes["href"] == "data:,"
+    assert "://" not in text
+    references = re.findall(r"url\(#(.*?)\)", text)
+    links = [a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")]
+    assert set(references + links) <= set(page.ids())
+    assert len(page.ids()) == len(set(page.ids()))
+
+
+def test_the_same_record_gives_the_same_bytes(small_report: Path, tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        again = write_report(small_study(), tmp_path / "again.html")
+    assert again.read_bytes() == small_report.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("trials", "says", "pictures"),
+    [
+        ((), "No trial has begun yet", 0),
+        ((TrialRecord(0, "running", ALONE),), "No trial is complete yet", 0),
+        ((TrialRecord(0, "failed", None, reason="x"),), "0 pruned, 1 failed", 0),
+        ((TrialRecord(0, "pruned", ALONE, curve={1: 0.5}),), "No trial is complete yet", 1),
+    ],
+)
+def test_a_search_without_a_complete_trial(
+    tmp_path: Path, trials: tuple[TrialRecord, ...], says: str, pictures: int
+) -> None:
+    page = Parsed(write_report(make_study(*trials), tmp_path / "report.html"))
+    assert says in page.text
+    assert "the test set has not been read" in page.text
+    assert page.count("svg") == pictures
+
+
+def test_hundreds_of_long_trials_make_a_file_of_a_megabyte(tmp_path: Path) -> None:
+    path = write_report(large_study(3, 400, 200), tmp_path / "report.html")
+    assert path.stat().st_size < 1_500_000
+
+
+SIZES = """[...document.querySelectorAll("svg, img")].map(picture => {
+  const box = picture.getBoundingClientRect();
+  return {width: box.width, height: box.height, children: picture.querySelectorAll("path").length};
+})"""
+FIRST_COLUMN = """[...document.querySelectorAll("#trials tbody tr")].map(
+  row => row.cells[0].textContent)"""
+CLICK = "document.querySelectorAll('#trials th button')[2].click()"
+
+
+def test_chromium_shows_the_page(tmp_path: Path) -> None:
+    small = small_study()
+    studies = {
+        "small": replace(small, results=results_of(small)),
+        "empty": make_study(),
+        "one": large_study(1, 4, 3),
+        "seven": large_study(7, 12, 8),
+    }
+    paths = [write_report(study, tmp_path / f"{name}.html") for name, study in studies.items()]
+    with chromium(tmp_path) as page:
+        pictures = {}
+        for path in paths:
+            page.open(path)
+            sizes = page.run(SIZES)
+            pictures[path.stem] = len(sizes)
+            for size in sizes:
+                assert 100 < size["width"] <= 1000
+                assert 100 < size["height"] < 1000
+                assert size["children"] > 1
+            assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        page.open(paths[0])
+        page.run(CLICK)
+        ascending = page.run(FIRST_COLUMN)
+        page.run(CLICK)
+        descending = page.run(FIRST_COLUMN)
+    assert pictures == {"small": 6, "empty": 0, "one": 5, "seven": 7}
+    assert ascending == ["0", "7", "1", "3", "2", "4", "5", "6"]
+    assert descending == ["1", "3", "7", "0", "2", "4", "5", "6"]
+    assert page.problems == []
+    assert page.requests == [path.as_uri() for path in [*paths, paths[0]]]
+    assert "CONSOLE" not in (tmp_path / "chromium.log").read_text()
+
+
+def test_chromium_tells_of_a_broken_page(tmp_path: Path) -> None:
+    """The check above can fail."""
+    path = tmp_path / "broken.html"
+    path.write_text('<link rel=icon href="data:,"><img src="none.png"><script>nothing()</script>')
+    with chromium(tmp_path) as page:
+        page.open(path)
+    assert any("nothing is not defined" in problem for problem in page.problems)
+    assert (tmp_path / "none.png").as_uri() in page.requests
+    assert any("ERR_FILE_NOT_FOUND" in problem for problem in page.problems)

@@ -1,0 +1,382 @@
+"""The search as one runs it: to its fair ending, killed and resumed, and with bad input."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny_models  # noqa: F401  (registers its models)
+from runs import Ended, end_of, in_process, options, own_cache, start
+from searches import small_search
+
+import experiments.evaluate
+import experiments.search
+import experiments.train
+import ktg_jax as ktg
+from experiments.config import TrainConfig, build_graph
+from experiments.searching.config import SearchConfig
+from experiments.searching.folder import load_search
+from experiments.searching.records import StudyRecord, TrialRecord
+from ktg_jax.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all searches of this module keep what they compiled and pre-trained."""
+    return own_cache(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTG_CACHE_DIR", str(home))
+
+
+def begin(config: SearchConfig) -> subprocess.Popen[str]:
+    assert config.workdir is not None
+    folder = Path(config.workdir).parent
+    return start("experiments.search", *options(config), cwd=folder, devices=1)
+
+
+def run(config: SearchConfig) -> Ended:
+    return end_of(begin(config))
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def trials(workdir: Path) -> list[TrialRecord]:
+    """What the search's database has now; nothing while there is none."""
+    if not (workdir / "study.db").is_file():
+        return []
+    try:
+        return list(load_search(workdir).trials)
+    except InputError:  # being made
+        return []
+
+
+def ended(workdir: Path) -> list[TrialRecord]:
+    return [t for t in trials(workdir) if t.state in ("complete", "pruned")]
+
+
+# --- from the first trial to the report of tests
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[Path, Ended]:
+    workdir = tmp_path_factory.mktemp("searches") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KTG_CACHE_DIR", str(home))
+        return workdir, run(small_search(workdir, trials=8))
+
+
+@pytest.fixture
+def found(finished: tuple[Path, Ended]) -> StudyRecord:
+    return load_search(finished[0])
+
+
+def test_it_searches_and_ends_fairly(finished: tuple[Path, Ended], found: StudyRecord) -> None:
+    workdir, end = finished
+    assert end.code == 0, end.err
+    assert end.err == ""
+    assert [trial.number for trial in found.trials] == list(range(8))
+    assert {trial.state for trial in found.trials} <= {"complete", "pruned"}
+    for trial in found.trials:
+        assert f"trial {trial.number}" in end.out
+        assert 0 <= trial.curve[1] <= 1
+        assert trial.state == "pruned" or sorted(trial.curve) == [1, 2, 3]
+        assert trial.state == "pruned" or trial.value == trial.curve[3]
+    results = found.results
+    assert results is not None
+    assert results["seeds"] == [0, 1]
+    best = found.best(1)[0]
+    assert results["entries"][0]["trial"] == best.number
+    assert max(t.value or 0 for t in found.trials) == best.value
+    kinds = [entry["kind"] for entry in results["entries"]]
+    assert kinds[0] == "found"
+    assert set(kinds[1:]) <= {"independent", "mutual", "distillation"}
+    for entry in results["entries"]:
+        runs = sorted((workdir / "retrained" / entry["name"]).glob("seed-*"))
+        tested = [json.loads((r / "result.json").read_text())["target"] for r in runs]
+        assert entry["accuracies"] == [target["test_accuracy"] for target in tested]
+        assert {target["val_accuracy"] for target in tested} == {None}  # all images trained on
+    assert "| independent" in (workdir / "results.md").read_text()
+
+
+def test_programs_are_compiled_once_a_model(found: StudyRecord) -> None:
+    trained = [trial for trial in found.trials if trial.duplicate_of is None]
+    compiled = [trial.programs_compiled + trial.programs_loaded for trial in trained]
+    # Only a worker's first trial, and what a graph of another size needs, ask for any.
+    assert sum(count == 0 for count in compiled) >= len(trained) - 4
+    assert all(trial.node_epochs > 0 for trial in trained)
+
+
+def test_a_finished_search_has_nothing_to_do(finished: tuple[Path, Ended]) -> None:
+    workdir, _ = finished
+    before = [*trials(workdir)]
+    times = {p: p.stat().st_mtime_ns for p in (workdir / "retrained").rglob("result.json")}
+    end = run(small_search(workdir, trials=8))
+    assert end.code == 0, end.err
+    assert trials(workdir) == before
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+
+
+def test_its_graphs_can_be_trained(finished: tuple[Path, Ended], found: StudyRecord) -> None:
+    workdir, _ = finished
+    best = found.best(1)[0]
+    assert best.graph is not None
+    graph = build_graph(TrainConfig(graph=str(workdir)))
+    assert graph.gates == best.graph.pruned().gates
+    teacher = next(trial for trial in found.trials if trial.baseline == "distillation")
+    graph = build_graph(TrainConfig(graph=f"{workdir}:{teacher.number}"))
+    assert graph.gates == (("through", "through"), ("cutoff", "cutoff"))
+    assert graph.nodes[1].weights == "pretrained"
+    config = TrainConfig(
+        graph=f"{workdir}:{teacher.number}",
+        imports=("tiny_models",),
+        train_limit=100,
+        epochs=1,
+        workdir=str(workdir.parent / "carried"),
+    )
+    end = in_process(experiments.train.main, *options(config))
+    assert end.code == 0, end.err
+    assert "tiny is trained first" in end.out
+    end = in_process(experiments.evaluate.main, workdir.parent / "carried")
+    assert end.code == 0, end.err
+
+
+def test_a_trial_that_is_not_there_is_named(finished: tuple[Path, Ended]) -> None:
+    workdir, _ = finished
+    with pytest.raises(InputError, match=r"graph.*finished:99.*0 to 7"):
+        build_graph(TrainConfig(graph=f"{workdir}:99"))
+    with pytest.raises(InputError, match="models"):
+        build_graph(TrainConfig(graph=str(workdir), models=("tiny",)))
+
+
+def test_a_study_of_another_search_is_refused(finished: tuple[Path, Ended], tmp_path: Path) -> None:
+    workdir, _ = finished
+    other = small_search(workdir, trials=8, gates=("through", "cutoff"), epochs=4)
+    end = in_process(experiments.search.main, *options(other))
+    assert end.code == 2
+    assert "space.gates" in end.err
+    assert "training.epochs: 3, now 4" in end.err
+    shared = small_search(
+        tmp_path / "new",
+        train_limit=100,
+        storage=f"sqlite:///{workdir}/study.db",
+        study=load_search(workdir).name,
+    )
+    end = in_process(experiments.search.main, *options(shared))
+    assert end.code == 2
+    assert "study" in end.err
+    assert "train_limit: 200, now 100" in end.err
+
+
+# --- kills
+
+LONG: dict[str, Any] = {
+    "trials": 6,
+    "epochs": 60,
+    "pruner": "none",
+    "retrain_top": 0,
+    "train_limit": 1000,
+    "gates": ktg.GATES,
+}
+
+
+def check_whole(workdir: Path, before: list[TrialRecord]) -> None:
+    """No finished trial was lost or run again, and there are as many as were asked for."""
+    after = {trial.number: trial for trial in trials(workdir)}
+    for trial in before:
+        assert after[trial.number] == trial
+    done = [trial for trial in after.values() if trial.state == "complete"]
+    assert len(done) == LONG["trials"]
+    trained = [trial.graph.canonical() for trial in done if trial.duplicate_of is None]  # type: ignore[union-attr]
+    assert len(trained) == len(set(trained))
+    assert {t.state for t in after.values()} <= {"complete", "failed"}
+    assert all(trial.reason is None for trial in after.values())
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    workdir = tmp_path / "search"
+    process = begin(small_search(workdir, **LONG))
+    before = wait_until(lambda: ended(workdir))
+    victim = workers_of(process)[0]
+    victim.kill()
+    end = end_of(process)
+    assert (end.code, end.err) == (0, "")
+    check_whole(workdir, before)
+    assert (workdir / "logs" / "worker-1.log").is_file()
+
+
+def test_all_are_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    workdir = tmp_path / "search"
+    config = small_search(workdir, **LONG)
+    process = begin(config)
+    before = wait_until(lambda: ended(workdir))
+    workers = workers_of(process)
+    process.kill()
+    process.communicate()
+    psutil.wait_procs(workers, timeout=SECONDS)
+    assert not any(worker.is_running() for worker in workers)  # they end by themselves
+    end = run(config)
+    assert end.code == 0, end.err
+    check_whole(workdir, before)
+
+
+def test_ctrl_c_ends_all_and_leaves_nothing_running(tmp_path: Path) -> None:
+    workdir = tmp_path / "search"
+    config = small_search(workdir, **LONG)
+    process = begin(config)
+    before = wait_until(lambda: ended(workdir))
+    workers = workers_of(process)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    end = end_of(process)
+    assert end.code == 130
+    assert "goes on where it stopped" in end.err
+    assert "Traceback" not in end.err
+    psutil.wait_procs(workers, timeout=SECONDS)
+    assert not any(worker.is_running() for worker in workers)
+    assert not any(trial.state == "running" for trial in trials(workdir))
+    end = run(config)
+    assert end.code == 0, end.err
+    check_whole(workdir, before)
+
+
+# --- the test set
+
+
+def test_a_search_never_reads_the_test_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (120, 8, 8, 1), np.uint8)
+    labels = np.arange(120) % 4
+    path = tmp_path / "data.npz"
+    test: dict[str, Any] = {"test_labels": labels[:4], "test_images": images[:4]}
+    np.savez(path, images=images, labels=labels, **test)
+    spoil(path, "test_images.npy")
+    config = small_search(
+        tmp_path / "search", data=f"npz:{path}", train_limit=None, trials=4, retrain_top=0
+    )
+    end = run(config)
+    assert end.code == 0, end.err
+    assert len(ended(tmp_path / "search")) == 4
+    assert any(t.baseline == "distillation" for t in trials(tmp_path / "search"))  # pre-trains
+    shutil.rmtree(tmp_path / "search")
+    end = run(SearchConfig(**vars(config) | {"retrain_top": 1}))
+    assert end.code == 2  # for the fair ending does
+    assert "data.npz" in end.err
+
+
+def spoil(path: Path, member: str) -> None:
+    """Damages a file within an archive, so that who reads it fails."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"\x93NUMPY", 0, content.index(b"PK\x01\x02"))
+    assert member.encode() in content[at - 200 : at]
+    content[at : at + 6] = b"broken"
+    path.write_bytes(content)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "nodes: got 0; allowed: 1 to 7"),
+        ({"nodes": 8}, "--allow-large"),
+        ({"target": "resnet9"}, "resnet9"),
+        ({"candidates": ("tiny", "no_model")}, "no_model"),
+        ({"gates": ("through", "ajar")}, "ajar"),
+        ({"temperatures": (0.0,)}, "temperatures"),
+        ({"trials": 0}, "trials"),
+        ({"workers": 0}, "workers"),
+        ({"min_epochs": 4}, "1 to epochs (3)"),
+        ({"patience": 1.5}, "patience"),
+        ({"val_fraction": 0.0}, "val_fraction"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"heartbeat": 0.0}, "heartbeat"),
+        ({"retrain_seeds": 0}, "retrain_seeds"),
+        ({"batch_size": 1000}, "batch_size"),
+        ({"storage": "mysql://db/studies"}, "sqlite:///FILE"),
+        ({"imports": ("no_such_module",)}, "no_such_module"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = small_search(tmp_path / "search", **changes)
+    end = in_process(experiments.search.main, *options(config))
+    assert end.code == 2
+    assert message in end.err
+    assert len(end.err.splitlines()) == 1
+    assert not (tmp_path / "search").exists()
+
+
+def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
+    storage = "postgresql+psycopg://me:secret@127.0.0.1:1/studies"
+    config = small_search(tmp_path / "search", storage=storage)
+    end = in_process(experiments.search.main, *options(config))
+    assert end.code == 2
+    assert "127.0.0.1:1" in end.err
+    assert "secret" not in end.err
+    assert len(end.err.splitlines()) == 1
+
+
+def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    assert end.code == 2
+    assert "100 MiB free (1 MiB are)" in end.err
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_search(tmp_path: Path) -> None:
+    workdir = tmp_path / "search"
+    config = small_search(workdir, **LONG)
+    process = begin(config)
+    before = wait_until(lambda: ended(workdir))
+    size = (workdir / "study.db").stat().st_size
+    for one in (process, *workers_of(process)):
+        resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (size, size))
+    end = end_of(process)
+    assert end.code in (1, 2)
+    assert len(end.err.splitlines()) == 1
+    assert "Traceback" not in end.err
+    end = run(config)  # with room again
+    assert end.code == 0, end.err
+    after = {trial.number: trial for trial in trials(workdir)}
+    assert [after[trial.number] for trial in before] == before
+
+
+def test_without_optuna_the_error_names_the_extra(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['optuna'] = None; sys.argv = ['search']; "
+    code = f"{hide}import experiments.search as s; from experiments import cli; cli.run(s.main)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert process.returncode == 2
+    assert "ktg_jax[search]" in process.stderr
