@@ -39,6 +39,16 @@ def test_networks_are_of_their_papers_size(name: str, classes: int, millions: fl
     assert round(count / 1e6, len(str(millions).split(".")[1])) == millions
 
 
+def test_a_thinner_resnet_has_fewer_channels_in_every_stage() -> None:
+    """By hand, with 4, 8 and 16 channels: convolutions, two numbers a channel of the norms, head."""
+    convolutions = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16)
+    norms = 2 * (4 + 2 * 4 + 2 * 8 + 2 * 16)
+    assert num_parameters(build_model("resnet8_4", 10)) == convolutions + norms + 16 * 10 + 10
+    assert num_parameters(build_model("resnet14_16", 10)) == num_parameters(
+        build_model("resnet14", 10)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -169,6 +179,8 @@ def test_batches_spread_over_a_mapped_axis_are_normalised_as_one(name: str) -> N
         "resnet2",
         "resnet08",
         "resnet",
+        "resnet8_0",
+        "resnet8_",
         "wrn28",
         "wrn4_2",
         "wrn12_2",
@@ -187,7 +199,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
 
 def test_every_listed_name_can_be_built_and_others_of_the_families() -> None:
     assert {*RESNETS, *WIDE_RESNETS, "cnn"} <= set(ktg.model_names())
-    for name in (*RESNETS, *WIDE_RESNETS, "cnn", "resnet26", "wrn22_1"):
+    for name in (*RESNETS, *WIDE_RESNETS, "cnn", "resnet26", "resnet8_8", "wrn22_1"):
         assert isinstance(build_model(name, 10), NodeFns)
 
 

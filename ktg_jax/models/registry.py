@@ -19,6 +19,7 @@ ModelFactory = Callable[[int], nn.Module | NodeFns]
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 _WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
+FAMILIES = "resnet<6n+2>, resnet<6n+2>_<channels>, wrn<6n+4>_<width>"
 _registered: dict[str, ModelFactory] = {}
 
 
@@ -50,7 +51,7 @@ def register_model(name: str, factory: ModelFactory) -> None:
 
 
 def model_names() -> tuple[str, ...]:
-    """The names that are known; `resnet<6n+2>` and `wrn<6n+4>_<width>` exist in general.
+    """The names that are known; those of `FAMILIES` exist in general.
 
     >>> {"cnn", "resnet8", "wrn28_10"} <= set(model_names())
     True
@@ -61,7 +62,7 @@ def model_names() -> tuple[str, ...]:
 def check_model(name: str) -> None:
     """Raises InputError unless a model of that name can be built."""
     if _factory(name) is None:
-        known = f"{', '.join(model_names())}, or resnet<6n+2>, wrn<6n+4>_<width>"
+        known = f"{', '.join(model_names())}, or {FAMILIES}"
         raise InputError("model", name, known)
 
 
@@ -71,7 +72,8 @@ def build_model(
     """The node functions of a model.
 
     Args:
-        name: a registered name, `resnet<6n+2>` or `wrn<6n+4>_<width>`.
+        name: a registered name, `resnet<6n+2>`, the same with `_<channels of the first stage>` in
+            place of 16, or `wrn<6n+4>_<width>`.
         num_classes: number of logits.
         dtype: of the computation (`jnp.bfloat16`: mixed precision); parameters stay float32.
         axis_name: the mapped axis over which batches are spread under `jax.pmap`, else None.
@@ -120,10 +122,10 @@ def _factory(name: str) -> ModelFactory | None:
 def _built_in(name: str) -> ModelFactory | None:
     if name == "cnn":
         return CNN
-    if match := re.fullmatch(r"resnet([1-9]\d*)", name):
-        depth = int(match[1])
+    if match := re.fullmatch(r"resnet([1-9]\d*)(?:_([1-9]\d*))?", name):
+        depth, channels = int(match[1]), int(match[2] or 16)
         if depth >= 8 and depth % 6 == 2:
-            return lambda num_classes: ResNet(depth, num_classes)
+            return lambda num_classes: ResNet(depth, num_classes, channels)
     if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", name):
         depth, width = int(match[1]), int(match[2])
         if depth >= 10 and depth % 6 == 4:

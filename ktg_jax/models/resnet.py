@@ -1,4 +1,4 @@
-"""ResNets for small images (He et al., 2016, section 4.2): 16-32-64 basic blocks, option A."""
+"""ResNets for small images (He et al., 2016, section 4.2): basic blocks, option A; or thinner ones."""
 
 from typing import Any
 
@@ -37,21 +37,25 @@ class ResNet(nn.Module):
     Attributes:
         depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...
         num_classes: number of logits.
+        width: channels of the first stage, of which the second has twice and the third four times
+            as many; the paper's: 16.
         dtype: of the computation; parameters are float32.
         axis_name: as in `BatchNormRelu`.
     """
 
     depth: int
     num_classes: int
+    width: int = 16
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps images, float `[B, H, W, C]`, to logits, `[B, num_classes]`."""
-        x = conv(16, 3, dtype=self.dtype, name="stem_conv")(images)
+        x = conv(self.width, 3, dtype=self.dtype, name="stem_conv")(images)
         x = BatchNormRelu(self.dtype, self.axis_name, name="stem_norm")(x, train)
-        for stage, features in enumerate((16, 32, 64), start=1):
+        for stage in (1, 2, 3):
+            features = self.width * 2 ** (stage - 1)
             for block in range(1, (self.depth - 2) // 6 + 1):
                 stride = 2 if stage > 1 and block == 1 else 1
                 name = f"stage{stage}_block{block}"
