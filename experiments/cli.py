@@ -4,7 +4,8 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -16,11 +17,11 @@ def run(
     interrupted: str = "interrupted; the same command goes on from the last checkpoint",
 ) -> None:
     """Runs a command's main function and exits; `interrupted` is what it says after Ctrl-C."""
-    sys.unraisablehook = _interrupt_again
     # Orbax logs every file it writes, and the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        main()
+        with _no_interrupt_lost():
+            main()
     except InputError as error:
         _end(f"error: {error}", 2)
     except RunError as error:
@@ -33,18 +34,30 @@ def run(
 _AGAIN_SECONDS = 0.05
 
 
-def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Sends Ctrl-C anew where it came in code that nothing can be raised from, such as JAX's callback
-    of the garbage collector: Python drops it there, and the command would go on.
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Sends Ctrl-C anew where it came in code that nothing can be raised from.
+
+    JAX's callback of the garbage collector is such code: Python drops the interrupt there, and the
+    command would go on.
     """
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # A little later, for it would be dropped in here as well.
+    report = sys.unraisablehook
+
+    def on_dropped(dropped: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            report(dropped)
+            return
+        # A little later, for raised in here it would be dropped as well.
         main = threading.main_thread().ident
         again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
         again.daemon = True
         again.start()
-    else:
-        sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = on_dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def say(console: Console, text: str) -> None:

@@ -40,7 +40,7 @@ def test_networks_are_of_their_papers_size(name: str, classes: int, millions: fl
 
 
 def test_a_thinner_resnet_has_fewer_channels_in_every_stage() -> None:
-    """By hand, with 4, 8 and 16 channels: convolutions, two numbers a channel of the norms, head."""
+    """By hand: 4, 8 and 16 channels; two numbers of each norm's channels."""
     convolutions = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16)
     norms = 2 * (4 + 2 * 4 + 2 * 8 + 2 * 16)
     assert num_parameters(build_model("resnet8_4", 10)) == convolutions + norms + 16 * 10 + 10

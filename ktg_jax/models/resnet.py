@@ -1,4 +1,4 @@
-"""ResNets for small images (He et al., 2016, section 4.2): basic blocks, option A; or thinner ones."""
+"""ResNets for small images (He et al., 2016, section 4.2): basic blocks, option A shortcuts."""
 
 from typing import Any
 
