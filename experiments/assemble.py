@@ -145,6 +145,7 @@ def assemble(
         "image_shape": dataset.image_shape,
         "total_steps": total_steps,
         "temperature": graph.temperature,
+        "edge_weights": graph.edge_weights,
     }
     if engine_name == "fused":
         engine = fused_engine(node_fns, optimizer, parallel, batches, **task)

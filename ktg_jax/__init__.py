@@ -20,7 +20,6 @@ from ktg_jax.representing import (
     NodePrior,
     Prior,
     aggregate_prior,
-    attention_transfer_loss,
     load_prior,
     match_prior,
     prior_distance,
@@ -32,6 +31,7 @@ from ktg_jax.representing import (
     with_priors,
 )
 from ktg_jax.search import SearchSpace
+from ktg_jax.stage_losses import EdgeWeights, attention_transfer_loss, feature_transfer_loss
 from ktg_jax.state import GraphState, init_state
 from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
 from ktg_jax.weights import load_node, save_node
@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GATES",
+    "EdgeWeights",
     "Graph",
     "GraphState",
     "InputError",
@@ -58,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "edge_losses",
     "eval_step",
+    "feature_transfer_loss",
     "from_linen",
     "from_nnx",
     "gate_weights",

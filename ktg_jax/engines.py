@@ -24,11 +24,13 @@ from ktg_jax.loop import (
     make_train_step,
     means_of,
 )
+from ktg_jax.node_terms import Priors
 from ktg_jax.nodes import NodeFns
 from ktg_jax.parallel import Parallel
 from ktg_jax.per_node import Placement, balanced, forward_cost, per_node_eval, per_node_step, place
+from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics, Priors
+from ktg_jax.step import KL_ALONE, Metrics
 
 ENGINES = ("fused", "per_node")
 
@@ -104,6 +106,7 @@ def fused_engine(
     image_shape: Sequence[int],
     total_steps: int,
     temperature: float = 1.0,
+    edge_weights: EdgeWeights = KL_ALONE,
 ) -> Engine:
     """The whole graph in one program, its batch split over all devices.
 
@@ -115,6 +118,7 @@ def fused_engine(
         image_shape: `(H, W, C)`.
         total_steps: k_end of the gates' progress.
         temperature: of the transfer edges.
+        edge_weights: what they carry.
 
     Raises:
         InputError: a batch larger than the data, or not divisible by the number of devices.
@@ -128,6 +132,7 @@ def fused_engine(
             parallel,
             total_steps=total_steps,
             temperature=temperature,
+            edge_weights=edge_weights,
             steps_per_call=count,
             **batches._asdict(),
         )
@@ -161,6 +166,7 @@ def per_node_engine(
     image_shape: Sequence[int],
     total_steps: int,
     temperature: float = 1.0,
+    edge_weights: EdgeWeights = KL_ALONE,
 ) -> Engine:
     """Each node on one device, balanced by cost; only logits travel.
 
@@ -173,6 +179,7 @@ def per_node_engine(
         image_shape: `(H, W, C)`.
         total_steps: k_end of the gates' progress.
         temperature: of the transfer edges.
+        edge_weights: what they carry.
 
     Raises:
         InputError: a batch larger than the data.
@@ -215,6 +222,7 @@ def per_node_engine(
                 optimizer=optimizer,
                 placement=placement,
                 temperature=temperature,
+                edge_weights=edge_weights,
                 priors=priors,
             )
 

@@ -15,7 +15,11 @@ from ktg_jax.equivalence import canonical_order
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.gates import GATES
-from ktg_jax.graph_node import NO_PRIOR, PRIOR_DEFAULTS, Node, checked_nodes
+from ktg_jax.graph_node import NO_PRIOR, PRIOR_DEFAULTS, Node, checked_nodes, is_number
+from ktg_jax.stage_losses import EdgeWeights
+
+_EDGE_WEIGHTS = {"kl_weight": 1.0, "attention_weight": 0.0, "feature_weight": 0.0}
+"""The fields that say what transfer edges carry, with the paper's values."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,15 @@ class Graph:
         nodes: N nodes; strings are taken as model names.
         gates: N x N gate names; row = receiver, column = sender, diagonal = label edge.
         temperature: of every transfer edge.
+        kl_weight: every transfer edge carries this times the divergence of logits (the paper: 1),
+        attention_weight: this times the attention transfer loss,
+        feature_weight: and this times the feature transfer loss (`ktg_jax.stage_losses`); each
+            finite, not negative.
 
     Raises:
         InputError: a gate that does not exist, a matrix of the wrong shape, two nodes of one name,
             a target with only cutoff gates, a frozen node with a prior, an option of a node that
-            is out of range, or a temperature that is not a finite number above 0.
+            is out of range, a temperature that is not a finite number above 0, or a bad weight.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", "correct"], ["cutoff", "cutoff"]])
@@ -41,12 +49,17 @@ class Graph:
     nodes: tuple[Node, ...]
     gates: tuple[tuple[str, ...], ...]
     temperature: float = 1.0
+    kl_weight: float = 1.0
+    attention_weight: float = 0.0
+    feature_weight: float = 0.0
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
         set_field(self, "nodes", checked_nodes(self.nodes))
         set_field(self, "gates", _checked_gates(self.gates, len(self.nodes)))
         set_field(self, "temperature", _checked_temperature(self.temperature))
+        for field in _EDGE_WEIGHTS:
+            set_field(self, field, _checked_weight(field, getattr(self, field)))
         if 0 in self.frozen:
             raise InputError(
                 "gates[0]",
@@ -62,6 +75,11 @@ class Graph:
     def gate_codes(self) -> np.ndarray:
         """The gates as integer codes of `GATES`: int32 `[N, N]`."""
         return np.array([[GATES.index(gate) for gate in row] for row in self.gates], np.int32)
+
+    @property
+    def edge_weights(self) -> EdgeWeights:
+        """What transfer edges carry."""
+        return EdgeWeights(self.kl_weight, self.attention_weight, self.feature_weight)
 
     @property
     def frozen(self) -> tuple[int, ...]:
@@ -101,10 +119,10 @@ class Graph:
         are kept, and with them the initial weights; node 0 stays the target.
         """
         kept = self.needed_nodes({0, *roots})
-        return Graph(
+        return dataclasses.replace(
+            self,
             nodes=tuple(self.nodes[i] for i in kept),
             gates=tuple(tuple(self.gates[t][s] for s in kept) for t in kept),
-            temperature=self.temperature,
         )
 
     def canonical(self) -> "Graph":
@@ -112,9 +130,9 @@ class Graph:
 
         It is the same for graphs that differ by the numbering of nodes other than the target, by
         nodes that cannot influence the target, by `correct` in place of `through` on a label edge
-        (the label is always right), by the temperature where nothing is transferred, and by
-        names. Names choose only initial weights, so equivalent graphs train alike up to the seed.
-        Models, weights, priors and all other gates count.
+        (the label is always right), by the temperature and the weights of losses where nothing is
+        transferred, and by names. Names choose only initial weights, so equivalent graphs train
+        alike up to the seed. Models, weights, priors and all other gates count.
 
         Returns:
             The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
@@ -142,10 +160,11 @@ class Graph:
         ]
         order = canonical_order(kinds, codes)
         nodes = [graph.nodes[i] for i in order]
+        fields = ("temperature", *_EDGE_WEIGHTS) if len(order) > 1 else ()
         return Graph(
             nodes=tuple(dataclasses.replace(n, name=f"node{i}") for i, n in enumerate(nodes)),
             gates=tuple(tuple(GATES[codes[t][s]] for s in order) for t in order),
-            temperature=self.temperature if len(order) > 1 else 1.0,
+            **{field: getattr(self, field) for field in fields},
         )
 
     def equivalent(self, other: "Graph") -> bool:
@@ -158,10 +177,15 @@ class Graph:
         return self.canonical() == other.canonical()
 
     def to_json(self) -> str:
-        """The graph as JSON text; `from_json` is its inverse."""
+        """The graph as JSON text, weights of losses only where they are not the paper's.
+
+        `from_json` is its inverse.
+        """
         nodes = [node.to_dict() for node in self.nodes]
         rows = [list(row) for row in self.gates]
-        return json.dumps({"nodes": nodes, "gates": rows, "temperature": self.temperature})
+        content = {"nodes": nodes, "gates": rows, "temperature": self.temperature}
+        weights = {field: getattr(self, field) for field in _EDGE_WEIGHTS}
+        return json.dumps(content | {f: w for f, w in weights.items() if w != _EDGE_WEIGHTS[f]})
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> "Graph":
@@ -171,13 +195,14 @@ class Graph:
             InputError: not JSON, an unknown or a missing field, or what `Graph` itself refuses.
         """
         fields = _decoded(text)
-        _check_fields("graph", fields, required={"nodes", "gates"}, optional={"temperature"})
+        optional = {"temperature", *_EDGE_WEIGHTS}
+        _check_fields("graph", fields, required={"nodes", "gates"}, optional=optional)
         if not isinstance(fields["nodes"], list):
             raise InputError("nodes", fields["nodes"], "a list of nodes")
         return cls(
             nodes=tuple(_node(f"nodes[{i}]", node) for i, node in enumerate(fields["nodes"])),
             gates=fields["gates"],
-            temperature=fields.get("temperature", 1.0),
+            **{field: fields[field] for field in optional if field in fields},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -217,10 +242,15 @@ def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
 
 
 def _checked_temperature(temperature: Any) -> float:
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature <= sys.float_info.max:
+    if not is_number(temperature) or not 0 < temperature <= sys.float_info.max:
         raise InputError("temperature", temperature, "a finite number above 0")
     return float(temperature)
+
+
+def _checked_weight(field: str, weight: Any) -> float:
+    if not is_number(weight) or not 0 <= weight <= sys.float_info.max:
+        raise InputError(field, weight, "a finite number, at least 0")
+    return float(weight)
 
 
 def _decoded(text: str | Mapping[str, Any]) -> Any:

@@ -113,9 +113,9 @@ def _with_checked_prior(where: str, node: Node) -> Node:
         return node
     if not isinstance(node.prior, str) or not node.prior:
         raise InputError(f"{where}.prior", node.prior, "a path, or null")
-    if not _is_number(node.prior_weight) or not 0 <= node.prior_weight < math.inf:
+    if not is_number(node.prior_weight) or not 0 <= node.prior_weight < math.inf:
         raise InputError(f"{where}.prior_weight", node.prior_weight, "a finite number, at least 0")
-    if not _is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
+    if not is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
         raise InputError(f"{where}.prior_quantile", node.prior_quantile, "a number from 0 to 1")
     for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
         if getattr(node, field) not in names:
@@ -124,5 +124,6 @@ def _with_checked_prior(where: str, node: Node) -> Node:
     return dataclasses.replace(node, prior_weight=weight, prior_quantile=quantile)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number as JSON knows them: no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,10 +12,12 @@ import optax
 
 from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
 from ktg_jax.errors import RunError
+from ktg_jax.node_terms import Priors
 from ktg_jax.nodes import NodeFns
 from ktg_jax.parallel import Parallel
+from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics, Priors, eval_step, train_step
+from ktg_jax.step import KL_ALONE, Metrics, eval_step, train_step
 
 Record = dict[str, Any]
 
@@ -42,6 +44,7 @@ def make_train_step(
     batch_size: int,
     total_steps: int,
     temperature: float = 1.0,
+    edge_weights: EdgeWeights = KL_ALONE,
     max_offset: int = 0,
     flip: bool = False,
     steps_per_call: int = 1,
@@ -58,6 +61,7 @@ def make_train_step(
         batch_size: of all devices together.
         total_steps: k_end of the gates' progress.
         temperature: of the transfer edges.
+        edge_weights: what they carry.
         max_offset: as in `plan_batch`.
         flip: as in `plan_batch`.
         steps_per_call: updates in one call; with several, the metrics are stacked along a first
@@ -94,6 +98,7 @@ def make_train_step(
             node_fns=node_fns,
             optimizer=optimizer,
             temperature=temperature,
+            edge_weights=edge_weights,
             axis_name=parallel.axis_name,
             priors=priors,
         )

@@ -30,8 +30,9 @@ class NodeFns:
             forward pass updates (batch statistics, say); both are pytrees of arrays.
         apply: `apply(params, model_state, images, train) -> (logits, model_state)`; logits float
             `[B, classes]`. With `train=False` the model state comes back unchanged.
-        stages: `stages(params, model_state, images) -> (logits, stage outputs)`, computed with
-            the stored statistics; or None: a network that does not say what its stages are.
+        stages: as `apply`, with the output of each stage beside the logits: `stages(params,
+            model_state, images, train) -> ((logits, stage outputs), model_state)`; or None: a
+            network that does not say what its stages are.
 
     >>> import jax.numpy as jnp
     >>> average = NodeFns(
@@ -45,7 +46,7 @@ class NodeFns:
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
-    stages: Callable[[PyTree, PyTree, jax.Array], StageOutputs] | None = None
+    stages: Callable[[PyTree, PyTree, jax.Array, bool], tuple[StageOutputs, PyTree]] | None = None
 
 
 def stage_number(path: Sequence[str]) -> int | None:
@@ -99,23 +100,27 @@ def from_linen(module: nn.Module) -> NodeFns:
         inside = stage_number(outer) is not None
         return method == "__call__" and stage_number([name]) is not None and not inside
 
-    def stages(params: PyTree, model_state: PyTree, images: jax.Array) -> StageOutputs:
-        logits, captured = module.apply(
+    def stages(
+        params: PyTree, model_state: PyTree, images: jax.Array, train: bool
+    ) -> tuple[StageOutputs, PyTree]:
+        logits, mutated = module.apply(
             {"params": params, **model_state},
             images,
-            **mode(False),
+            **mode(train),
             capture_intermediates=is_stage,
-            mutable=["intermediates"],
+            mutable=["intermediates", *(model_state if train else ())],
         )
+        captured = dict(mutated)
         outputs: dict[int, jax.Array] = {}  # in the order of the calls: a stage's last one stays
-        for path, calls in flatten_dict(captured.get("intermediates", {})).items():
+        for path, calls in flatten_dict(captured.pop("intermediates", {})).items():
             stage = stage_number(path)
             if stage is not None and path[-1] == "__call__":
                 outputs[stage] = calls[-1]
         if not outputs:
             allowed = "a module with submodules stage1_..., stage2_..."
             raise InputError("stages", type(module).__name__, allowed)
-        return logits, tuple(outputs[stage] for stage in sorted(outputs))
+        in_order = tuple(outputs[stage] for stage in sorted(outputs))
+        return (logits, in_order), captured if train else model_state
 
     return NodeFns(init, apply, stages)
 

@@ -17,18 +17,18 @@ import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.convolution import formulation
+from ktg_jax.node_terms import NodeTerm, Priors, checked_priors, distance_metrics
 from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.state import GraphState
 from ktg_jax.step import (
+    KL_ALONE,
     Metrics,
-    NodeTerm,
-    Priors,
-    checked_priors,
-    distance_metrics,
     eval_sums,
     graph_gradients,
     node_forward,
     node_update,
+    split_outputs,
 )
 
 Placement = tuple[jax.Device, ...]
@@ -101,6 +101,7 @@ def per_node_step(
     placement: Placement,
     temperature: ArrayLike = 1.0,
     priors: Priors | None = None,
+    edge_weights: EdgeWeights = KL_ALONE,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
 
@@ -115,6 +116,7 @@ def per_node_step(
         placement: the device of each node.
         temperature: `Graph.temperature`.
         priors: as for `train_step`; best already on their nodes' devices.
+        edge_weights: as for `train_step`.
 
     Returns:
         The new state, and the metrics of `train_step` on the first node's device.
@@ -138,26 +140,30 @@ def per_node_step(
     home = placement[0]
     frozen = state.frozen
     priors = checked_priors(priors, state)
-    logits, pullbacks, model_state = [], [], list(state.model_state)
+    with_stages = edge_weights.needs_stages
+    outputs, pullbacks, model_state = [], [], list(state.model_state)
     for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        variables = state.params[i], state.model_state[i]
         if i in frozen:
-            z = _frozen_forward(fns)(state.params[i], state.model_state[i], images[device])
-            pullback = None
+            output, pullback = _frozen_forward(fns, with_stages)(*variables, images[device]), None
         else:
-            z, pullback, model_state[i] = _forward_with_pullback(fns)(
-                state.params[i], state.model_state[i], images[device]
-            )
-        logits.append(jax.device_put(z, home))
+            forward = _forward_with_pullback(fns, with_stages)
+            output, pullback, model_state[i] = forward(*variables, images[device])
+        outputs.append(jax.device_put(output, home))
         pullbacks.append(pullback)
 
-    logit_gradients, metrics = _graph_gradients(tuple(logits), labels, gates, progress, temperature)
+    logits, stages = split_outputs(outputs, edge_weights)
+    output_gradients, metrics = _graph_gradients(
+        logits, labels, gates, progress, temperature, stages, edge_weights=edge_weights
+    )
 
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
     for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
         if pullback is None:
             continue
-        inputs = pullback, jax.device_put(logit_gradients[i], device), params[i], opt_state[i]
+        gradient = jax.device_put(output_gradients[i], device)
+        inputs = pullback, gradient, params[i], opt_state[i]
         if prior is None:
             params[i], opt_state[i] = _backward_and_update(optimizer)(*inputs)
         else:
@@ -182,7 +188,7 @@ def per_node_eval(
     """`eval_step` node by node: the same sums."""
     logits = [
         jax.device_put(
-            _frozen_forward(fns)(state.params[i], state.model_state[i], images[device]),
+            _frozen_forward(fns, False)(state.params[i], state.model_state[i], images[device]),
             placement[0],
         )
         for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True))
@@ -190,25 +196,28 @@ def per_node_eval(
     return _eval_sums(tuple(logits), labels, mask)
 
 
-_graph_gradients = jax.jit(graph_gradients)
+_graph_gradients = jax.jit(graph_gradients, static_argnames="edge_weights")
 _distance_metrics = jax.jit(distance_metrics)
 _eval_sums = jax.jit(eval_sums)
 _next = jax.jit(lambda step: step + 1)
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_with_pullback(fns: NodeFns) -> Callable[..., Any]:
+def _forward_with_pullback(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
     def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
-        of_params = functools.partial(node_forward, model_state=model_state, images=images, fns=fns)
+        of_params = functools.partial(
+            node_forward, model_state=model_state, images=images, fns=fns, with_stages=with_stages
+        )
         return jax.vjp(of_params, params, has_aux=True)
 
     return jax.jit(forward)
 
 
 @functools.lru_cache(maxsize=256)
-def _frozen_forward(fns: NodeFns) -> Callable[..., jax.Array]:
-    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> jax.Array:
-        return node_forward(params, model_state, images, fns=fns, frozen=True)[0]
+def _frozen_forward(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
+    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
+        how: dict[str, Any] = {"fns": fns, "frozen": True, "with_stages": with_stages}
+        return node_forward(params, model_state, images, **how)[0]
 
     return jax.jit(forward)
 

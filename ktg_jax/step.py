@@ -7,7 +7,7 @@ in their logits, they can as well be compiled apart or placed on devices of thei
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,27 @@ from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.losses import cross_entropy, edge_losses
-from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.node_terms import Priors, checked_priors, distance_metrics
+from ktg_jax.nodes import NodeFns, PyTree, StageOutputs
+from ktg_jax.stage_losses import EdgeWeights, Stages, stage_edge_losses
 from ktg_jax.state import GraphState
 
 Metrics = dict[str, jax.Array]
 
 
-class NodeTerm(Protocol):
-    """What steers a node by its own parameters alone, such as `ktg_jax.NodePrior`. A pytree."""
-
-    def add_to(
-        self, gradients: PyTree, params: PyTree, progress: ArrayLike
-    ) -> tuple[PyTree, jax.Array]:
-        """Returns the gradients with its own added, and distances to report, float32 `[G]`."""
-
-
-Priors = Sequence[NodeTerm | None]
+KL_ALONE = EdgeWeights()
+"""The paper's: transfer edges carry the divergence of logits, and nothing else."""
 
 
 def node_forward(
-    params: PyTree, model_state: PyTree, images: jax.Array, *, fns: NodeFns, frozen: bool = False
-) -> tuple[jax.Array, PyTree]:
+    params: PyTree,
+    model_state: PyTree,
+    images: jax.Array,
+    *,
+    fns: NodeFns,
+    frozen: bool = False,
+    with_stages: bool = False,
+) -> tuple[jax.Array | StageOutputs, PyTree]:
     """A node's forward pass in training.
 
     Args:
@@ -45,9 +45,14 @@ def node_forward(
         images: float `[B, H, W, C]`.
         fns: the node's functions.
         frozen: run with the stored statistics and change nothing.
+        with_stages: return the stages' outputs, too.
 
     Returns:
-        The logits, float `[B, classes]`, and the new model state.
+        The logits, float `[B, classes]`, and the new model state. With stages, in place of the
+        logits a pair of them and a float `[B, h, w, C]` for each stage.
+
+    Raises:
+        InputError: stages of a network that does not name them.
 
     >>> import ktg_jax as ktg
     >>> fns = ktg.build_model("cnn", num_classes=10)
@@ -56,7 +61,11 @@ def node_forward(
     >>> logits.shape
     (4, 10)
     """
-    return fns.apply(params, model_state, images, not frozen)
+    if not with_stages:
+        return fns.apply(params, model_state, images, not frozen)
+    if fns.stages is None:
+        raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
+    return fns.stages(params, model_state, images, not frozen)
 
 
 def graph_gradients(
@@ -65,8 +74,10 @@ def graph_gradients(
     gates: ArrayLike,
     progress: ArrayLike,
     temperature: ArrayLike = 1.0,
-) -> tuple[tuple[jax.Array, ...], Metrics]:
-    """Each node's own loss and its gradient with respect to that node's logits.
+    stages: Sequence[Stages] | None = None,
+    edge_weights: EdgeWeights = KL_ALONE,
+) -> tuple[tuple[Any, ...], Metrics]:
+    """Each node's own loss and its gradient with respect to what that node puts out.
 
     Args:
         logits: N arrays, float `[B, C]`.
@@ -74,22 +85,39 @@ def graph_gradients(
         gates: int `[N, N]`, as for `edge_losses`.
         progress: scalar in [0, 1], as for `edge_losses`.
         temperature: scalar T > 0.
+        stages: the stage outputs of each node, where the edges carry losses on them.
+        edge_weights: what transfer edges carry; Python numbers.
 
     Returns:
-        N gradients in the shape and dtype of the logits, and metrics: `loss` `[N]`, `accuracy`
-        `[N]`, `edge_losses` `[N, N]`, all float32.
+        N gradients in the shape and dtype of the logits, or with stages of the pairs that
+        `node_forward` returns; and metrics: `loss` `[N]`, `accuracy` `[N]`, `edge_losses`
+        `[N, N]`, all float32.
+
+    Raises:
+        InputError: stages that are needed and not given, or that do not fit each other.
 
     >>> logits = [jnp.zeros((1, 2)), jnp.zeros((1, 2))]
     >>> gradients, metrics = graph_gradients(logits, jnp.array([0]), jnp.zeros((2, 2), int), 1.0)
     >>> gradients[0].tolist(), metrics["accuracy"].tolist()
     ([[-0.5, 0.5]], [1.0, 1.0])
     """
+    if edge_weights.needs_stages and stages is None:
+        raise InputError("stages", None, "the stage outputs of each node")
+    on_transfers = jnp.where(jnp.eye(len(logits), dtype=bool), 1.0, edge_weights.kl)
 
-    def loss_of(logits: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        losses = edge_losses(logits, labels, gates, progress, temperature)
+    def loss_of(
+        logits: tuple[jax.Array, ...], stages: tuple[Any, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        losses = on_transfers * edge_losses(logits, labels, gates, progress, temperature)
+        if edge_weights.needs_stages:
+            losses += stage_edge_losses(stages, logits, labels, gates, progress, edge_weights)
         return jnp.sum(losses), losses
 
-    gradients, losses = jax.grad(loss_of, has_aux=True)(tuple(logits))
+    outputs = tuple(logits), tuple(map(tuple, stages or ()))
+    gradients: tuple[Any, ...]
+    (gradients, of_stages), losses = jax.grad(loss_of, (0, 1), has_aux=True)(*outputs)
+    if stages is not None:
+        gradients = tuple(zip(gradients, of_stages, strict=True))
     accuracy = jnp.stack([jnp.mean(jnp.argmax(z, axis=-1) == labels) for z in logits])
     metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
     return gradients, metrics
@@ -125,6 +153,7 @@ def train_step(
     temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     priors: Priors | None = None,
+    edge_weights: EdgeWeights = KL_ALONE,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node at once, from one forward and one backward pass. Pure.
 
@@ -145,6 +174,8 @@ def train_step(
             then that of the whole batch.
         priors: one a node, or None where it has none, as `with_priors` returns them; they add to
             the gradients of their own nodes, and to nothing else. None: no node has one.
+        edge_weights: `Graph.edge_weights`, what transfer edges carry; Python numbers. Losses on
+            stage outputs need models that name their stages.
 
     Returns:
         The new state and the metrics of `graph_gradients`, in which the losses are those of the
@@ -153,7 +184,8 @@ def train_step(
         changes.
 
     Raises:
-        InputError: a prior of a frozen node or of another student, or not one entry a node.
+        InputError: a prior of a frozen node or of another student, or not one entry a node; stages
+            that are needed and not there, or do not fit each other.
 
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
@@ -166,23 +198,31 @@ def train_step(
     (1, (2, 2))
     """
     priors = checked_priors(priors, state)
-    logits, pullbacks, model_state = [], [], []
+    outputs, pullbacks, model_state = [], [], []
     for i, fns in enumerate(node_fns):
         frozen = i in state.frozen
         forward = partial(
-            node_forward, model_state=state.model_state[i], images=images, fns=fns, frozen=frozen
+            node_forward,
+            model_state=state.model_state[i],
+            images=images,
+            fns=fns,
+            frozen=frozen,
+            with_stages=edge_weights.needs_stages,
         )
         with jax.named_scope(f"node{i}_forward"):
             if frozen:
-                z, new_model_state = forward(state.params[i])
+                output, new_model_state = forward(state.params[i])
                 pullback = None
             else:
-                z, pullback, new_model_state = jax.vjp(forward, state.params[i], has_aux=True)
-        logits.append(z)
+                output, pullback, new_model_state = jax.vjp(forward, state.params[i], has_aux=True)
+        outputs.append(output)
         pullbacks.append(pullback)
         model_state.append(new_model_state)
 
-    logit_gradients, metrics = graph_gradients(logits, labels, gates, progress, temperature)
+    logits, stages = split_outputs(outputs, edge_weights)
+    output_gradients, metrics = graph_gradients(
+        logits, labels, gates, progress, temperature, stages, edge_weights
+    )
 
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
@@ -190,7 +230,7 @@ def train_step(
         if pullback is None:
             continue
         with jax.named_scope(f"node{i}_update"):
-            (gradients,) = pullback(logit_gradients[i])
+            (gradients,) = pullback(output_gradients[i])
             if axis_name is not None:
                 gradients = jax.lax.pmean(gradients, axis_name)
             if prior is not None:
@@ -205,33 +245,13 @@ def train_step(
     return new_state, metrics
 
 
-def checked_priors(priors: Priors | None, state: GraphState) -> Priors:
-    """The priors, one entry a node; raises InputError as `train_step` describes."""
-    if priors is None:
-        return (None,) * len(state.params)
-    if len(priors) != len(state.params):
-        raise InputError("priors", len(priors), f"{len(state.params)} entries, one a node")
-    for i in state.frozen:
-        if priors[i] is not None:
-            raise InputError(f"priors[{i}]", type(priors[i]).__name__, "None: the node is frozen")
-    return priors
-
-
-def distance_metrics(distances: Sequence[jax.Array | None]) -> Metrics:
-    """The metric `prior_distance` from each node's distances; none where no node has any.
-
-    >>> distance_metrics([None, jnp.array([1.0, 2.0])])["prior_distance"].tolist()
-    [[nan, nan], [1.0, 2.0]]
-    """
-    stages = max((len(distance) for distance in distances if distance is not None), default=0)
-    if not stages:
-        return {}
-    rows = [jnp.full(stages, jnp.nan) if row is None else _padded(row, stages) for row in distances]
-    return {"prior_distance": jnp.stack(rows)}
-
-
-def _padded(row: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(row, (0, length - len(row)), constant_values=jnp.nan)
+def split_outputs(
+    outputs: Sequence[Any], edge_weights: EdgeWeights
+) -> tuple[Sequence[jax.Array], Sequence[Stages] | None]:
+    """The nodes' logits, and their stages where `node_forward` returned them."""
+    if not edge_weights.needs_stages:
+        return outputs, None
+    return [logits for logits, _ in outputs], [stages for _, stages in outputs]
 
 
 def eval_step(

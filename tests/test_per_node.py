@@ -164,7 +164,7 @@ def run_steps(graph_gates: Any, node_fns: Sequence[NodeFns], frozen: Sequence[in
 
 def test_equal_nodes_share_one_forward_and_one_backward_pass() -> None:
     fns = linear()
-    forward: Any = per_node._forward_with_pullback(fns)
+    forward: Any = per_node._forward_with_pullback(fns, False)
     update: Any = per_node._backward_and_update(OPTIMIZER)
     before = update._cache_size()
     run_steps(np.zeros((7, 7), int), (fns,) * 7, frozen=())

@@ -136,7 +136,10 @@ def test_users_may_say_what_their_stages_are() -> None:
     fns = ktg.NodeFns(
         init=lambda rng, images: ({"trunk": {"stage2": jnp.ones((1, 1, 3, 4))}}, {}),
         apply=lambda params, state, images, train: (images.mean((1, 2)), state),
-        stages=lambda params, state, images: (images.mean((1, 2)), (images, 2 * images)),
+        stages=lambda params, state, images, train: (
+            (images.mean((1, 2)), (images, 2 * images)),
+            state,
+        ),
     )
     params, model_state = fns.init(KEY, IMAGES)
     _, outputs = stage_outputs(fns, params, model_state, IMAGES)
@@ -148,7 +151,10 @@ def test_an_output_that_is_no_image_is_refused() -> None:
     fns = ktg.NodeFns(
         init=lambda rng, images: ({}, {}),
         apply=lambda params, state, images, train: (images.mean((1, 2)), state),
-        stages=lambda params, state, images: (images.mean((1, 2)), (images, images.mean(3))),
+        stages=lambda params, state, images, train: (
+            (images.mean((1, 2)), (images, images.mean(3))),
+            state,
+        ),
     )
     with pytest.raises(InputError, match=r"^stage 2: got \(2, 8, 8\); allowed: an output \[B"):
         stage_outputs(fns, {}, {}, IMAGES)

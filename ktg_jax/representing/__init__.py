@@ -15,12 +15,11 @@ a named option:
   L1 recoding of filters as alternatives (`recoding`);
 - a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Layers: recoding, stages, attention -> prior -> matching, kernels, aggregate, files -> composition.
+Layers: recoding, stages -> prior -> matching, kernels, aggregate, files -> composition.
 """
 
 from ktg_jax.graph_node import MATCHINGS, SCHEDULES
 from ktg_jax.representing.aggregate import aggregate_prior
-from ktg_jax.representing.attention import attention_transfer_loss
 from ktg_jax.representing.composition import NodePrior, with_priors
 from ktg_jax.representing.files import PRIOR_FILE, about_prior, load_prior, save_prior
 from ktg_jax.representing.kernels import cluster_prior, svd_prior
@@ -47,6 +46,7 @@ from ktg_jax.representing.stages import (
     stage_kernels,
     stage_outputs,
 )
+from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 
 __all__ = [
     "MATCHINGS",
@@ -63,6 +63,7 @@ __all__ = [
     "check_prior",
     "cluster_prior",
     "dead_zone_loss",
+    "feature_transfer_loss",
     "initialised",
     "l1_recoding",
     "load_prior",

@@ -44,7 +44,7 @@ def stage_outputs(
     """
     if fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
-    logits, outputs = fns.stages(params, model_state, images)
+    (logits, outputs), _ = fns.stages(params, model_state, images, False)
     for number, output in enumerate(outputs, start=1):
         if np.ndim(output) != 4:
             raise InputError(f"stage {number}", np.shape(output), "an output [B, h, w, C]")

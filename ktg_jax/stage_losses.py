@@ -1,0 +1,220 @@
+"""Losses on what the stages of networks put out: where a node looks, and what it sees there.
+
+Attention transfer (Zagoruyko & Komodakis, ICLR 2017) compares where two networks look, of whatever
+width; feature transfer what they see, of one shape. Both are posterior knowledge, as logits are:
+a transfer edge may carry them beside or in place of the divergence (`EdgeWeights`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.errors import InputError
+from ktg_jax.gates import CUTOFF, gate_weights
+
+Stages: TypeAlias = Sequence[ArrayLike]
+"""The output of each stage of a network, float `[B, h, w, C]`."""
+
+Compared: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class EdgeWeights(NamedTuple):
+    """What a transfer edge carries: the sum of these losses, each times its weight.
+
+    The paper's edges carry `kl` alone.
+
+    Attributes:
+        kl: of `kl_divergence` between logits.
+        attention: of `attention_transfer_loss`; its authors weigh it by 1,000.
+        features: of `feature_transfer_loss`.
+
+    >>> EdgeWeights().needs_stages, EdgeWeights(attention=1000.0).needs_stages
+    (False, True)
+    """
+
+    kl: float = 1.0
+    attention: float = 0.0
+    features: float = 0.0
+
+    @property
+    def needs_stages(self) -> bool:
+        """Whether the nodes' stage outputs are needed, not only their logits."""
+        return self.attention != 0 or self.features != 0
+
+
+def attention_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax.Array:
+    """Where the student looks, as against where the teacher looks; activation-based (section 3.1).
+
+    A stage's attention map is the mean over channels of the squared output, flattened and divided
+    by its L2 norm; the loss is the mean squared difference of the maps, over samples and
+    positions, summed over stages. The authors weigh it by 1,000 (beta). Of maps whose sizes differ,
+    the larger is averaged to the smaller's size.
+
+    Args:
+        student_stages: a float `[B, h, w, C]` for each stage.
+        teacher_stages: as many; height, width and channels may be others. Receive no gradient.
+
+    Returns:
+        float32 scalar `[]`.
+
+    Raises:
+        InputError: other than one teacher stage for each student stage.
+
+    >>> left, right = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [2.0]]]])
+    >>> float(attention_transfer_loss([left], [right])), float(
+    ...     attention_transfer_loss([left], [3 * left]))
+    (1.0, 0.0)
+    """
+    return jnp.mean(_attention_losses(student_stages, _detached(teacher_stages)))
+
+
+def feature_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax.Array:
+    """What the student sees at each position, as against what the teacher sees there.
+
+    The squared distance of stage outputs, each sample's divided by its L2 norm: mean over samples,
+    summed over stages. Hints (FitNets, Romero et al., 2015) without their scale, and without a
+    layer between: the shapes must agree, through a teacher that projects its stages, say.
+
+    Args:
+        student_stages: a float `[B, h, w, C]` for each stage.
+        teacher_stages: as many, of the same shapes. Receive no gradient.
+
+    Returns:
+        float32 scalar `[]`, at most 4 a stage.
+
+    Raises:
+        InputError: other than one teacher stage of the same shape for each student stage.
+
+    >>> here, there = jnp.array([[[[1.0, 0.0]]]]), jnp.array([[[[0.0, 2.0]]]])
+    >>> float(feature_transfer_loss([here], [there])), float(feature_transfer_loss([here], [here]))
+    (2.0, 0.0)
+    """
+    return jnp.mean(_feature_losses(student_stages, _detached(teacher_stages)))
+
+
+def stage_edge_losses(
+    stages: Sequence[Stages],
+    logits: Sequence[ArrayLike],
+    labels: ArrayLike,
+    gates: ArrayLike,
+    progress: ArrayLike,
+    edge_weights: EdgeWeights,
+) -> jax.Array:
+    """The gated losses on stage outputs of every edge of a graph, as `edge_losses` on logits.
+
+    Args:
+        stages: the stage outputs of each of the N nodes, from one simultaneous forward pass.
+        logits: N arrays, float `[B, C]`, which say whether a sender is right.
+        labels: int `[B]`.
+        gates: int `[N, N]`, as for `edge_losses`.
+        progress: scalar in [0, 1], as for `edge_losses`.
+        edge_weights: Python numbers; what has weight 0 is not computed.
+
+    Returns:
+        float32 `[N, N]`, weighted; 0 on the diagonal, for the label has no stages. Only node t's
+        stages receive a gradient from row t.
+
+    Raises:
+        InputError: nodes whose stages do not fit each other's, as the losses say.
+    """
+    gates, labels = jnp.asarray(gates), jnp.asarray(labels)
+    correct = jnp.stack([jnp.argmax(z, axis=-1) == labels for z in logits])
+    weights = gate_weights(gates, progress, correct)
+    senders = [_detached(outputs) for outputs in stages]
+
+    def loss_of(receiver: int, sender: int) -> jax.Array:
+        if receiver == sender:
+            return jnp.zeros(())
+        is_cut = gates[receiver, sender] == CUTOFF
+        total = jnp.zeros(labels.shape)
+        if edge_weights.attention:
+            losses = _attention_losses(stages[receiver], senders[sender], is_cut)
+            total += edge_weights.attention * losses
+        if edge_weights.features:
+            losses = _feature_losses(stages[receiver], senders[sender], is_cut)
+            total += edge_weights.features * losses
+        return jnp.mean(weights[receiver, sender] * total)
+
+    nodes = range(len(stages))
+    return jnp.stack([jnp.stack([loss_of(t, s) for s in nodes]) for t in nodes])
+
+
+def _attention_losses(
+    receiver: Stages, sender: Stages, is_cut: ArrayLike | bool = False
+) -> jax.Array:
+    """Sum over stages of the mean squared difference of attention maps, float32 `[B]`."""
+
+    def maps(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chex.assert_equal_shape_prefix([ours, theirs], 1)
+        energies = [jnp.mean(jnp.square(output), axis=-1) for output in (ours, theirs)]
+        height, width = (min(energy.shape[axis] for energy in energies) for axis in (1, 2))
+        first, second = (_averaged(energy, height, width) for energy in energies)
+        return first, second
+
+    return _compared(receiver, sender, is_cut, maps, jnp.mean)
+
+
+def _feature_losses(
+    receiver: Stages, sender: Stages, is_cut: ArrayLike | bool = False
+) -> jax.Array:
+    """Sum over stages of the squared distance of normalised outputs, float32 `[B]`."""
+
+    def outputs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if ours.shape != theirs.shape:
+            allowed = f"{ours.shape}, as the receiver's"
+            raise InputError("a sender's stage output", theirs.shape, allowed)
+        return ours, theirs
+
+    return _compared(receiver, sender, is_cut, outputs, jnp.sum)
+
+
+def _compared(
+    receiver: Stages,
+    sender: Stages,
+    is_cut: ArrayLike | bool,
+    views: Compared,
+    reduce: Callable[..., jax.Array],
+) -> jax.Array:
+    """Squared differences of normalised views of each stage, reduced, summed over stages, `[B]`."""
+    if len(receiver) != len(sender):
+        allowed = f"{len(receiver)}, as many as the student has"
+        raise InputError("teacher_stages", len(sender), allowed)
+    losses = []
+    for ours, theirs in zip(receiver, sender, strict=True):
+        chex.assert_rank([ours, theirs], 4)
+        ours, theirs = views(jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32))
+        # As in `edge_losses`: a cut edge does not even see its sender, which may have diverged.
+        theirs = jnp.where(is_cut, jax.lax.stop_gradient(ours), theirs)
+        difference = _normalised(ours) - _normalised(theirs)
+        losses.append(reduce(jnp.square(difference), axis=1))
+    return jnp.sum(jnp.stack(losses), axis=0)
+
+
+def _normalised(array: jax.Array) -> jax.Array:
+    """Flattens each sample and divides it by its L2 norm: `[B, ...]` to `[B, n]`."""
+    flat = array.reshape(len(array), -1)
+    return flat / optax.safe_norm(flat, 1e-12, axis=1, keepdims=True)
+
+
+def _detached(stages: Stages) -> list[jax.Array]:
+    return [jax.lax.stop_gradient(jnp.asarray(output)) for output in stages]
+
+
+def _averaged(energy: jax.Array, height: int, width: int) -> jax.Array:
+    """Averages maps `[B, h, w]` over cells, to `[B, height, width]`."""
+    rows, columns = _cells(energy.shape[1], height), _cells(energy.shape[2], width)
+    return jnp.einsum("bhw,ih,jw->bij", energy, rows, columns)
+
+
+def _cells(size: int, cells: int) -> np.ndarray:
+    """`[cells, size]`: the share of each position in each cell; cells may overlap by a position."""
+    position, cell = np.arange(size), np.arange(cells)[:, None]
+    start, end = cell * size // cells, -(-(cell + 1) * size // cells)
+    inside = (start <= position) & (position < end)
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
