@@ -20,7 +20,16 @@ from experiments.ablating.tables import markdown
 from ktg_jax.representing import load_prior
 
 NAMES = ("plain", "prior-0.7", "distillation+prior")
-SETTING = Setting("resnet8", "runs/t", "resnet20", 2.0, "constant", 4.0, lambda how: f"prior/{how}")
+SETTING = Setting(
+    student="resnet8",
+    teacher="runs/t",
+    teacher_model="resnet20",
+    weight=2.0,
+    schedule="constant",
+    temperature=4.0,
+    attention_weight=10.0,
+    prior_of=lambda how: f"prior/{how}",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +39,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 def small(workdir: Path, **changes: Any) -> AblationConfig:
     fields: dict[str, Any] = {
-        "student": "staged",
+        "students": ("staged",),
         "teacher_model": "staged_wide",
         "imports": ("tiny_models",),
         "arms": NAMES,
@@ -64,11 +73,12 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that was begun with one seed and stopped in its second."""
-    folder = tmp_path_factory.mktemp("ablation") / "study"
+    """What a study has of its student; it was begun with one seed and stopped in its second."""
+    study = tmp_path_factory.mktemp("ablation") / "study"
+    folder = study / "staged"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KTG_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ablation_cache"))
-        ablate(folder, seeds=1)
+        ablate(study, seeds=1)
         assert results_in(folder)["seeds"] == [0]
         before, train, count = times(folder), ablation.train, 0
 
@@ -82,10 +92,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.MonkeyPatch.context() as stopping:
             stopping.setattr(ablation, "train", stop_at_second)
             with pytest.raises(KeyboardInterrupt):
-                ablate(folder)
+                ablate(study)
         assert (folder / "arms" / "plain" / "seed-1" / "result.json").is_file()
         assert results_in(folder)["seeds"] == [0]
-        ablate(folder)
+        ablate(study)
     after = times(folder)
     assert {path: after[path] for path in before} == before
     return folder
@@ -104,6 +114,11 @@ def test_every_arm_is_a_graph_of_the_same_student() -> None:
         assert (node.name, node.model, node.weights) == ("student", "resnet8", None)
     assert node_of("plain").prior is None
     assert (node_of("initialised").prior_weight, node_of("initialised").prior) == (0, "prior/fit")
+    assert node_of("layers").prior == "prior/layers"
+    assert (node_of("schedule").prior, node_of("schedule").prior_schedule) == (
+        "prior/fit",
+        "linear",
+    )
     expected = {"prior": 0.0, "prior-0.5": 0.5, "prior-0.7": 0.7, "prior-0.9": 0.9, "svd": 0.7}
     for name, quantile in expected.items():
         node = node_of(name)
@@ -113,15 +128,17 @@ def test_every_arm_is_a_graph_of_the_same_student() -> None:
     assert node_of("assigned").prior_matching == "assignment"
 
 
-@pytest.mark.parametrize("kind", ["distillation", "mutual"])
+@pytest.mark.parametrize("kind", ["distillation", "attention", "mutual"])
 def test_a_graph_with_a_prior_differs_in_the_prior_alone(kind: str) -> None:
     without, combined = (ARMS[name].graph(SETTING) for name in (kind, f"{kind}+prior"))
     assert without.gates == combined.gates
-    assert without.temperature == combined.temperature == (4.0 if kind == "distillation" else 1.0)
+    assert without.temperature == combined.temperature == (1.0 if kind == "mutual" else 4.0)
+    weights = (0.0, 10.0, 0.0) if kind == "attention" else (1.0, 0.0, 0.0)
+    assert without.edge_weights == combined.edge_weights == weights
     assert without.nodes[1] == combined.nodes[1]
     assert without.nodes[0].prior is None
     assert combined.nodes[0] == node_of("prior-0.7")
-    assert without.frozen == ((1,) if kind == "distillation" else ())
+    assert without.frozen == (() if kind == "mutual" else (1,))
 
 
 def test_controls_are_arms_that_come_before() -> None:
@@ -164,6 +181,22 @@ def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
         np.testing.assert_allclose(found["difference"], difference.mean(), atol=1e-12)
 
 
+def test_all_arms_can_be_run_with_several_students(tmp_path: Path) -> None:
+    short = {"seeds": 1, "epochs": 1, "fit_steps": 2, "arms": ()}
+    said = ablate(tmp_path / "study", students=("staged", "staged_wide"), **short)
+    for student, widths in (("staged", (4, 6)), ("staged_wide", (8, 12))):
+        results = results_in(tmp_path / "study" / student)
+        entries = {entry["name"]: entry for entry in results["entries"]}
+        assert list(entries) == list(ARMS)
+        assert f"\n{student}:" in said
+        run = tmp_path / "study" / student / "arms" / "attention+prior" / "seed-0"
+        (line,) = metrics(run)
+        assert line["nodes"][0]["edge_losses"][1] > 0  # from the teacher, without its logits
+        assert entries["layers"]["prior_kernels"] == ["stage1_conv.kernel", "stage2_conv.kernel"]
+        prior = load_prior(tmp_path / "study" / student / "priors" / "layers-0" / "prior")
+        assert tuple(kernel.shape[-1] for kernel in prior.kernels) == widths
+
+
 def test_each_seed_has_its_prior_and_arms_share_it(whole: Path) -> None:
     priors = [load_prior(whole / "priors" / f"fit-{seed}" / "prior") for seed in (0, 1)]
     assert not np.allclose(priors[0].kernels[0], priors[1].kernels[0])
@@ -178,12 +211,12 @@ def test_a_study_that_was_stopped_and_extended_has_the_runs_of_another(
 ) -> None:
     ablate(tmp_path / "study", seed=1, seeds=1, arms=("plain",))
     path = Path("arms") / "plain" / "seed-1"
-    assert_same_end(tmp_path / "study" / path, whole / path)
+    assert_same_end(tmp_path / "study" / "staged" / path, whole / path)
 
 
 def test_a_finished_study_trains_nothing(whole: Path) -> None:
     before = times(whole)
-    said = ablate(whole)
+    said = ablate(whole.parent)
     assert "Training" not in said
     assert "distillation+prior" in said
     assert times(whole) == before
@@ -219,6 +252,7 @@ def entry(name: str, accuracies: list[float], epochs: list[int | None]) -> dict[
         "std": float(np.std(accuracies, ddof=1)),
         "epochs_to": {"0.5": epochs},
         "val_accuracy_by_epoch": None,
+        "prior_kernels": ["x", "y"] if name == "b" else None,
         "prior_distance_by_epoch": [[1.0, 2.0], [0.5, 1.0], [0.25, 0.125]] if name == "b" else None,
     }
 
@@ -254,7 +288,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
     ({"teacher": "gone", "teacher_model": "resnet14"}, "teacher", "got 'gone'; allowed: a folder"),
     ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),
-    ({"student": "tiny"}, "student", "got 'tiny'; allowed: a model with convolutions"),
+    ({"students": ()}, "students", "got []; allowed: different models, at least one"),
+    ({"students": ("staged", "staged")}, "students", "allowed: different models"),
+    ({"attention_weight": 0.0}, "attention_weight", "got 0.0; allowed: a finite number above 0"),
+    ({"students": ("staged", "tiny")}, "student", "got 'tiny'; allowed: a model with convolutions"),
 ]
 
 
@@ -271,6 +308,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_a_folder_of_another_study_is_refused(whole: Path) -> None:
-    ended = in_process(ablation.main, *options(small(whole, prior_weight=3.0)))
+    ended = in_process(ablation.main, *options(small(whole.parent, prior_weight=3.0)))
     assert ended.code == 2
     assert "(differing: prior_weight: 1.0, now 3.0)" in ended.err

@@ -209,12 +209,24 @@ def test_a_student_may_start_from_the_prior() -> None:
     prior = replace(PRIOR, kernels=(PRIOR.kernels[0].at[..., 2].set(0.0), PRIOR.kernels[1]))
     params, same = match_prior(PARAMS, prior, "initialise")
     assert same is prior
-    expected = prior.kernels[0].at[..., 2].set(kernel_of(PARAMS, 1)[..., 2])
-    np.testing.assert_array_equal(kernel_of(params, 1), expected)
-    np.testing.assert_array_equal(kernel_of(params, 2), prior.kernels[1])
+    for stage in (1, 2):  # the prior's directions, the student's own sizes
+        started, own = kernel_of(params, stage), kernel_of(PARAMS, stage)
+        norms, expected = (np.sqrt(np.sum(k**2, axis=(0, 1, 2))) for k in (started, own))
+        np.testing.assert_allclose(norms, expected, rtol=1e-6)
+        cosines = jnp.sum(normalised(started) * normalised(prior.kernels[stage - 1]), (0, 1, 2))
+        expected = np.ones(len(cosines))
+        if stage == 1:
+            np.testing.assert_array_equal(started[..., 2], own[..., 2])
+            expected[2] = 0
+        np.testing.assert_allclose(cosines, expected, atol=1e-6)
     np.testing.assert_allclose(prior_distance(params, prior), [1 / 5, 0], atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, PARAMS)
     assert params["classifier"] == PARAMS["classifier"]
+    whole = initialised(PARAMS, prior, size="prior")
+    np.testing.assert_array_equal(kernel_of(whole, 2), prior.kernels[1])
+    np.testing.assert_array_equal(kernel_of(whole, 1)[..., 2], kernel_of(PARAMS, 1)[..., 2])
+    with pytest.raises(InputError, match=r"^size: got 'large'; allowed: own, prior"):
+        initialised(PARAMS, prior, size="large")
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     chex.assert_trees_all_equal_dtypes(initialised(half, prior), half)
 

@@ -1,10 +1,12 @@
 """The arms of the ablation: what is trained in each, and what each is compared with."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
+from ktg_jax.representing import SCHEDULES
 
 PLAIN = "plain"
 """The student alone: the control of every other arm."""
@@ -23,6 +25,7 @@ class Setting:
         weight: of priors.
         schedule: of that weight.
         temperature: of the distillation.
+        attention_weight: of attention transfer.
         prior_of: the folder of the prior, by aggregation.
     """
 
@@ -32,6 +35,7 @@ class Setting:
     weight: float
     schedule: str
     temperature: float
+    attention_weight: float
     prior_of: Callable[[str], str]
 
     def node(
@@ -40,6 +44,7 @@ class Setting:
         weight: float | None = None,
         matching: str = "initialise",
         aggregation: str = "fit",
+        schedule: str | None = None,
     ) -> ktg.Node:
         """The student with its prior."""
         return ktg.Node(
@@ -48,14 +53,25 @@ class Setting:
             prior=self.prior_of(aggregation),
             prior_weight=self.weight if weight is None else weight,
             prior_quantile=quantile,
-            prior_schedule=self.schedule,
+            prior_schedule=schedule or self.schedule,
             prior_matching=matching,
         )
+
+    @property
+    def other_schedule(self) -> str:
+        """The schedule that is not this one."""
+        return next(schedule for schedule in SCHEDULES if schedule != self.schedule)
 
     def distillation(self, student: ktg.Node) -> ktg.Graph:
         """From the frozen teacher to the student."""
         teacher = ktg.Node(self.teacher_model, "teacher", weights=self.teacher)
         return ktg.graphs.distillation(student, teacher, self.temperature)
+
+    def attention(self, student: ktg.Node) -> ktg.Graph:
+        """Attention transfer from the frozen teacher to the student, without its logits."""
+        return dataclasses.replace(
+            self.distillation(student), kl_weight=0.0, attention_weight=self.attention_weight
+        )
 
     def mutual(self, student: ktg.Node) -> ktg.Graph:
         """Two students, the target and a peer that has no prior."""
@@ -120,6 +136,19 @@ ARMS: dict[str, Arm] = {
             ("svd",),
         ),
         Arm(
+            "layers",
+            "as svd, but each layer from one of the teacher's layers",
+            _alone(quantile=0.7, aggregation="layers"),
+            (PLAIN, "svd"),
+            ("layers",),
+        ),
+        Arm(
+            "schedule",
+            "as prior-0.7, with the other schedule",
+            lambda s: ktg.graphs.independent([s.node(0.7, schedule=s.other_schedule)]),
+            (PLAIN, "prior-0.7"),
+        ),
+        Arm(
             "distillation", "KL from the teacher", lambda s: s.distillation(_bare(s)), (PLAIN,), ()
         ),
         Arm(
@@ -127,6 +156,19 @@ ARMS: dict[str, Arm] = {
             "KL from the teacher, and prior-0.7",
             lambda s: s.distillation(s.node(0.7)),
             (PLAIN, "distillation", "prior-0.7"),
+        ),
+        Arm(
+            "attention",
+            "attention transfer from the teacher",
+            lambda s: s.attention(_bare(s)),
+            (PLAIN,),
+            (),
+        ),
+        Arm(
+            "attention+prior",
+            "the same, and prior-0.7",
+            lambda s: s.attention(s.node(0.7)),
+            (PLAIN, "attention", "prior-0.7"),
         ),
         Arm(
             "mutual",

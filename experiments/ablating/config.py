@@ -14,12 +14,14 @@ from experiments.config import TrainConfig
 from experiments.options import Training, at_least, digest, training_fields
 from experiments.representing import config as representing
 from experiments.representing.config import RepresentConfig
-from experiments.representing.options import FitOptions, PairOptions
+from experiments.representing.options import FitOptions, TeacherOptions
 from ktg_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class _StudyOptions:
+    students: tuple[str, ...] = ("resnet8",)
+    """Models of the students; each goes through all arms."""
     arms: tuple[str, ...] = ()
     """Arms to run; else all of them."""
     seeds: int = 5
@@ -30,13 +32,18 @@ class _StudyOptions:
     prior_weight: float = 1.0
     """Of the priors' losses."""
     prior_schedule: Literal["linear", "constant"] = "linear"
-    """linear: their weights fall to 0 over the training; constant: they stay."""
+    """linear: their weights fall to 0 over the training; constant: they stay. The arm `schedule`
+    has the other one."""
+    attention_weight: float = 1000.0
+    """Of attention transfer."""
+    feature_weight: float = 1.0
+    """Of feature transfer."""
     reach: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Validation accuracies of which is told in which epoch they are reached."""
 
 
 @dataclass(frozen=True)
-class AblationConfig(Training, FitOptions, _StudyOptions, PairOptions):  # the last's come first
+class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # the last's come first
     """Find out what of Knowledge Representing does what: the same student, trained in many ways.
 
     Each arm is trained with each seed by experiments.train, in a folder of its own. Running the
@@ -46,34 +53,39 @@ class AblationConfig(Training, FitOptions, _StudyOptions, PairOptions):  # the l
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
     workdir: str | None = None
-    """Folder of the study; else runs/ablation-DATA-STUDENT-HASH, the same for the same options."""
+    """Folder of the study; else runs/ablation-DATA-HASH, the same for the same options."""
 
     @property
     def folder(self) -> Path:
         """Of the study; absolute, for graphs name their priors by path."""
         return Path(self.workdir or _default_workdir(self)).absolute()
 
+    def folder_of(self, student: str) -> Path:
+        """Of the runs of one student."""
+        return self.folder / student
+
     @property
     def all_seeds(self) -> list[int]:
         """The seeds."""
         return [self.seed + i for i in range(self.seeds)]
 
-    def represent(self, seed: int, aggregation: str) -> RepresentConfig:
+    def represent(self, student: str, seed: int, aggregation: str) -> RepresentConfig:
         """How a prior is made."""
         shared = {
             field.name: getattr(self, field.name)
-            for options in (Training, FitOptions, PairOptions)
+            for options in (Training, FitOptions, TeacherOptions)
             for field in dataclasses.fields(options)
         }
         return RepresentConfig(
             **shared
             | {
+                "student": student,
                 "seed": seed,
                 "aggregation": aggregation,
                 "prior_weight": self.prior_weight,
                 "prior_schedule": self.prior_schedule,
                 "compile_cache": self.compile_cache,
-                "workdir": str(self.folder / "priors" / f"{aggregation}-{seed}"),
+                "workdir": str(self.folder_of(student) / "priors" / f"{aggregation}-{seed}"),
             }
         )
 
@@ -87,18 +99,25 @@ def check(config: AblationConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     at_least(config, 1, "seeds")
     chosen(config.arms)
-    representing.check(config.represent(config.seed, "fit"))
+    if not config.students or len(set(config.students)) < len(config.students):
+        raise InputError("students", list(config.students), "different models, at least one")
+    for student in config.students:
+        representing.check(config.represent(student, config.seed, "fit"))
     if not 0 < config.temperature < float("inf"):
         raise InputError("temperature", config.temperature, "a finite number above 0")
+    for field in ("attention_weight", "feature_weight"):
+        if not 0 < getattr(config, field) < float("inf"):
+            raise InputError(field, getattr(config, field), "a finite number above 0")
     for share in config.reach:
         if not 0 < share <= 1:
             raise InputError("reach", share, "accuracies above 0, at most 1")
 
 
 def resolved(config: AblationConfig) -> dict[str, Any]:
-    """What determines the runs, as JSON; arms and seeds may become more."""
+    """What determines the runs, as JSON; students, arms and seeds may become more."""
     fields = dataclasses.asdict(config)
-    for field in ("workdir", "data_dir", "compile_cache", "arms", "seeds", "reach", "teacher"):
+    more = ("students", "arms", "seeds", "reach")
+    for field in ("workdir", "data_dir", "compile_cache", "teacher", *more):
         del fields[field]
     return json.loads(json.dumps(fields))
 
@@ -106,7 +125,7 @@ def resolved(config: AblationConfig) -> dict[str, Any]:
 def _default_workdir(config: AblationConfig) -> Path:
     fields = resolved(config) | {"teacher": config.teacher}
     data = config.data.partition(":")[0]
-    return Path("runs") / f"ablation-{data}-{config.student}-{digest(fields)}"
+    return Path("runs") / f"ablation-{data}-{digest(fields)}"
 
 
 def parse(arguments: list[str] | None = None) -> AblationConfig:
@@ -121,4 +140,4 @@ def parse(arguments: list[str] | None = None) -> AblationConfig:
 EXAMPLES = """Examples:
   python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
   python -m experiments.ablation --data cifar10 --train-limit 10000 --image-size 16
-      --teacher-model resnet20 --student resnet8 --epochs 30 --reach 0.4 0.5 0.55"""
+      --teacher-model resnet20 --students resnet8 resnet8_8 --epochs 20 --reach 0.4 0.5 0.55"""

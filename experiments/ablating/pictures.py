@@ -15,28 +15,30 @@ from ktg_jax.draw import save_figure, style
 def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
     """Draws mean curves over seeds, a colour an arm; distances only where arms have priors.
 
+    They are drawn for the kernels that the priors of all these arms speak of.
+
     Args:
         results: as of `study.results_of`.
         paths: files to write, `.svg` or `.png`.
     """
     entries = results["entries"]
-    stages = max(
-        (len(e["prior_distance_by_epoch"][0]) for e in entries if _has_prior(e)), default=0
-    )
+    of_arms = [entry["prior_kernels"] for entry in entries if entry["prior_kernels"]]
+    kernels = [k for k in min(of_arms, key=len, default=[]) if all(k in of for of in of_arms)]
     with style():
-        figure = Figure(figsize=(3.2 * (1 + stages), 3), layout="constrained")
-        accuracy, *distances = figure.subplots(1, 1 + stages, squeeze=False)[0]
+        figure = Figure(figsize=(3.2 * (1 + len(kernels)), 3), layout="constrained")
+        accuracy, *distances = figure.subplots(1, 1 + len(kernels), squeeze=False)[0]
         colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
         for i, entry in enumerate(entries):
             look = {"color": colours[i % len(colours)], "label": entry["name"]}
             if entry["val_accuracy_by_epoch"]:
                 _plot(accuracy, [100 * a for a in entry["val_accuracy_by_epoch"]], look)
-            if _has_prior(entry):
-                for g, ax in enumerate(distances):
-                    _plot(ax, [by_stage[g] for by_stage in entry["prior_distance_by_epoch"]], look)
+            if entry["prior_kernels"]:
+                for kernel, ax in zip(kernels, distances, strict=True):
+                    g = entry["prior_kernels"].index(kernel)
+                    _plot(ax, [of_all[g] for of_all in entry["prior_distance_by_epoch"]], look)
         accuracy.set(ylabel="validation accuracy (%)")
-        for g, ax in enumerate(distances):
-            ax.set(ylabel=f"distance from the prior, stage {g + 1}")
+        for kernel, ax in zip(kernels, distances, strict=True):
+            ax.set(ylabel="distance from the prior", title=kernel.removesuffix(".kernel"))
         handles = accuracy.get_lines()
         if handles:
             figure.legend(handles=handles, loc="outside right upper")
@@ -48,7 +50,3 @@ def _plot(ax: Axes, values: Sequence[float], look: dict[str, Any]) -> None:
     ax.plot(range(1, len(values) + 1), values, linewidth=1.2, **look)
     ax.set(xlabel="epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _has_prior(entry: dict[str, Any]) -> bool:
-    return entry["prior_distance_by_epoch"] is not None

@@ -9,6 +9,7 @@ from experiments.ablating.arms import Arm
 from experiments.searching.comparison import Contender, compare
 from experiments.workdir import Workdir
 from ktg_jax.errors import RunError
+from ktg_jax.representing import load_prior
 
 Record = dict[str, Any]
 Runs = Mapping[str, Sequence[Workdir]]
@@ -30,8 +31,9 @@ def results_of(
         As `comparison.compare` returns it, the accuracies being those on the test images after the
         last epoch; each entry with `about`, `epochs_to` (by accuracy in `reach`: with each seed the
         first epoch in which the validation accuracy is no less, None if there is none),
-        `val_accuracy_by_epoch` (mean over seeds; None without validation images) and
-        `prior_distance_by_epoch` (mean over seeds, a number a stage; None without a prior).
+        `val_accuracy_by_epoch` (mean over seeds; None without validation images), `prior_kernels`
+        (the parameters that the prior speaks of; None without one) and `prior_distance_by_epoch`
+        (mean over seeds, a number for each of these).
 
     Raises:
         RunError: a run without a result on test images.
@@ -56,6 +58,8 @@ def results_of(
             str(share): [first_epoch(curve, share) for curve in curves] for share in reach
         }
         entry["val_accuracy_by_epoch"] = _mean(curves)
+        prior = runs[arm.name][0].graph.nodes[0].prior
+        entry["prior_kernels"] = None if prior is None else list(load_prior(prior).paths)
         distances = [[node.get("prior_distance") for node in nodes] for nodes in targets]
         entry["prior_distance_by_epoch"] = _mean(distances)
     return results

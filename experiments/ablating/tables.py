@@ -30,7 +30,8 @@ def markdown(results: Record) -> str:
     ]
     if any(entry["prior_distance_by_epoch"] for entry in results["entries"]):
         parts += [
-            "Distance from the prior, a number a stage, mean over seeds.",
+            "Distance from the prior, mean over seeds, a number for each kernel that it speaks of: "
+            "of each stage the last one, in the arm `layers` all.",
             _table(*_distances(results)),
         ]
     return "\n\n".join(parts) + "\n"

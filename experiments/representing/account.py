@@ -12,6 +12,7 @@ from rich.table import Table
 import ktg_jax as ktg
 from experiments.representing.config import STUDENT, RepresentConfig
 from experiments.representing.measures import prior_gradients, share_kept
+from experiments.representing.teacher import num_stages
 from experiments.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.nodes import PyTree
@@ -26,7 +27,7 @@ Kernels = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Account:
-    """A prior and the kernels around it, an entry a stage.
+    """A prior and the kernels around it, an entry a stage, or a layer where it has all of them.
 
     Attributes:
         prior: matched to the student.
@@ -43,12 +44,15 @@ class Account:
     def draw(self, folder: Path, after: Kernels | None = None) -> None:
         """Draws a picture of each stage, `stage<g>-before.png` or `-after.png`, unless it is there.
 
+        Of a prior of all layers they are `layer<g>-...`.
+
         Args:
             folder: of the pictures.
             after: the student's kernels when it is trained; None: it is not yet.
         """
         moment = "before" if after is None else "after"
-        paths = [folder / f"stage{g + 1}-{moment}.png" for g in range(len(self.prior.paths))]
+        names = [f"{self._unit}{g + 1}-{moment}.png" for g in range(len(self.prior.paths))]
+        paths = [folder / name for name in names]
         if all(path.is_file() for path in paths):
             return
         from experiments.representing.pictures import draw_stage  # matplotlib takes a second
@@ -67,14 +71,20 @@ class Account:
                 self.quantile,
             )
 
+    @property
+    def _unit(self) -> str:
+        """What the prior has a kernel for."""
+        paths = self.prior.paths
+        return "stage" if num_stages(paths) == len(paths) else "layer"
+
     def _title(self, stage: int) -> str:
         accuracy = self.prior.accuracy
         known = "" if accuracy is None else f"; its head: {100 * float(accuracy[stage]):.1f} %"
-        return f"Stage {stage + 1}: {self.prior.paths[stage]}{known}"
+        return f"{self._unit.capitalize()} {stage + 1}: {self.prior.paths[stage]}{known}"
 
     def table(self, workdir: Workdir) -> Table:
         """The stages: head's accuracy, distance in the first and the last epoch, share kept."""
-        table = Table("stage", "kernel", box=None)
+        table = Table(self._unit, "kernel", box=None)
         for title in ("head", "distance", "at the end", "gradient kept"):
             table.add_column(title, justify="right", no_wrap=True)
         records = workdir.records()
@@ -102,7 +112,7 @@ def account_of(config: RepresentConfig, dataset: Dataset, teacher_params: PyTree
     leaves = by_path(params)
     return Account(
         matched,
-        None if teacher_params is None else _last_kernels(teacher_params),
+        _last_kernels(teacher_params, len(matched.paths)),
         [np.asarray(leaves[path]) for path in prior.paths],
         config.prior_quantile,
     )
@@ -114,11 +124,13 @@ def trained_kernels(workdir: Workdir, prior: Prior) -> Kernels:
     return [params[path] for path in prior.paths]
 
 
-def _last_kernels(params: PyTree) -> Kernels | None:
-    """The last convolution of each stage; None: its stages have no such names."""
+def _last_kernels(params: PyTree | None, number: int) -> Kernels | None:
+    """The last convolution of each of so many stages; None: it has no such stages."""
     try:
-        stages = stage_convolutions(params)
+        stages = () if params is None else stage_convolutions(params)
     except ktg.InputError:
+        return None
+    if len(stages) != number:
         return None
     kernels: list[Any] = [stage[last_of_stage(stage)] for stage in stages]
     return [np.asarray(kernel) for kernel in kernels]

@@ -25,6 +25,7 @@ from ktg_jax.representing import (
     about_prior,
     aggregate_prior,
     cluster_prior,
+    layer_prior,
     svd_prior,
 )
 from ktg_jax.representing.aggregate import Metrics
@@ -89,6 +90,8 @@ def make_prior(
             prior = _fitted(config, teacher, kernels, dataset, console)
         elif config.aggregation == "svd":
             prior = svd_prior(teacher.params, kernels)
+        elif config.aggregation == "layers":
+            prior = layer_prior(teacher.params, kernels)
         else:
             prior = cluster_prior(teacher.params, kernels, config.seed)
         ktg.save_prior(

@@ -13,7 +13,12 @@ import ktg_jax.models
 from experiments.config import TrainConfig
 from experiments.options import Training, check_training, digest, training_fields
 from experiments.representing.folder import PRIOR
-from experiments.representing.options import FitOptions, PairOptions, check_fit
+from experiments.representing.options import (
+    FitOptions,
+    StudentOptions,
+    TeacherOptions,
+    check_fit,
+)
 from ktg_jax.errors import InputError
 
 STUDENT = "student"
@@ -25,9 +30,10 @@ class _PriorOptions:
     prior: str | None = None
     """Take this prior and fit none: a file, or the folder that it is in (WORKDIR/prior of another
     run). No teacher is needed then."""
-    aggregation: Literal["fit", "svd", "cluster"] = "fit"
+    aggregation: Literal["fit", "svd", "cluster", "layers"] = "fit"
     """fit: a downscaling layer for each stage of the teacher, fitted on the training images; svd,
-    cluster: the teacher's own kernels, reduced by truncated SVD or by clustering."""
+    cluster: the teacher's own kernels, stage by stage, reduced by truncated SVD or by clustering;
+    layers: no aggregation, one of the teacher's layers for each of the student's, by SVD."""
     prior_weight: float = 1.0
     """Of the prior's loss beside the cross-entropy; 0: the prior only says how the student begins,
     with --prior-matching initialise."""
@@ -41,7 +47,9 @@ class _PriorOptions:
 
 
 @dataclass(frozen=True)
-class RepresentConfig(Training, FitOptions, _PriorOptions, PairOptions):  # the last's come first
+class RepresentConfig(  # the last's fields come first
+    Training, FitOptions, _PriorOptions, StudentOptions, TeacherOptions
+):
     """Train a student with prior knowledge from a teacher's parameters (Knowledge Representing).
 
     The teacher's stages are aggregated into a prior, kernels of the student's shape; the student is

@@ -6,21 +6,28 @@ from ktg_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class PairOptions:
-    """A teacher and its student."""
+class TeacherOptions:
+    """A teacher."""
 
     teacher: str | None = None
     """Folder of the teacher's run: its target, or DIR:node. Without it --teacher-model is trained
     first, alone, on the same data and in the same way, and kept in the cache for other runs."""
     teacher_model: str = "resnet14"
     """Model of the teacher, where --teacher is not given."""
+    imports: tuple[str, ...] = ()
+    """Python modules to import first, such as those that call ktg_jax.register_model."""
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """Its student."""
+
     student: str = "resnet8"
     """Model of the student."""
     student_layers: tuple[str, ...] = ()
     """The student's kernels that the prior speaks of, one for each stage of the teacher, such as
-    stage1_block1.conv2.kernel; else the last of each of the student's stages."""
-    imports: tuple[str, ...] = ()
-    """Python modules to import first, such as those that call ktg_jax.register_model."""
+    stage1_block1.conv2.kernel; else the last of each of the student's stages, or with
+    --aggregation layers all."""
 
 
 @dataclass(frozen=True)

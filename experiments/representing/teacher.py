@@ -1,5 +1,6 @@
 """The teacher of a prior: read from its run, or trained first; and whether it fits the student."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,14 @@ from experiments.train import train
 from experiments.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
-from ktg_jax.nodes import NodeFns, PyTree
-from ktg_jax.representing import KernelShapes, stage_convolutions, stage_kernels, stage_outputs
+from ktg_jax.nodes import NodeFns, PyTree, stage_number
+from ktg_jax.representing import (
+    KernelShapes,
+    layer_kernels,
+    stage_convolutions,
+    stage_kernels,
+    stage_outputs,
+)
 from ktg_jax.trees import digest, unflatten
 from ktg_jax.weights import load_weights
 
@@ -56,6 +63,8 @@ def student_kernels(config: RepresentConfig, dataset: Dataset) -> KernelShapes:
     """
     params, _ = _shapes(ktg.build_model(config.student, dataset.num_classes), dataset)
     try:
+        if config.aggregation == "layers" and not config.student_layers:
+            return layer_kernels(params)
         return stage_kernels(params, config.student_layers or None)
     except InputError as error:
         if config.student_layers:
@@ -147,7 +156,8 @@ def check_stages(model: str, kernels: KernelShapes, dataset: Dataset, how: str) 
         model: the teacher's.
         kernels: of the student.
         dataset: that both are for.
-        how: of `--aggregation`: `fit` needs the stages' outputs, others their convolutions.
+        how: of `--aggregation`: `fit` needs the stages' outputs, others their convolutions, and
+            `layers` has several kernels in a stage.
     """
     fns = ktg.build_model(model, dataset.num_classes)
     params, model_state = _shapes(fns, dataset)
@@ -157,9 +167,17 @@ def check_stages(model: str, kernels: KernelShapes, dataset: Dataset, how: str) 
         number = len(outputs)
     else:
         number = len(stage_convolutions(params))
-    if number != len(kernels):
-        allowed = f"one with {len(kernels)} stages, as many as kernels of the student ({number})"
+    wanted, as_many = len(kernels), "as many as kernels of the student"
+    if how == "layers":
+        wanted, as_many = num_stages(kernels), "as the student"
+    if number != wanted:
+        allowed = f"one with {wanted} stages, {as_many} ({number})"
         raise InputError("teacher's model", model, allowed)
+
+
+def num_stages(paths: Iterable[str]) -> int:
+    """The number of stages that kernels of these paths are in."""
+    return len({stage_number(path.split(".")) for path in paths})
 
 
 def _split(source: str) -> tuple[Workdir, str | None]:

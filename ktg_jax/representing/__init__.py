@@ -22,7 +22,7 @@ from ktg_jax.graph_node import MATCHINGS, SCHEDULES
 from ktg_jax.representing.aggregate import aggregate_prior
 from ktg_jax.representing.composition import NodePrior, with_priors
 from ktg_jax.representing.files import PRIOR_FILE, about_prior, load_prior, save_prior
-from ktg_jax.representing.kernels import cluster_prior, svd_prior
+from ktg_jax.representing.kernels import cluster_prior, layer_prior, svd_prior
 from ktg_jax.representing.matching import assigned, initialised, match_prior
 from ktg_jax.representing.prior import (
     NORMALISATIONS,
@@ -42,6 +42,7 @@ from ktg_jax.representing.recoding import (
 )
 from ktg_jax.representing.stages import (
     KernelShapes,
+    layer_kernels,
     stage_convolutions,
     stage_kernels,
     stage_outputs,
@@ -66,6 +67,8 @@ __all__ = [
     "feature_transfer_loss",
     "initialised",
     "l1_recoding",
+    "layer_kernels",
+    "layer_prior",
     "load_prior",
     "match_prior",
     "normalised",

@@ -1,19 +1,26 @@
-"""Priors without fitting: a teacher's own kernels, reduced stage by stage to a student's shape.
+"""Priors without fitting: a teacher's own kernels, reduced to a student's shape.
 
-Ours, to compare with `aggregate_prior`. All kernels of a stage that have the shape of its last one
-make a bank of filters; the bank's input channels, then its filters, are reduced to the student's
-number by truncated SVD or by clustering.
+Ours, to compare with `aggregate_prior`. Stage by stage: all kernels of a stage that have the shape
+of its last one make a bank of filters; the bank's input channels, then its filters, are reduced to
+the student's number by truncated SVD or by clustering. Layer by layer: each of the student's
+convolutions has one of the teacher's for itself, reduced by SVD; what KR says accumulates residuals
+with depth, and aggregation avoids.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
 from ktg_jax.errors import InputError
-from ktg_jax.nodes import PyTree
+from ktg_jax.nodes import PyTree, stage_number
 from ktg_jax.representing.prior import Prior
-from ktg_jax.representing.stages import KernelShapes, last_of_stage, stage_convolutions
+from ktg_jax.representing.stages import (
+    KernelShapes,
+    last_of_stage,
+    layers_of,
+    stage_convolutions,
+)
 
 Reduction = Callable[[np.ndarray, int], np.ndarray]
 
@@ -38,7 +45,8 @@ def svd_prior(teacher_params: PyTree, student_kernels: KernelShapes) -> Prior:
     >>> prior.kernels[0].ravel().tolist()
     [3.0, 0.0]
     """
-    return _reduced_prior(teacher_params, student_kernels, _principal_rows)
+    banks = _banks(teacher_params, student_kernels)
+    return _reduced_prior(banks, student_kernels, _principal_rows)
 
 
 def cluster_prior(teacher_params: PyTree, student_kernels: KernelShapes, seed: int = 0) -> Prior:
@@ -59,34 +67,74 @@ def cluster_prior(teacher_params: PyTree, student_kernels: KernelShapes, seed: i
         number = min(number, len(np.unique(rows, axis=0)))
         return KMeans(number, n_init=1, random_state=seed).fit(rows).cluster_centers_
 
-    return _reduced_prior(teacher_params, student_kernels, centres)
+    return _reduced_prior(_banks(teacher_params, student_kernels), student_kernels, centres)
+
+
+def layer_prior(teacher_params: PyTree, student_kernels: KernelShapes) -> Prior:
+    """A prior without aggregation: each of the student's layers resembles one of the teacher's.
+
+    Of a stage with m layers in the student and n in the teacher, layer j speaks to layer
+    ceil(j n / m), counted from 1: the one at the same depth. Its input channels, then its filters,
+    are reduced by truncated SVD, as by `svd_prior`. On the host.
+
+    Args:
+        teacher_params: with stages that are named as for `stage_kernels`.
+        student_kernels: from `layer_kernels(student's params)`.
+
+    Raises:
+        InputError: a layer outside of the teacher's stages, or kernels that differ in height and
+            width.
+
+    >>> teacher = {f"stage1_block{j}": np.full((3, 3, 1, 1), float(j)) for j in (1, 2, 3)}
+    >>> prior = layer_prior(teacher, {"stage1_a": (3, 3, 1, 1), "stage1_b": (3, 3, 1, 1)})
+    >>> [round(float(kernel[0, 0, 0, 0]), 3) for kernel in prior.kernels]
+    [2.0, 3.0]
+    """
+    stages = {stage_number(next(iter(s)).split(".")): s for s in stage_convolutions(teacher_params)}
+    of_stage: dict[int | None, list[str]] = {}
+    for path in student_kernels:
+        of_stage.setdefault(stage_number(path.split(".")), []).append(path)
+    banks: dict[str, np.ndarray] = {}
+    for number, paths in of_stage.items():
+        if number not in stages:
+            allowed = f"a layer in one of the teacher's {len(stages)} stages"
+            raise InputError("student_kernels", paths[0], allowed)
+        layers = layers_of(stages[number])
+        for j, path in enumerate(paths, start=1):
+            kernel = stages[number][layers[-(-j * len(layers) // len(paths)) - 1]]
+            _check_size(path, student_kernels[path], kernel.shape)
+            banks[path] = np.asarray(kernel, np.float64)
+    in_order = [banks[path] for path in student_kernels]
+    return _reduced_prior(in_order, student_kernels, _principal_rows)
 
 
 def _reduced_prior(
-    teacher_params: PyTree, student_kernels: KernelShapes, reduction: Reduction
+    banks: Iterable[np.ndarray], student_kernels: KernelShapes, reduction: Reduction
 ) -> Prior:
     kernels = []
-    for bank, shape in _banks(teacher_params, student_kernels):
+    for bank, shape in zip(banks, student_kernels.values(), strict=True):
         reduced = _reduce_axis(_reduce_axis(bank, 2, shape[2], reduction), 3, shape[3], reduction)
         kernels.append(jnp.asarray(reduced, jnp.float32))
     return Prior(tuple(kernels), tuple(student_kernels))
 
 
-def _banks(
-    teacher_params: PyTree, student_kernels: KernelShapes
-) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """Each stage's filters, `[h, w, in, all out]`, and the shape that the student has there."""
+def _banks(teacher_params: PyTree, student_kernels: KernelShapes) -> Iterator[np.ndarray]:
+    """Each stage's filters, float64 `[h, w, in, all out]`."""
     stages = stage_convolutions(teacher_params)
     if len(stages) != len(student_kernels):
         allowed = f"{len(stages)}, as many as the teacher has stages"
         raise InputError("student_kernels", len(student_kernels), allowed)
     for stage, (path, shape) in zip(stages, student_kernels.items(), strict=True):
         last = stage[last_of_stage(stage)]
-        if last.shape[:2] != shape[:2]:
-            allowed = f"height and width of the teacher's, {last.shape[:2]}"
-            raise InputError(f"student_kernels {path}", shape, allowed)
+        _check_size(path, shape, last.shape)
         alike = [np.asarray(k, np.float64) for k in stage.values() if k.shape == last.shape]
-        yield np.concatenate(alike, axis=-1), shape
+        yield np.concatenate(alike, axis=-1)
+
+
+def _check_size(path: str, shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+    if teacher_shape[:2] != shape[:2]:
+        allowed = f"height and width of the teacher's, {teacher_shape[:2]}"
+        raise InputError(f"student_kernels {path}", shape, allowed)
 
 
 def _reduce_axis(array: np.ndarray, axis: int, number: int, reduction: Reduction) -> np.ndarray:

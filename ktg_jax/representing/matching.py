@@ -1,8 +1,8 @@
 """Which of a prior's filters speaks of which of the student's: the order of filters is arbitrary.
 
 That the student's convolution starts from the prior's kernel is our reading of the patent ("the
-filter parameters of the downscaling layer are passed to the second network"); the assignment is an
-alternative of ours.
+filter parameters of the downscaling layer are passed to the second network"); that it takes only
+the filters' directions from there, and the assignment as an alternative, are ours.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from ktg_jax.nodes import PyTree
 from ktg_jax.representing.prior import Prior, check_prior, normalised
 from ktg_jax.trees import by_path, replaced
 
+SIZES = ("own", "prior")
+
 
 def match_prior(
     params: PyTree, prior: Prior, matching: str = "initialise", *, normalise: str = "unit"
@@ -25,7 +27,8 @@ def match_prior(
     Args:
         params: the student's initial parameters.
         prior: fitted for this student.
-        matching: "initialise": the student starts from the prior's kernels; "assignment": the
+        matching: "initialise": the student starts from the prior's filters, with the sizes of its
+            own (`initialised`); "assignment": the
             prior's filters are permuted, per stage, so that they are as near as can be to the
             student's initial ones; "none": filter i speaks of filter i.
         normalise: how filters are compared, as for `normalised`.
@@ -51,24 +54,38 @@ def match_prior(
     return params, prior
 
 
-def initialised(params: PyTree, prior: Prior) -> PyTree:
-    """The parameters with the prior's kernels put in.
+def initialised(params: PyTree, prior: Prior, *, size: str = "own") -> PyTree:
+    """The parameters with the prior's filters put in.
 
     A filter of which the prior says nothing (norm below 1e-6) stays as it is.
 
+    Args:
+        params: the student's initial parameters.
+        prior: fitted for this student.
+        size: "own": a filter takes the prior's direction and keeps its own L2 norm. A prior is
+            free of scale, and where normalisation follows a convolution, the filter's size is but
+            the inverse of its learning rate: half as large, it turns four times as fast. "prior":
+            it takes the size that the fit has left, too.
+
     Raises:
-        InputError: a prior of another student.
+        InputError: a prior of another student, or another size.
 
     >>> params = {"stage1_conv": {"kernel": jnp.array([[[[1.0, 1.0]]]])}}
-    >>> prior = Prior((jnp.array([[[[3.0, 0.0]]]]),), ("stage1_conv.kernel",))
+    >>> prior = Prior((jnp.array([[[[-3.0, 0.0]]]]),), ("stage1_conv.kernel",))
     >>> initialised(params, prior)["stage1_conv"]["kernel"].tolist()
-    [[[[3.0, 1.0]]]]
+    [[[[-1.0, 1.0]]]]
     """
+    if size not in SIZES:
+        raise InputError("size", size, ", ".join(SIZES))
     check_prior(params, prior)
     leaves, kernels = by_path(params), {}
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):
-        says_nothing = jnp.all(normalised(kernel) == 0, axis=(0, 1, 2))
-        kernels[path] = jnp.where(says_nothing, leaves[path], kernel.astype(leaves[path].dtype))
+        own, direction = leaves[path], normalised(kernel)
+        says_nothing = jnp.all(direction == 0, axis=(0, 1, 2))
+        if size == "own":
+            norms = jnp.sqrt(jnp.sum(jnp.square(own.astype(jnp.float32)), axis=(0, 1, 2)))
+            kernel = direction * norms
+        kernels[path] = jnp.where(says_nothing, own, kernel.astype(own.dtype))
     return replaced(params, kernels)
 
 
