@@ -177,6 +177,7 @@ class Study:
             config.prior_schedule,
             config.temperature,
             config.attention_weight,
+            config.feature_weight,
             lambda aggregation: str(config.represent(self.student, seed, aggregation).prior_path),
         )
 

@@ -18,7 +18,7 @@ from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
 from ktg_jax.loop import Arrays, Means
-from ktg_jax.representing import about_prior
+from ktg_jax.representing import about_prior, load_readers, projected, readers_checksum
 from ktg_jax.state import GraphState
 from ktg_jax.weights import load_weights, with_weights
 
@@ -95,9 +95,12 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def prior_facts(graph: ktg.Graph) -> dict[str, Any]:
-    """The priors' checksums by node: they, too, must be the same when a run is resumed."""
-    sums = {n.name: about_prior(n.prior)["checksum"] for n in graph.nodes if n.prior is not None}
-    return {"prior_facts": sums} if sums else {}
+    """Checksums of priors and projections: they, too, must be the same when a run is resumed."""
+    nodes = graph.nodes
+    sums = {n.name: about_prior(n.prior)["checksum"] for n in nodes if n.prior is not None}
+    seen = {n.name: readers_checksum(n.projection) for n in nodes if n.projection is not None}
+    facts = {"prior_facts": sums, "projection_facts": seen}
+    return {field: found for field, found in facts.items() if found}
 
 
 def assemble(
@@ -118,7 +121,12 @@ def assemble(
     per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
     node_fns = [
-        ktg.build_model(node.model, dataset.num_classes, dtype=dtype, axis_name=parallel.axis_name)
+        _as_seen(
+            node,
+            ktg.build_model(
+                node.model, dataset.num_classes, dtype=dtype, axis_name=parallel.axis_name
+            ),
+        )
         for node in graph.nodes
     ]
     total_steps = config.epochs * per_epoch
@@ -183,6 +191,11 @@ def _optimizer(
     schedules = {"step": ktg.step_schedule, "cosine": ktg.cosine_schedule}
     rate = schedules[schedule](learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)
     return ktg.sgd(rate, weight_decay)
+
+
+def _as_seen(node: ktg.Node, fns: ktg.NodeFns) -> ktg.NodeFns:
+    """The node's functions, its stages as the others see them."""
+    return fns if node.projection is None else projected(fns, load_readers(node.projection))
 
 
 def _summary(config: TrainConfig, graph: ktg.Graph, dataset: Dataset, engine: Engine) -> str:

@@ -37,8 +37,9 @@ class Graph:
 
     Raises:
         InputError: a gate that does not exist, a matrix of the wrong shape, two nodes of one name,
-            a target with only cutoff gates, a frozen node with a prior, an option of a node that
-            is out of range, a temperature that is not a finite number above 0, or a bad weight.
+            a target with only cutoff gates, a frozen node with a prior or another one with a
+            projection, an option of a node that is out of range, a temperature that is not a finite
+            number above 0, or a bad weight.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", "correct"], ["cutoff", "cutoff"]])
@@ -66,10 +67,13 @@ class Graph:
                 list(self.gates[0]),
                 "at least one gate of the target (row 0) that is not cutoff",
             )
-        for i in self.frozen:
-            if self.nodes[i].prior is not None:
+        for i, node in enumerate(self.nodes):
+            if i in self.frozen and node.prior is not None:
                 allowed = "no prior: all gates of the node are cutoff, it never learns"
-                raise InputError(f"nodes[{i}].prior", self.nodes[i].prior, allowed)
+                raise InputError(f"nodes[{i}].prior", node.prior, allowed)
+            if i not in self.frozen and node.projection is not None:
+                allowed = "no projection: the node learns, readers are fitted to one that does not"
+                raise InputError(f"nodes[{i}].projection", node.projection, allowed)
 
     @property
     def gate_codes(self) -> np.ndarray:
@@ -155,6 +159,7 @@ class Graph:
                 node.weights is not None,
                 node.weights or "",
                 tuple(node.prior_options.values()),
+                node.projection or "",
             )
             for i, node in enumerate(graph.nodes)
         ]
@@ -265,7 +270,7 @@ def _decoded(text: str | Mapping[str, Any]) -> Any:
 
 def _node(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
-    optional = {"name", "weights", "prior", *PRIOR_DEFAULTS}
+    optional = {"name", "weights", "prior", "projection", *PRIOR_DEFAULTS}
     _check_fields(where, fields, required={"model"}, optional=optional)
     if fields.get("prior") is None:
         for field in PRIOR_DEFAULTS:

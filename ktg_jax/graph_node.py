@@ -38,6 +38,8 @@ class Node:
         prior_schedule: "linear": the weight falls to 0 over the training; "constant": it stays.
         prior_matching: "initialise": the node starts from the prior's kernels; "assignment": the
             prior's filters are assigned to the node's initial ones; "none": neither.
+        projection: where the readers are through which others see its stage outputs (a file of
+            `save_readers`, or its folder); None: they see them as they are. For frozen nodes.
 
     >>> Node("resnet32", name="teacher", weights="runs/teacher").model
     'resnet32'
@@ -51,6 +53,7 @@ class Node:
     prior_quantile: float = 0.7
     prior_schedule: str = "linear"
     prior_matching: str = "initialise"
+    projection: str | None = None
 
     @property
     def prior_options(self) -> dict[str, Any]:
@@ -64,9 +67,10 @@ class Node:
         return {field: getattr(self, field) for field in ("prior", *PRIOR_DEFAULTS)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON, those of the prior only where there is one."""
+        """The fields for JSON, those of prior and projection only where there are such."""
         plain = {"name": self.name, "model": self.model, "weights": self.weights}
-        return plain | self.prior_options
+        projection = {} if self.projection is None else {"projection": self.projection}
+        return plain | self.prior_options | projection
 
 
 PRIOR_DEFAULTS = {
@@ -94,6 +98,8 @@ def checked_nodes(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
             raise InputError(f"nodes[{i}].model", node.model, "a model's name")
         if node.weights is not None and not isinstance(node.weights, str):
             raise InputError(f"nodes[{i}].weights", node.weights, "a path, or null")
+        if not (node.projection is None or (isinstance(node.projection, str) and node.projection)):
+            raise InputError(f"nodes[{i}].projection", node.projection, "a path, or null")
         name = f"{node.model}-{i}" if node.name is None else node.name
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InputError(f"nodes[{i}].name", name, "letters, digits, '_', '.' and '-'")

@@ -28,6 +28,7 @@ SETTING = Setting(
     schedule="constant",
     temperature=4.0,
     attention_weight=10.0,
+    feature_weight=3.0,
     prior_of=lambda how: f"prior/{how}",
 )
 

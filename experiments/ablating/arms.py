@@ -26,6 +26,7 @@ class Setting:
         schedule: of that weight.
         temperature: of the distillation.
         attention_weight: of attention transfer.
+        feature_weight: of feature transfer.
         prior_of: the folder of the prior, by aggregation.
     """
 
@@ -36,6 +37,7 @@ class Setting:
     schedule: str
     temperature: float
     attention_weight: float
+    feature_weight: float
     prior_of: Callable[[str], str]
 
     def node(
@@ -71,6 +73,17 @@ class Setting:
         """Attention transfer from the frozen teacher to the student, without its logits."""
         return dataclasses.replace(
             self.distillation(student), kl_weight=0.0, attention_weight=self.attention_weight
+        )
+
+    def features(self, student: ktg.Node) -> ktg.Graph:
+        """Feature transfer from the frozen teacher, seen through the readers of the prior's fit."""
+        graph = self.distillation(student)
+        teacher = dataclasses.replace(graph.nodes[1], projection=self.prior_of("fit"))
+        return dataclasses.replace(
+            graph,
+            nodes=(graph.nodes[0], teacher),
+            kl_weight=0.0,
+            feature_weight=self.feature_weight,
         )
 
     def mutual(self, student: ktg.Node) -> ktg.Graph:
@@ -169,6 +182,12 @@ ARMS: dict[str, Arm] = {
             "the same, and prior-0.7",
             lambda s: s.attention(s.node(0.7)),
             (PLAIN, "attention", "prior-0.7"),
+        ),
+        Arm(
+            "features",
+            "stage features from the teacher, projected on its side",
+            lambda s: s.features(_bare(s)),
+            (PLAIN, "prior-0.7"),
         ),
         Arm(
             "mutual",

@@ -20,12 +20,14 @@ from experiments.representing.teacher import Teacher
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
 from ktg_jax.representing import (
+    READERS_FILE,
     KernelShapes,
-    Prior,
+    Readers,
     about_prior,
-    aggregate_prior,
     cluster_prior,
+    fit_readers,
     layer_prior,
+    save_readers,
     svd_prior,
 )
 from ktg_jax.representing.aggregate import Metrics
@@ -87,7 +89,9 @@ def make_prior(
     folder.begin(fields, config.data_dir)
     with folder.locked():
         if config.aggregation == "fit":
-            prior = _fitted(config, teacher, kernels, dataset, console)
+            readers = _fitted(config, teacher, kernels, dataset, console)
+            save_readers(folder.path / READERS_FILE, readers)
+            prior = readers.prior(tuple(kernels))
         elif config.aggregation == "svd":
             prior = svd_prior(teacher.params, kernels)
         elif config.aggregation == "layers":
@@ -134,7 +138,7 @@ def _fitted(
     kernels: KernelShapes,
     dataset: Dataset,
     console: Console,
-) -> Prior:
+) -> Readers:
     train = dataset.train
     rate = optax.cosine_decay_schedule(config.fit_learning_rate, config.fit_steps)
     progress = Progress(
@@ -155,7 +159,7 @@ def _fitted(
             progress.update(bar, completed=step, accuracies=f"heads {accuracies} %")
 
     with progress:
-        return aggregate_prior(
+        return fit_readers(
             teacher.fns,
             teacher.params,
             teacher.model_state,

@@ -15,11 +15,11 @@ a named option:
   L1 recoding of filters as alternatives (`recoding`);
 - a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Layers: recoding, stages -> prior -> matching, kernels, aggregate, files -> composition.
+Layers: recoding, stages -> prior -> matching, kernels, readers, files -> aggregate, composition.
 """
 
 from ktg_jax.graph_node import MATCHINGS, SCHEDULES
-from ktg_jax.representing.aggregate import aggregate_prior
+from ktg_jax.representing.aggregate import aggregate_prior, fit_readers
 from ktg_jax.representing.composition import NodePrior, with_priors
 from ktg_jax.representing.files import PRIOR_FILE, about_prior, load_prior, save_prior
 from ktg_jax.representing.kernels import cluster_prior, layer_prior, svd_prior
@@ -32,6 +32,14 @@ from ktg_jax.representing.prior import (
     prior_distance,
     prior_loss,
     recoding_loss,
+)
+from ktg_jax.representing.readers import (
+    READERS_FILE,
+    Readers,
+    load_readers,
+    projected,
+    readers_checksum,
+    save_readers,
 )
 from ktg_jax.representing.recoding import (
     dead_zone_loss,
@@ -53,10 +61,12 @@ __all__ = [
     "MATCHINGS",
     "NORMALISATIONS",
     "PRIOR_FILE",
+    "READERS_FILE",
     "SCHEDULES",
     "KernelShapes",
     "NodePrior",
     "Prior",
+    "Readers",
     "about_prior",
     "aggregate_prior",
     "assigned",
@@ -65,18 +75,23 @@ __all__ = [
     "cluster_prior",
     "dead_zone_loss",
     "feature_transfer_loss",
+    "fit_readers",
     "initialised",
     "l1_recoding",
     "layer_kernels",
     "layer_prior",
     "load_prior",
+    "load_readers",
     "match_prior",
     "normalised",
     "prior_distance",
     "prior_loss",
+    "projected",
+    "readers_checksum",
     "recoding_loss",
     "recoding_threshold",
     "save_prior",
+    "save_readers",
     "soft_threshold",
     "sparse_recoding",
     "stage_convolutions",

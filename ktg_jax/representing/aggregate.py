@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from jax.typing import ArrayLike
 from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.losses import cross_entropy
-from ktg_jax.models.layers import CLASSIFIER_INIT, CONV_INIT, BatchNormRelu, conv
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.representing.prior import Prior
+from ktg_jax.representing.readers import Aggregator, Readers
 from ktg_jax.representing.stages import KernelShapes, stage_outputs
 from ktg_jax.step import node_update
 
@@ -35,44 +34,52 @@ ADAM = optax.adam(3e-3)
 """The optimiser of a fit, unless another is given."""
 
 
-class Aggregator(nn.Module):
-    """What reads a stage of the teacher: 1x1 reduction, downscaling convolution, auxiliary head.
-
-    Normalisation and ReLU stand on both sides of the downscaling convolution, as they do around
-    the student's. Without them the stage would be read linearly, and since the head averages over
-    positions, only the sum of a kernel over its positions would be fitted.
-
-    Attributes:
-        kernel_shape: (height, width, in, out) of the downscaling convolution.
-        num_classes: number of logits.
-        stride: of the downscaling convolution.
-    """
-
-    kernel_shape: tuple[int, ...]
-    num_classes: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, output: jax.Array, train: bool) -> jax.Array:
-        """Maps a stage's output, float `[B, h, w, C]`, to logits, float32 `[B, num_classes]`."""
-        *size, width, features = self.kernel_shape
-        x = conv(width, 1, dtype=jnp.float32, name="reduction")(output.astype(jnp.float32))
-        x = BatchNormRelu(name="reduction_norm")(x, train)
-        x = nn.Conv(
-            features,
-            size,
-            (self.stride, self.stride),
-            padding=[((side - 1) // 2, side // 2) for side in size],
-            use_bias=False,
-            kernel_init=CONV_INIT,
-            name="downscaling",
-        )(x)
-        x = BatchNormRelu(name="downscaling_norm")(x, train)
-        x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=CLASSIFIER_INIT, name="head")(x)
-
-
 def aggregate_prior(
+    teacher: NodeFns,
+    params: PyTree,
+    model_state: PyTree,
+    student_kernels: KernelShapes,
+    images: ArrayLike,
+    labels: ArrayLike,
+    **options: Any,
+) -> Prior:
+    """Fits a prior for a student from a teacher's stages; the teacher stays as it is.
+
+    Each stage's `Aggregator` learns to classify from the teacher's stage output alone; the kernel
+    of its downscaling convolution is the prior of that stage.
+
+    Args:
+        teacher: as for `fit_readers`, like all other arguments.
+        params: the teacher's parameters.
+        model_state: the teacher's model state.
+        student_kernels: from `stage_kernels(student's params)`, one for each stage of the teacher.
+        images: uint8 `[n, H, W, C]`, training images.
+        labels: int `[n]`, as the teacher numbers classes.
+        **options: those of `fit_readers`: `rng`, `steps` and others.
+
+    Returns:
+        The prior; its `accuracy` is that of each stage's head on all `images`, as they are.
+
+    Raises:
+        InputError: as `fit_readers`.
+        RunError: the fit diverged: a kernel is not finite.
+
+    >>> import ktg_jax as ktg
+    >>> from ktg_jax.representing import stage_kernels
+    >>> teacher, student = (ktg.build_model("cnn", num_classes=2) for _ in range(2))
+    >>> images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> kernels = stage_kernels(student.init(keys[0], to_float(images))[0])
+    >>> prior = aggregate_prior(teacher, *teacher.init(keys[1], to_float(images)), kernels,
+    ...                         images, np.arange(8) % 2, rng=keys[2], steps=1, batch_size=4)
+    >>> prior.paths[0], prior.kernels[0].shape, prior.accuracy.shape
+    ('stage1_conv.kernel', (3, 3, 1, 16), (3,))
+    """
+    readers = fit_readers(teacher, params, model_state, student_kernels, images, labels, **options)
+    return readers.prior(tuple(student_kernels))
+
+
+def fit_readers(
     teacher: NodeFns,
     params: PyTree,
     model_state: PyTree,
@@ -88,11 +95,10 @@ def aggregate_prior(
     max_offset: int = 0,
     flip: bool = False,
     on_step: Callable[[int, Metrics], None] | None = None,
-) -> Prior:
-    """Fits a prior for a student from a teacher's stages; the teacher stays as it is.
+) -> Readers:
+    """Fits what reads a teacher's stages, an `Aggregator` each; the teacher stays as it is.
 
-    Each stage's `Aggregator` learns to classify from the teacher's stage output alone; the kernel
-    of its downscaling convolution is the prior of that stage. Stages share nothing but the
+    Each learns to classify from the teacher's stage output alone. Stages share nothing but the
     teacher's forward pass, so one compiled step fits them all. What a short fit does not reach
     keeps its random start: weight decay in the optimiser, or more steps, leave less of that.
 
@@ -114,24 +120,13 @@ def aggregate_prior(
             `[G]` on the device: the mean over the batch, by stage.
 
     Returns:
-        The prior; its `accuracy` is that of each stage's head on all `images`, as they are.
+        The readers; their `accuracy` is that of each one's head on all `images`, as they are.
 
     Raises:
         InputError: a teacher that has other than one stage for each of the student's kernels, or
             none that it names; labels that are no classes of it; a batch larger than the data; a
             bad option.
         RunError: the fit diverged: a kernel is not finite.
-
-    >>> import ktg_jax as ktg
-    >>> from ktg_jax.representing import stage_kernels
-    >>> teacher, student = (ktg.build_model("cnn", num_classes=2) for _ in range(2))
-    >>> images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
-    >>> keys = jax.random.split(jax.random.key(0), 3)
-    >>> kernels = stage_kernels(student.init(keys[0], to_float(images))[0])
-    >>> prior = aggregate_prior(teacher, *teacher.init(keys[1], to_float(images)), kernels,
-    ...                         images, np.arange(8) % 2, rng=keys[2], steps=1, batch_size=4)
-    >>> prior.paths[0], prior.kernels[0].shape, prior.accuracy.shape
-    ('stage1_conv.kernel', (3, 3, 1, 16), (3,))
     """
     for field, value in (("steps", steps), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -159,14 +154,14 @@ def aggregate_prior(
         )
         if on_step is not None:
             on_step(count + 1, metrics)
-    kernels = tuple(stage["downscaling"]["kernel"] for stage in fit.params)
-    for stage, kernel in enumerate(kernels, start=1):
-        if not np.isfinite(kernel).all():
+    for stage, of_stage in enumerate(fit.params, start=1):
+        if not np.isfinite(of_stage["downscaling"]["kernel"]).all():
             raise RunError(f"step {steps}, prior of stage {stage}: kernel not finite")
     starts = range(0, len(data[1]), batch_size)
     right = np.sum([_correct(fit, variables, data, start, **models) for start in starts], axis=0)
     accuracy = jnp.asarray(right / len(data[1]), jnp.float32)
-    return Prior(kernels, tuple(student_kernels), accuracy)
+    fitted = zip(fit.params, fit.statistics, strict=True)
+    return Readers(readers, tuple({"params": p, **stored} for p, stored in fitted), accuracy)
 
 
 @flax.struct.dataclass
