@@ -1,8 +1,15 @@
 """Two simulated CPU devices for every test; set before jax starts its backend. And fixtures."""
 
+import signal
+import threading
+
 import jax
 from postgres import postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+if threading.current_thread() is threading.main_thread():
+    # In the background of a shell Ctrl-C is ignored, and would be by the commands that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

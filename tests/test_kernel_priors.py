@@ -10,7 +10,7 @@ import pytest
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
-from ktg_jax.representing import cluster_prior, svd_prior
+from ktg_jax.representing import cluster_prior, layer_kernels, layer_prior, svd_prior
 
 RNG = np.random.default_rng(0)
 
@@ -89,3 +89,53 @@ def test_teachers_that_do_not_fit_are_refused(make: Any) -> None:
         make(teacher, {"a": (5, 5, 2, 2)})
     with pytest.raises(InputError, match=r"^params: got "):
         make({"conv": jnp.ones((3, 3, 2, 2))}, {"a": (3, 3, 2, 2)})
+
+
+# --- layer by layer
+
+
+def test_each_layer_speaks_to_the_one_at_its_depth() -> None:
+    teacher = teacher_of(*[(3, 3, 1, 1)] * 5)
+    kernels = [np.asarray(block["conv1"]["kernel"]) for block in teacher.values()]
+    paths = [f"stage1_block{i}.conv1.kernel" for i in range(3)]
+    prior = layer_prior(teacher, dict.fromkeys(paths, (3, 3, 1, 1)))
+    # Of 5 layers for 3 it is the 2nd, the 4th and the last; SVD may only turn the sign.
+    for kernel, i in zip(prior.kernels, (1, 3, 4), strict=True):
+        np.testing.assert_allclose(np.abs(kernel), np.abs(kernels[i]), rtol=1e-5)
+    assert prior.paths == tuple(paths)
+
+
+@pytest.mark.parametrize("pair", [("resnet20", "resnet8_8"), ("wrn16_2", "resnet8")])
+def test_all_layers_of_built_in_students(pair: tuple[str, str]) -> None:
+    images, key = jnp.zeros((1, 8, 8, 3)), jax.random.key(0)
+    shapes, student = (
+        jax.eval_shape(ktg.build_model(name, 10).init, key, images)[0] for name in pair
+    )
+    teacher = jax.tree.map(lambda leaf: random(*leaf.shape), shapes)
+    kernels = layer_kernels(student)
+    assert len(kernels) == 6  # two in each of three blocks
+    prior = layer_prior(teacher, kernels)
+    assert prior.shapes == kernels
+    assert all(jnp.abs(kernel).max() > 0 for kernel in prior.kernels)
+    stages = svd_prior(teacher, ktg.stage_kernels(student))
+    assert set(stages.paths) < set(prior.paths)
+
+
+def test_shortcuts_are_no_layers() -> None:
+    images = jnp.zeros((1, 8, 8, 3))
+    params, _ = jax.eval_shape(ktg.build_model("wrn10_2", 10).init, jax.random.key(0), images)
+    assert [path.split(".")[-2] for path in layer_kernels(params)] == ["conv1", "conv2"] * 3
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ({"stage2_a": (3, 3, 1, 1)}, "got 'stage2_a'; allowed: a layer in one of the teacher's 1"),
+        ({"a": (3, 3, 1, 1)}, "got 'a'; allowed: a layer in one of the teacher's 1 stages"),
+        ({"stage1_a": (1, 1, 1, 1)}, "student_kernels stage1_a: got (1, 1, 1, 1); allowed: height"),
+    ],
+)
+def test_layers_without_a_counterpart_are_refused(kernels: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        layer_prior(teacher_of((3, 3, 1, 1)), kernels)
+    assert message in str(error.value)
