@@ -20,6 +20,7 @@ from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_no
 from ktg_jax.loop import Arrays, Means
 from ktg_jax.representing import about_prior, load_readers, projected, readers_checksum
 from ktg_jax.state import GraphState
+from ktg_jax.step import split_outputs
 from ktg_jax.weights import load_weights, with_weights
 
 
@@ -149,6 +150,7 @@ def assemble(
     for i, node_weights in weights.items():
         state = with_weights(state, i, node_weights)
     state, priors = ktg.with_priors(state, graph)
+    _check_outputs(graph, node_fns, state, sample)
     task: dict[str, Any] = {
         "image_shape": dataset.image_shape,
         "total_steps": total_steps,
@@ -191,6 +193,29 @@ def _optimizer(
     schedules = {"step": ktg.step_schedule, "cosine": ktg.cosine_schedule}
     rate = schedules[schedule](learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)
     return ktg.sgd(rate, weight_decay)
+
+
+def _check_outputs(
+    graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], state: GraphState, images: jax.Array
+) -> None:
+    """Raises InputError unless the nodes put out what their edges compare."""
+    if not graph.edge_weights.needs_stages:
+        return
+
+    def losses(state: GraphState, images: jax.Array) -> Any:
+        outputs: list[Any] = [
+            ktg.node_forward(params, model_state, images, fns=fns, frozen=True, with_stages=True)[0]
+            for fns, params, model_state in zip(
+                node_fns, state.params, state.model_state, strict=True
+            )
+        ]
+        logits, stages = split_outputs(outputs, graph.edge_weights)
+        labels = jnp.zeros(len(images), jnp.int32)
+        return ktg.graph_gradients(
+            logits, labels, graph.gate_codes, 1.0, graph.temperature, stages, graph.edge_weights
+        )
+
+    jax.eval_shape(losses, state, images)
 
 
 def _as_seen(node: ktg.Node, fns: ktg.NodeFns) -> ktg.NodeFns:

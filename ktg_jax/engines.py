@@ -168,7 +168,7 @@ def per_node_engine(
     temperature: float = 1.0,
     edge_weights: EdgeWeights = KL_ALONE,
 ) -> Engine:
-    """Each node on one device, balanced by cost; only logits travel.
+    """Each node on one device, balanced by cost; only what nodes put out travels.
 
     Args:
         node_fns: one a node; equal ones share their executables.

@@ -1,10 +1,11 @@
 """The training step node by node: one executable for each model instead of one for each graph.
 
-Nodes meet only in their logits. So a node's forward pass (with its pullback), the loss of the graph
-on logits, and a node's update are compiled apart, once for each distinct model: any graph over
-models that are already compiled, with any gates and any frozen nodes, starts at once. Every node
-lives on one device, and only logits travel between devices. `ktg_jax.step.train_step` is the
-reference: both give the same update to float rounding.
+Nodes meet only in what they put out: logits, and stage outputs where edges compare them. So a
+node's forward pass (with its pullback), the losses of the graph, and a node's update are compiled
+apart, once for each distinct model: any graph over models that are already compiled, with any gates
+and any frozen nodes, starts at once. Every node lives on one device, and only what nodes put out
+travels between devices. `ktg_jax.step.train_step` is the reference: both give the same update to
+float rounding.
 """
 
 import functools

@@ -12,7 +12,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
@@ -133,12 +132,16 @@ def stage_edge_losses(
             return jnp.zeros(())
         is_cut = gates[receiver, sender] == CUTOFF
         total = jnp.zeros(labels.shape)
-        if edge_weights.attention:
-            losses = _attention_losses(stages[receiver], senders[sender], is_cut)
-            total += edge_weights.attention * losses
-        if edge_weights.features:
-            losses = _feature_losses(stages[receiver], senders[sender], is_cut)
-            total += edge_weights.features * losses
+        try:
+            if edge_weights.attention:
+                losses = _attention_losses(stages[receiver], senders[sender], is_cut)
+                total += edge_weights.attention * losses
+            if edge_weights.features:
+                losses = _feature_losses(stages[receiver], senders[sender], is_cut)
+                total += edge_weights.features * losses
+        except InputError as error:
+            where = f"node {sender} as seen by node {receiver}: {error.field}"
+            raise InputError(where, error.value, error.allowed) from None
         return jnp.mean(weights[receiver, sender] * total)
 
     nodes = range(len(stages))
@@ -187,19 +190,28 @@ def _compared(
         raise InputError("teacher_stages", len(sender), allowed)
     losses = []
     for ours, theirs in zip(receiver, sender, strict=True):
-        chex.assert_rank([ours, theirs], 4)
+        for output in (ours, theirs):
+            if np.ndim(output) != 4:
+                raise InputError("a stage's output", np.shape(output), "[B, h, w, C]")
         ours, theirs = views(jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32))
         # As in `edge_losses`: a cut edge does not even see its sender, which may have diverged.
         theirs = jnp.where(is_cut, jax.lax.stop_gradient(ours), theirs)
         difference = _normalised(ours) - _normalised(theirs)
         losses.append(reduce(jnp.square(difference), axis=1))
+    if not losses:
+        raise InputError("teacher_stages", 0, "at least one stage")
     return jnp.sum(jnp.stack(losses), axis=0)
 
 
 def _normalised(array: jax.Array) -> jax.Array:
-    """Flattens each sample and divides it by its L2 norm: `[B, ...]` to `[B, n]`."""
+    """Flattens each sample and divides it by its L2 norm: `[B, ...]` to `[B, n]`.
+
+    One with a norm below 1e-12 becomes zeros, with no gradient: it has no direction.
+    """
     flat = array.reshape(len(array), -1)
-    return flat / optax.safe_norm(flat, 1e-12, axis=1, keepdims=True)
+    square = jnp.sum(jnp.square(flat), axis=1, keepdims=True)
+    is_nothing = square <= 1e-24  # false for NaN, which is to be seen
+    return jnp.where(is_nothing, 0, flat * jax.lax.rsqrt(jnp.where(is_nothing, 1, square)))
 
 
 def _detached(stages: Stages) -> list[jax.Array]:

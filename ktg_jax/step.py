@@ -1,8 +1,9 @@
 """The training step of a graph, and the three pure pieces that it is made of.
 
-`node_forward` (a node), `graph_gradients` (the whole graph, on logits alone) and `node_update` (a
-node) are all there is to a step. `train_step` composes them in one program; since nodes meet only
-in their logits, they can as well be compiled apart or placed on devices of their own.
+`node_forward` (a node), `graph_gradients` (the whole graph, on what the nodes put out) and
+`node_update` (a node) are all there is to a step. `train_step` composes them in one program; since
+nodes meet only in what they put out, they can as well be compiled apart or placed on devices of
+their own.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
+from ktg_jax.gates import CUTOFF
 from ktg_jax.losses import cross_entropy, edge_losses
 from ktg_jax.node_terms import Priors, checked_priors, distance_metrics
 from ktg_jax.nodes import NodeFns, PyTree, StageOutputs
@@ -65,7 +67,8 @@ def node_forward(
         return fns.apply(params, model_state, images, not frozen)
     if fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
-    return fns.stages(params, model_state, images, not frozen)
+    (logits, outputs), model_state = fns.stages(params, model_state, images, not frozen)
+    return (logits, tuple(outputs)), model_state
 
 
 def graph_gradients(
@@ -103,12 +106,15 @@ def graph_gradients(
     """
     if edge_weights.needs_stages and stages is None:
         raise InputError("stages", None, "the stage outputs of each node")
-    on_transfers = jnp.where(jnp.eye(len(logits), dtype=bool), 1.0, edge_weights.kl)
+    on_label = jnp.eye(len(logits), dtype=bool)
+    # A divergence of weight 0 is cut off, not multiplied by 0: it may not be finite.
+    kl_gates = gates if edge_weights.kl else jnp.where(on_label, gates, CUTOFF)
 
     def loss_of(
         logits: tuple[jax.Array, ...], stages: tuple[Any, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        losses = on_transfers * edge_losses(logits, labels, gates, progress, temperature)
+        losses = edge_losses(logits, labels, kl_gates, progress, temperature)
+        losses *= jnp.where(on_label, 1.0, edge_weights.kl)
         if edge_weights.needs_stages:
             losses += stage_edge_losses(stages, logits, labels, gates, progress, edge_weights)
         return jnp.sum(losses), losses

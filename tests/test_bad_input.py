@@ -35,6 +35,12 @@ GRAPHS: dict[str, Any] = {
     "frozen": {"nodes": TINY_NODES, "gates": [["through", "through"], ["cutoff", "cutoff"]]},
     "no_such_model": {"nodes": [{"model": "tinny"}], "gates": [["through"]]},
     "no_such_field": {"nodes": TINY_NODES[:1], "gates": [["through"]], "temprature": 4},
+    "bad_loss": {"nodes": TINY_NODES[:1], "gates": [["through"]], "attention_weight": -1},
+    "no_stages": {
+        "nodes": TINY_NODES,
+        "gates": [["through", "through"]] * 2,
+        "attention_weight": 1.0,
+    },
     "no_such_weights": {"nodes": [{"model": "tiny", "weights": "gone"}], "gates": [["through"]]},
     "good": {"nodes": TINY_NODES[:1], "gates": [["through"]]},
 }
@@ -152,6 +158,7 @@ FILES: list[tuple[str, str, list[str]]] = [
     ("frozen.json", "nodes[1].weights", ["None", "tiny-1", "frozen"]),
     ("no_such_model.json", "model", ["'tinny'", "cnn, resnet8"]),
     ("no_such_field.json", "graph.temprature", ["got 4;", "temperature"]),
+    ("bad_loss.json", "attention_weight", ["got -1;", "a finite number, at least 0"]),
     ("no_such_weights.json", "weights", ["'gone'", "DIR:name"]),
     ("truncated.json", "graph", ["JSON"]),
     ("truncated.npz", "data", ["truncated.npz", "undamaged"]),
@@ -176,6 +183,15 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
         options = {"data": f"npz:{inputs / name}", "train-limit": None}
     ended = in_process(train_module.main, *words(SMALL | options), "--workdir", tmp_path / "run")
     assert_refused(ended, field, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_the_stages_that_its_edges_need_is_refused(
+    inputs: Path, tmp_path: Path
+) -> None:
+    options = {"graph": inputs / "no_stages.json", "models": None, "workdir": tmp_path / "run"}
+    ended = in_process(train_module.main, *words(SMALL | options))
+    assert_refused(ended, "stages", "'Tiny'", "stage1_")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ from ktg_jax.engines import Batches, Engine, fused_engine, per_node_engine
 from ktg_jax.loop import Arrays, make_train_step, train_epochs
 from ktg_jax.per_node import per_node_step, place
 from ktg_jax.representing import normalised, prior_distance, prior_loss, save_prior
+from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.trees import by_path, replaced
 
 RNG = np.random.default_rng(0)
@@ -65,33 +66,31 @@ def started(
     )
 
 
-@jax.jit
-def fused(state: GraphState, progress: Any, priors: Any = None) -> Any:
-    options: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD, "temperature": 2.0}
-    gates = GRAPH.gate_codes
-    return ktg.train_step(state, IMAGES, LABELS, gates, progress, priors=priors, **options)
+GATES = GRAPH.gate_codes
+OPTIONS: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD, "temperature": 2.0}
+
+
+@functools.partial(jax.jit, static_argnames=("node_fns", "edge_weights"))
+def fused(
+    state: GraphState, progress: Any, priors: Any = None, gates: Any = GATES, **more: Any
+) -> Any:
+    options = OPTIONS | {"priors": priors} | more
+    return ktg.train_step(state, IMAGES, LABELS, gates, progress, **options)
 
 
 def by_node(
     state: GraphState,
     progress: Any,
     priors: Any = None,
-    placement: Sequence[jax.Device] = (DEVICES[0],) * 3,
+    placement: Sequence[jax.Device] | None = None,
+    gates: Any = GATES,
+    **more: Any,
 ) -> Any:
-    options: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD, "temperature": 2.0}
-    images = {to: jax.device_put(IMAGES, to) for to in placement}
-    labels = jax.device_put(LABELS, placement[0])
-    placed = tuple(placement)
-    return per_node_step(
-        place(state, placed),
-        images,
-        labels,
-        GRAPH.gate_codes,
-        progress,
-        placement=placed,
-        priors=priors,
-        **options,
-    )
+    placed = tuple(placement or DEVICES[:1] * len(state.params))
+    images = {to: jax.device_put(IMAGES, to) for to in placed}
+    labels = jax.device_put(LABELS, placed[0])
+    options = OPTIONS | {"placement": placed, "priors": priors} | more
+    return per_node_step(place(state, placed), images, labels, gates, progress, **options)
 
 
 STEPS: dict[str, Callable[..., Any]] = {"fused": fused, "per_node": by_node}
@@ -221,6 +220,28 @@ def test_both_engines_take_the_same_steps(devices: tuple[int, ...]) -> None:
         )
     distance = np.asarray(metrics["prior_distance"])
     assert np.isnan(distance).tolist() == [[False] * 2, [True] * 2, [False, True]]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_gradients_of_attention_and_of_a_prior_add_up(name: str) -> None:
+    def gradient_and_metrics(attention: float, *priors: NodePrior | None) -> Any:
+        more = {"node_fns": (STAGED, STAGED), "edge_weights": EdgeWeights(attention=attention)}
+        before, gates = part_of(started(), slice(0, 3, 2)), GATES[::2, ::2]
+        after, metrics = STEPS[name](before, 0.25, priors, gates=gates, **more)
+        return jax.tree.map(jnp.subtract, before.params, after.params), metrics
+
+    neither, plain = gradient_and_metrics(0.0, None, None)
+    prior, distance = gradient_and_metrics(0.0, PRIORS[0], None)
+    attention, losses = gradient_and_metrics(50.0, None, None)
+    both, metrics = gradient_and_metrics(50.0, PRIORS[0], None)
+    expected = jax.tree.map(lambda a, p, n: a + p - n, attention, prior, neither)
+    chex.assert_trees_all_close(both, expected, rtol=1e-4, atol=1e-5)
+    close(both[1], attention[1])
+    for other in (neither, prior, attention):
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(both[0], other[0], atol=1e-2)
+    close(metrics, losses | {"prior_distance": distance["prior_distance"]})
+    assert (np.asarray(losses["loss"]) > np.asarray(plain["loss"]) + 0.1).all()
 
 
 def test_without_priors_the_program_is_the_same() -> None:

@@ -213,6 +213,22 @@ def test_the_temperature_of_a_target_alone_is_none() -> None:
     assert warm.canonical().temperature == 1.0
 
 
+@pytest.mark.parametrize("field", ["kl_weight", "attention_weight", "feature_weight"])
+def test_what_edges_carry_matters_where_something_is_transferred(field: str) -> None:
+    weight: Any = {field: 3.0}
+    pair = make(["cnn", "resnet8"], [[T, L], [C, T]], 4.0)
+    other = dataclasses.replace(pair, **weight)
+    assert not pair.equivalent(other)
+    canonical = other.canonical()
+    assert canonical.edge_weights == other.edge_weights
+    assert canonical.canonical() == canonical
+    assert other.equivalent(dataclasses.replace(renamed(pair), **weight))
+    # A target that hears only its label, whatever goes on beside it.
+    alone = make(["cnn", "resnet8"], [[T, C], [T, T]])
+    assert dataclasses.replace(alone, **weight).equivalent(ktg.graphs.independent(["cnn"]))
+    assert dataclasses.replace(alone, **weight).canonical().edge_weights == (1.0, 0.0, 0.0)
+
+
 def test_only_the_label_makes_correct_through() -> None:
     graph = ktg.graphs.mutual(["cnn", "cnn"])
     assert not graph.equivalent(edit(graph, (0, 1, R)))

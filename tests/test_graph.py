@@ -9,6 +9,7 @@ import pytest
 
 import ktg_jax as ktg
 from ktg_jax import Graph, InputError, Node
+from ktg_jax.stage_losses import EdgeWeights
 
 MIXED = Graph(
     nodes=(Node("resnet32", "target"), Node("wrn28_2", "helper", "runs/a:helper"), Node("cnn")),
@@ -68,7 +69,11 @@ def test_graphs_are_equal_and_hash_equal_by_content() -> None:
     )
     assert lists == tuples
     assert hash(lists) == hash(tuples)
-    assert len({lists, tuples, dataclasses.replace(tuples, temperature=2.0)}) == 2
+    others = [
+        dataclasses.replace(tuples, **{field: 2.0})  # type: ignore[arg-type]
+        for field in ("temperature", "kl_weight", "attention_weight", "feature_weight")
+    ]
+    assert len({lists, tuples, *others}) == 5
 
 
 def test_a_graph_cannot_be_changed() -> None:
@@ -87,7 +92,10 @@ def test_a_graph_does_not_share_memory_with_what_it_was_made_of_or_gives() -> No
     assert graph == ktg.graphs.independent(["cnn", "cnn"])
 
 
-@pytest.mark.parametrize("graph", [MIXED, make(["cnn"], (("correct",),))])
+CARRYING = dataclasses.replace(MIXED, kl_weight=0.5, attention_weight=1e3, feature_weight=0.1)
+
+
+@pytest.mark.parametrize("graph", [MIXED, make(["cnn"], (("correct",),)), CARRYING])
 def test_json_and_files_bring_the_same_graph_back(graph: Graph, tmp_path: Path) -> None:
     assert Graph.from_json(graph.to_json()) == graph
     assert Graph.from_json(json.loads(graph.to_json())) == graph
@@ -110,6 +118,43 @@ def test_json_has_these_fields() -> None:
         ],
         "temperature": 2.5,
     }
+
+
+def test_json_has_weights_of_losses_only_where_they_are_not_the_papers() -> None:
+    plain = json.loads(MIXED.to_json())
+    weights = {"kl_weight": 0.5, "attention_weight": 1000.0, "feature_weight": 0.1}
+    assert json.loads(CARRYING.to_json()) == plain | weights
+    for field, weight in weights.items():
+        graph = dataclasses.replace(MIXED, **{field: weight})  # type: ignore[arg-type]
+        assert json.loads(graph.to_json()) == plain | {field: weight}
+    same = Graph.from_json(plain | {"kl_weight": 1, "attention_weight": 0, "feature_weight": 0})
+    assert same == MIXED
+    assert same.to_json() == MIXED.to_json()
+
+
+def test_edge_weights_are_what_the_fields_say() -> None:
+    assert MIXED.edge_weights == EdgeWeights() == EdgeWeights(1.0, 0.0, 0.0)
+    assert CARRYING.edge_weights == EdgeWeights(kl=0.5, attention=1000.0, features=0.1)
+    whole = dataclasses.replace(MIXED, kl_weight=0, attention_weight=1000)
+    assert [type(weight) for weight in whole.edge_weights] == [float] * 3
+    assert whole == dataclasses.replace(MIXED, kl_weight=-0.0, attention_weight=1e3)
+
+
+@pytest.mark.parametrize("field", ["kl_weight", "attention_weight", "feature_weight"])
+@pytest.mark.parametrize(
+    "weight", [-1, -1e-9, float("nan"), float("inf"), 10**400, "1", True, None, [1.0]], ids=str
+)
+def test_a_bad_weight_of_a_loss_is_refused_by_its_field(field: str, weight: Any) -> None:
+    message = f"{field}: got {weight!r}; allowed: a finite number, at least 0"
+    fields = {"nodes": [{"model": "cnn"}], "gates": [["through"]], field: weight}
+    for make_graph in (
+        lambda: dataclasses.replace(MIXED, **{field: weight}),
+        lambda: Graph.from_json(fields),
+        lambda: Graph.from_json(json.dumps(fields)),
+    ):
+        with pytest.raises(InputError) as error:
+            make_graph()
+        assert str(error.value) == message
 
 
 def test_names_and_temperature_may_be_left_out_of_json() -> None:
@@ -206,16 +251,19 @@ def test_a_bad_graph_is_refused_by_field_value_and_what_is_allowed(
     assert "\n" not in message
 
 
+OPTIONAL = "(and attention_weight, feature_weight, kl_weight, temperature)"
+
+
 @pytest.mark.parametrize(
     ("text", "field", "allowed"),
     [
         ("{", "graph", "JSON"),
         ("", "graph", "JSON"),
         ("[" * 100, "graph", "JSON"),
-        ("[]", "graph", "an object with gates, nodes (and temperature)"),
-        ("null", "graph", "an object with gates, nodes (and temperature)"),
-        ('{"nodes": []}', "graph.gates", "an object with gates, nodes (and temperature)"),
-        ('{"gates": []}', "graph.nodes", "an object with gates, nodes (and temperature)"),
+        ("[]", "graph", f"an object with gates, nodes {OPTIONAL}"),
+        ("null", "graph", f"an object with gates, nodes {OPTIONAL}"),
+        ('{"nodes": []}', "graph.gates", f"an object with gates, nodes {OPTIONAL}"),
+        ('{"gates": []}', "graph.nodes", f"an object with gates, nodes {OPTIONAL}"),
         ('{"nodes": [], "gates": [], "gate": 1}', "graph.gate", "an object with gates, nodes"),
         ('{"nodes": "cnn", "gates": []}', "nodes", "a list of nodes"),
         ('{"nodes": ["cnn"], "gates": []}', "nodes[0]", "an object with model"),
@@ -308,6 +356,13 @@ def test_pruning_keeps_names_weights_gates_and_temperature() -> None:
         (("linear", "correct"), ("cutoff", "through")),
         3.0,
     )
+
+
+def test_pruning_keeps_what_edges_carry() -> None:
+    alone = (("through", "cutoff", "cutoff"), *CARRYING.gates[1:])
+    pruned = dataclasses.replace(CARRYING, gates=alone).pruned()
+    assert len(pruned.nodes) == 1
+    assert pruned.edge_weights == CARRYING.edge_weights
 
 
 def test_pruning_keeps_frozen_teachers_and_what_is_needed_whole() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_variables import random_variables
-from tiny_models import Tiny
+from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
 from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel, per_node
 from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
 from ktg_jax.loop import Arrays, make_evaluator
 from ktg_jax.per_node import balanced, forward_cost, per_node_eval, per_node_step, place
+from ktg_jax.stage_losses import EdgeWeights
+from ktg_jax.step import KL_ALONE
 
 DEVICES = jax.local_devices()
 RNG = np.random.default_rng(0)
@@ -40,6 +42,25 @@ GRAPH = Graph(
     temperature=2.0,
 )
 NODE_FNS = (TINY, CNN, TINY, TINY)
+STAGED, WIDE = ktg.from_linen(Staged(5)), ktg.from_linen(Staged(5, (8, 12)))
+
+
+class Case(NamedTuple):
+    """Networks, and what the graph's transfer edges carry."""
+
+    node_fns: tuple[NodeFns, ...] = NODE_FNS
+    edge_weights: EdgeWeights = KL_ALONE
+
+
+CASES = {
+    "logits": Case(),
+    "stages": Case((STAGED, WIDE, STAGED, WIDE), EdgeWeights(kl=0.5, attention=20.0)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
 def started(node_fns: Sequence[NodeFns] = NODE_FNS, frozen: Sequence[int] = (3,)) -> GraphState:
@@ -55,13 +76,18 @@ def stepped(
     node_fns: Sequence[NodeFns],
     placement: per_node.Placement,
     k: int = 0,
+    edge_weights: EdgeWeights = KL_ALONE,
 ) -> tuple[GraphState, dict[str, jax.Array]]:
     """The k-th of four steps; each has a batch of its own."""
     batch = jnp.roll(IMAGES, k, axis=2)
     images = {device: jax.device_put(batch, device) for device in placement}
     labels = jax.device_put(LABELS, placement[0])
-    fixed: dict[str, Any] = {"node_fns": node_fns, "optimizer": OPTIMIZER, "temperature": 2.0}
-    return per_node_step(state, images, labels, gates, (k + 1) / 4, placement=placement, **fixed)
+    fixed = {"placement": placement, **options(Case(tuple(node_fns), edge_weights))}
+    return per_node_step(state, images, labels, gates, (k + 1) / 4, **fixed)
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {"optimizer": OPTIMIZER, "temperature": 2.0, **case._asdict()}
 
 
 @contextmanager
@@ -84,15 +110,14 @@ def compilations() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> tuple[GraphState, list[Any]]:
+def expected(case: Case) -> tuple[GraphState, list[Any]]:
     """Four steps of the whole graph in one program."""
 
     @jax.jit
     def step(state: GraphState, images: jax.Array, progress: float) -> Any:
-        fixed: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": OPTIMIZER, "temperature": 2.0}
-        return ktg.train_step(state, images, LABELS, GRAPH.gate_codes, progress, **fixed)
+        return ktg.train_step(state, images, LABELS, GRAPH.gate_codes, progress, **options(case))
 
-    state, history = started(), []
+    state, history = started(case.node_fns), []
     for k in range(4):
         state, metrics = step(state, jnp.roll(IMAGES, k, axis=2), (k + 1) / 4)
         history.append(jax.device_get(metrics))
@@ -101,12 +126,14 @@ def expected() -> tuple[GraphState, list[Any]]:
 
 @pytest.mark.parametrize("devices", [(0, 0, 0, 0), (0, 1, 1, 0), (1, 0, 1, 0)], ids=str)
 def test_training_node_by_node_is_that_of_one_program(
-    devices: tuple[int, ...], expected: tuple[GraphState, list[Any]]
+    devices: tuple[int, ...], case: Case, expected: tuple[GraphState, list[Any]]
 ) -> None:
     placement = tuple(DEVICES[i] for i in devices)
-    state, history = place(started(), placement), []
+    before = started(case.node_fns)
+    state, history = place(before, placement), []
     for k in range(4):
-        state, metrics = stepped(state, GRAPH.gate_codes, NODE_FNS, placement, k)
+        node_fns, edge_weights = case
+        state, metrics = stepped(state, GRAPH.gate_codes, node_fns, placement, k, edge_weights)
         history.append(jax.device_get(metrics))
     expected_state, expected_history = expected
     chex.assert_trees_all_close(history, expected_history, rtol=1e-4, atol=1e-5)
@@ -116,7 +143,6 @@ def test_training_node_by_node_is_that_of_one_program(
         for leaf in jax.tree.leaves((state.params[i], state.model_state[i], state.opt_state[i])):
             assert leaf.devices() == {device}
 
-    before = started()
     assert state.frozen == (3,)
     chex.assert_trees_all_equal(jax.device_get(state.params[3]), before.params[3])
     chex.assert_trees_all_equal(jax.device_get(state.model_state[3]), before.model_state[3])
@@ -126,6 +152,26 @@ def test_training_node_by_node_is_that_of_one_program(
             chex.assert_trees_all_close(
                 jax.device_get(state.params[i]), before.params[i], atol=1e-2
             )
+
+
+def test_what_edges_carry_counts_node_by_node() -> None:
+    (node_fns, edge_weights), placement = CASES["stages"], (DEVICES[0],) * 4
+    losses = []
+    for weights in (KL_ALONE, edge_weights):
+        given = place(started(node_fns), placement), GRAPH.gate_codes, node_fns, placement, 0
+        losses.append(stepped(*given, weights)[1]["edge_losses"])
+    diagonal = np.eye(4, dtype=bool)
+    open_edges = (GRAPH.gate_codes != ktg.gates.CUTOFF) & ~diagonal
+    plain, ours = losses
+    np.testing.assert_allclose(ours[diagonal], plain[diagonal], rtol=1e-5)
+    assert (ours - 0.5 * plain)[open_edges].min() > 0.01
+    np.testing.assert_array_equal(ours[3], 0)
+
+
+def test_a_network_without_stages_is_refused_node_by_node() -> None:
+    given = place(started(), (DEVICES[0],) * 4), GRAPH.gate_codes, NODE_FNS, (DEVICES[0],) * 4
+    with pytest.raises(InputError, match=r"^stages: got 'Tiny'; allowed: a module with submodules"):
+        stepped(*given, edge_weights=EdgeWeights(attention=1.0))
 
 
 def test_evaluation_node_by_node_is_that_of_one_program() -> None:
@@ -234,18 +280,20 @@ DATA = Arrays(RNG.integers(0, 256, (23, 8, 8, 3), np.uint8), np.arange(23, dtype
 TASK: dict[str, Any] = {"image_shape": (8, 8, 3), "total_steps": 6, "temperature": 2.0}
 
 
-def fused(parallel: Parallel) -> Engine:
-    return fused_engine(NODE_FNS, OPTIMIZER, parallel, BATCHES, **TASK)
+def fused(parallel: Parallel, case: Case) -> Engine:
+    given = OPTIMIZER, parallel, BATCHES
+    return fused_engine(case.node_fns, *given, edge_weights=case.edge_weights, **TASK)
 
 
-def by_node(num_devices: int) -> Engine:
-    return per_node_engine(NODE_FNS, OPTIMIZER, started(), DEVICES[:num_devices], BATCHES, **TASK)
+def by_node(num_devices: int, case: Case) -> Engine:
+    given = OPTIMIZER, started(case.node_fns), DEVICES[:num_devices], BATCHES
+    return per_node_engine(case.node_fns, *given, edge_weights=case.edge_weights, **TASK)
 
 
-def trained(engine: Engine) -> tuple[GraphState, list[Any], Any, list[str]]:
+def trained(engine: Engine, case: Case) -> tuple[GraphState, list[Any], Any, list[str]]:
     """After four steps: state, metrics, evaluation, and what was compiled after the first step."""
     step = engine.make_step(engine.load(DATA), GRAPH.gate_codes, jax.random.key(3))
-    state, metrics = step(engine.place(started()), 1)
+    state, metrics = step(engine.place(started(case.node_fns)), 1)
     history = [jax.device_get(metrics)]
     with compilations() as compiled:
         for _ in range(3):
@@ -256,16 +304,16 @@ def trained(engine: Engine) -> tuple[GraphState, list[Any], Any, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def fused_result() -> tuple[GraphState, list[Any], Any, list[str]]:
-    return trained(fused(Parallel("jit", DEVICES[:2])))
+def fused_result(case: Case) -> tuple[GraphState, list[Any], Any, list[str]]:
+    return trained(fused(Parallel("jit", DEVICES[:2]), case), case)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_the_engines_agree(num_devices: int, fused_result: Any) -> None:
-    engine = by_node(num_devices)
+def test_the_engines_agree(num_devices: int, case: Case, fused_result: Any) -> None:
+    engine = by_node(num_devices, case)
     assert engine.name == "per_node"
     assert engine.summary == f"{num_devices} x cpu (node by node)"
-    state, history, means, compiled = trained(engine)
+    state, history, means, compiled = trained(engine, case)
     expected_state, expected_history, expected_means, _ = fused_result
     chex.assert_trees_all_close(history, expected_history, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(state, expected_state, rtol=1e-4, atol=1e-5)
@@ -273,13 +321,13 @@ def test_the_engines_agree(num_devices: int, fused_result: Any) -> None:
     assert compiled == []
 
     data = Arrays(*map(jnp.asarray, DATA))
-    plain = make_evaluator(NODE_FNS, Parallel("jit", DEVICES[:1]), 7)(state, data)
+    plain = make_evaluator(case.node_fns, Parallel("jit", DEVICES[:1]), 7)(state, data)
     chex.assert_trees_all_close(means, plain, rtol=1e-5)
 
 
 def test_the_fused_step_is_compiled_once(fused_result: Any) -> None:
     assert fused_result[3] == []
-    assert fused(Parallel("pmap", DEVICES[:2])).summary == "2 x cpu (pmap)"
+    assert fused(Parallel("pmap", DEVICES[:2]), Case()).summary == "2 x cpu (pmap)"
 
 
 def test_an_engine_refuses_a_batch_that_cannot_be_made() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,9 +28,10 @@ from runs import (
 import ktg_jax as ktg
 from experiments import represent as command
 from experiments.representing import aggregation
+from experiments.representing.account import Account
 from experiments.representing.config import RepresentConfig
 from experiments.representing.measures import prior_gradients, share_kept, singular_values
-from ktg_jax.representing import about_prior, load_prior, svd_prior
+from ktg_jax.representing import about_prior, layer_prior, load_prior, svd_prior
 from ktg_jax.weights import load_weights
 
 PATHS = ("stage1_conv.kernel", "stage2_conv.kernel")
@@ -133,6 +135,24 @@ def test_a_node_is_the_teacher_where_it_is_named(teacher: Path, tmp_path: Path) 
     for ours, theirs in zip(found.kernels, expected.kernels, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not np.allclose(found.kernels[0], other.kernels[0])
+
+
+def test_a_prior_of_all_layers_has_no_aggregation(teacher: Path, tmp_path: Path) -> None:
+    represent(tmp_path / "run", teacher=str(teacher), aggregation="layers", epochs=1)
+    found = load_prior(tmp_path / "run" / "prior")
+    params = load_weights(str(teacher)).params
+    expected = layer_prior({path: params[path] for path in PATHS}, found.shapes)
+    chex.assert_trees_all_close(found, expected)
+    assert about_prior(tmp_path / "run" / "prior")["aggregation"] == "layers"
+
+
+def test_pictures_of_layers_are_named_so(tmp_path: Path) -> None:
+    kernels = [np.ones((3, 3, 2, 2)), np.eye(9 * 2)[:, :2].reshape(3, 3, 2, 2)]
+    paths = ("stage1_a.kernel", "stage1_b.kernel")
+    prior = ktg.Prior(tuple(map(jnp.asarray, kernels)), paths)
+    Account(prior, teacher=None, before=kernels[::-1], quantile=0.5).draw(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"layer1-before.png", "layer2-before.png"}
 
 
 def test_without_a_teacher_one_is_trained_and_kept(tmp_path: Path) -> None:

@@ -82,25 +82,51 @@ def test_the_tenth_block_comes_after_the_ninth() -> None:
     assert next(iter(stage_kernels(params))) == "stage1_block10.conv2.kernel"
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["stored statistics", "in training"])
 @pytest.mark.parametrize("model", ["cnn", "resnet8"])
-def test_stages_change_neither_logits_nor_state(model: str) -> None:
+def test_stages_change_neither_logits_nor_state(model: str, train: bool) -> None:
     fns = ktg.build_model(model, 10)
     params, model_state = random_variables(fns, IMAGES, seed=1)
 
     @jax.jit
     def both(params: Any, model_state: Any) -> Any:
-        return stage_outputs(fns, params, model_state, IMAGES), fns.apply(
-            params, model_state, IMAGES, False
-        )
+        given: dict[str, Any] = {"fns": fns, "frozen": not train}
+        with_stages = ktg.node_forward(params, model_state, IMAGES, with_stages=True, **given)
+        return with_stages, ktg.node_forward(params, model_state, IMAGES, **given)
 
-    (logits, outputs), (expected, _) = both(params, model_state)
-    np.testing.assert_array_equal(logits, expected)
+    ((logits, outputs), new_state), expected = both(params, model_state)
+    chex.assert_trees_all_equal((logits, new_state), expected)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), new_state, model_state)
+    assert set(jax.tree.leaves(moved)) == {train}
     # The classifier reads the last stage: averaged, for a ResNet (a cnn's ends before its ReLU).
     last = nn.relu(outputs[-1]).mean((1, 2))
     classifier = params["classifier"]
     np.testing.assert_allclose(
         logits, last @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-5
     )
+
+
+class Counting(nn.Module):
+    """A stage, and state of which a stage outputs' collection is no part."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        count = self.variable("counts", "steps", lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing() and self.is_mutable_collection("counts"):
+            count.value += 1
+        return Block(1.0, name="stage1")((1 + count.value) * images).mean((1, 2))
+
+
+def test_training_with_stages_updates_every_collection_and_adds_none() -> None:
+    fns = ktg.from_linen(Counting())
+    params, before = fns.init(KEY, IMAGES)
+    assert fns.stages is not None
+    for train, factor in ((True, 2.0), (False, 1.0)):
+        (logits, (output,)), after = fns.stages(params, before, IMAGES, train)
+        np.testing.assert_allclose(output, factor * IMAGES, rtol=1e-6)
+        expected = fns.apply(params, before, IMAGES, train)
+        chex.assert_trees_all_equal((logits, after), expected)
+        assert after == {"counts": {"steps": factor - 1}}
 
 
 def test_a_stages_output_is_that_of_its_last_call() -> None:

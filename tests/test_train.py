@@ -431,3 +431,65 @@ def test_a_node_that_learns_starts_from_its_weights(
     assert_same_arrays({n: ours[n] for n in params}, {n: theirs[n] for n in params})
     statistics = "model_state.batch_stats.norm.mean"
     assert np.any(ours[statistics] != theirs[statistics])
+
+
+# --- losses on stages
+
+
+def distilling(folder: Path, **weights: float) -> dict[str, Any]:
+    """A student that hears its label and a frozen teacher, through edges with these weights."""
+    nodes = [{"model": "staged"}, {"model": "staged_wide", "weights": str(folder / "teacher")}]
+    graph = {"nodes": nodes, "gates": [["through"] * 2, ["cutoff"] * 2], **weights}
+    path = folder / f"{'-'.join(map(str, weights.values()))}.json"
+    path.write_text(json.dumps(graph))
+    return {"graph": str(path), "models": (), "epochs": 4}
+
+
+ATTENTIVE = {"kl_weight": 0.0, "attention_weight": 1000.0}
+
+
+@pytest.fixture(scope="module")
+def attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher of other widths, and a student that looks where it looks."""
+    folder = tmp_path_factory.mktemp("attentive")
+    train(folder / "teacher", graph="independent", models=("staged_wide",), epochs=1)
+    train(folder / "run", **distilling(folder, **ATTENTIVE))
+    return folder
+
+
+def heard(workdir: Path) -> np.ndarray:
+    """The loss of the edge from the teacher to its student, an epoch each."""
+    return np.array([record["nodes"][0]["edge_losses"][1] for record in metrics(workdir)])
+
+
+def test_a_student_comes_to_look_where_its_teacher_looks(attentive: Path, tmp_path: Path) -> None:
+    ignored = distilling(attentive, **ATTENTIVE | {"attention_weight": 1e-6})
+    train(tmp_path / "run", **ignored)
+    distance, without = heard(attentive / "run") / 1000, heard(tmp_path / "run") / 1e-6
+    assert 0 < distance[-1] < 0.5 * without.min()
+    # Two stages of 16 positions; maps of norm 1 without negative entries.
+    assert without.max() < 2 * 2 / 16
+
+
+def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) -> None:
+    teacher = node_arrays(attentive / "teacher", 1, "staged_wide-0")
+    assert_same_arrays(node_arrays(attentive / "run", 4, "staged_wide-1"), teacher)
+    for record in metrics(attentive / "run"):
+        student, frozen = record["nodes"]
+        np.testing.assert_allclose(sum(student["edge_losses"]), student["train_loss"], rtol=1e-5)
+        assert frozen["edge_losses"] == [0, 0]
+    graph = ktg.Graph.load(attentive / "run" / "graph.json")
+    assert graph.edge_weights == (0.0, 1000.0, 0.0)
+
+
+def test_the_engines_train_alike_on_stages(attentive: Path, tmp_path: Path) -> None:
+    changes = distilling(attentive, **ATTENTIVE)
+    train(tmp_path / "run", engine="fused", steps_per_call=3, **changes)
+    np.testing.assert_allclose(heard(tmp_path / "run"), heard(attentive / "run"), rtol=1e-2)
+
+
+def test_edges_that_carry_something_else_make_another_run(attentive: Path) -> None:
+    assert "is finished" in train(attentive / "run", **distilling(attentive, **ATTENTIVE))
+    with pytest.raises(InputError, match=r"graph\.attention_weight: ") as error:
+        train(attentive / "run", **distilling(attentive, kl_weight=0.0, attention_weight=999.0))
+    assert error.value.field == "workdir"

@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from ktg_jax.data.cache import cached_split
 from ktg_jax.data.dataset import Dataset, Split, describe, hold_out, limit_split
@@ -71,6 +74,25 @@ def load_dataset(
         raise InputError("val_fraction", val_fraction, "0: the data has its own folder val")
     dataset = replace(dataset, train=train, val=val)
     return dataset if image_size is None else _resized(dataset, image_size)
+
+
+def has_test_images(data: str) -> bool:
+    """Whether there are test images in data that can be loaded; none of them is opened.
+
+    Args:
+        data: as of `load_dataset`. Only a file or a folder of one's own may be without.
+
+    Raises:
+        InputError: the file is not there or damaged.
+
+    >>> has_test_images("digits")
+    True
+    """
+    kind, _, path = data.partition(":")
+    if kind == "npz":
+        with _opened_npz(Path(path).expanduser()) as arrays:
+            return "test_images" in arrays.files
+    return kind != "folder" or (Path(path).expanduser() / "test").is_dir()
 
 
 def load_digits(
@@ -171,13 +193,20 @@ def _resized(dataset: Dataset, image_size: int) -> Dataset:
 
 
 def _npz_arrays(path: Path, with_test: bool) -> dict[str, np.ndarray]:
+    with _opened_npz(path) as arrays:
+        keys = _npz_keys(set(arrays.files), with_test)
+        return {key: arrays[key] for key in keys}
+
+
+@contextmanager
+def _opened_npz(path: Path) -> Iterator[NpzFile]:
+    """The file, none of whose arrays is read yet; what is wrong with it is an InputError."""
     if not path.is_file():
         raise InputError("data", f"npz:{path}", "a file that exists")
     try:
         # opened here, as numpy.load leaves a damaged file open
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            keys = _npz_keys(set(arrays.files), with_test)
-            return {key: arrays[key] for key in keys}
+            yield arrays
     except InputError:
         raise
     except Exception as error:  # damage shows itself in many types

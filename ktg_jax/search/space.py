@@ -110,8 +110,15 @@ class SearchSpace:
         if graph.nodes[0].model != self.target:
             raise InputError("nodes[0].model", graph.nodes[0].model, f"the target, {self.target}")
         for i, node in enumerate(graph.nodes):
-            if node.weights is not None:
-                raise InputError(f"nodes[{i}].weights", node.weights, "no weights in the space")
+            for field in ("weights", "prior", "projection"):
+                if getattr(node, field) is not None:
+                    allowed = f"no {field} in the space"
+                    raise InputError(f"nodes[{i}].{field}", getattr(node, field), allowed)
+        for field in ("kl_weight", "attention_weight", "feature_weight"):
+            default = getattr(Graph, field)
+            if getattr(graph, field) != default:
+                allowed = f"{default}, as in all graphs of the space"
+                raise InputError(field, getattr(graph, field), allowed)
         parameters = {
             **{f"node{i}.model": node.model for i, node in enumerate(graph.nodes) if i > 0},
             **{
