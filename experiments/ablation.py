@@ -118,9 +118,10 @@ def _teacher(
         teacher = trained_teacher(how, kernels[first]["fit"], dataset, console)
     else:
         teacher = load_teacher(config.teacher, kernels[first]["fit"], dataset, "fit")
-    for of_student in kernels.values():
+    for student, of_student in kernels.items():
         for aggregation, of_prior in of_student.items():
-            check_stages(teacher.model, of_prior, dataset, aggregation)
+            how = config.represent(student, config.seed, aggregation)
+            check_stages(teacher.model, of_prior, dataset, how.aggregation)
     return teacher
 
 

@@ -142,6 +142,13 @@ ARMS: dict[str, Arm] = {
             _alone(quantile=0.7, matching="assignment"),
         ),
         Arm(
+            "undecayed",
+            "as prior-0.7, fitted without weight decay",
+            _alone(quantile=0.7, aggregation="undecayed"),
+            (PLAIN, "prior-0.7"),
+            ("undecayed",),
+        ),
+        Arm(
             "svd",
             "as prior-0.7, the prior by SVD",
             _alone(quantile=0.7, aggregation="svd"),

@@ -17,6 +17,9 @@ from experiments.representing.config import RepresentConfig
 from experiments.representing.options import FitOptions, TeacherOptions
 from ktg_jax.errors import InputError
 
+VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
+"""What an arm calls an aggregation, where it is one with options of its own."""
+
 
 @dataclass(frozen=True)
 class _StudyOptions:
@@ -70,7 +73,7 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
         return [self.seed + i for i in range(self.seeds)]
 
     def represent(self, student: str, seed: int, aggregation: str) -> RepresentConfig:
-        """How a prior is made."""
+        """How a prior is made, `undecayed` being a fit without weight decay."""
         shared = {
             field.name: getattr(self, field.name)
             for options in (Training, FitOptions, TeacherOptions)
@@ -82,6 +85,7 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
                 "student": student,
                 "seed": seed,
                 "aggregation": aggregation,
+                **VARIANTS.get(aggregation, {}),
                 "prior_weight": self.prior_weight,
                 "prior_schedule": self.prior_schedule,
                 "compile_cache": self.compile_cache,
