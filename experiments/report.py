@@ -35,7 +35,8 @@ def report(config: ReportConfig, console: Console) -> None:
     """Writes the report into the search's folder.
 
     Raises:
-        InputError: no search there, or its storage cannot be read.
+        InputError: no search there, its storage cannot be read, a module that it imports is gone,
+            or the extra `search` is not installed.
     """
     from experiments.reporting.page import write_report
     from experiments.searching.folder import load_search

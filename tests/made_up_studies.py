@@ -1,6 +1,7 @@
 """Made-up searches, for the tests of their report."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,47 @@ def small_study() -> StudyRecord:
     )
 
 
+def ended_study() -> StudyRecord:
+    """The small one with a fair ending; the second graph that was found is mutual learning."""
+    study = small_study()
+    tested = {1: {"cnn-0": 0.71, "resnet8-1": 0.6825}}
+    return replace(study, results=results_of(study), tested=tested)
+
+
 def results_of(study: StudyRecord) -> Mapping[str, Any]:
-    def entry(name: str, kind: str, trial: int | None, accuracies: list[float]) -> dict[str, Any]:
-        std = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None
+    values = {trial.number: trial.value for trial in study.trials}
+
+    def entry(
+        name: str, trial: int | None, accuracies: list[float], stands_for: str | None = None
+    ) -> dict[str, Any]:
         graph = {"nodes": [{"model": "cnn"}, {"model": "resnet8"}], "gates": MUTUAL.gates}
-        numbers = {"accuracies": accuracies, "mean": float(np.mean(accuracies)), "std": std}
-        value = None if trial is None else 0.75
-        return {"name": name, "kind": kind, "trial": trial, "graph": graph} | {
-            "val_accuracy": value,
-            **numbers,
+        return {
+            "name": name,
+            "kind": name.split("-")[0],
+            "stands_for": stands_for,
+            "trial": trial,
+            "graph": graph,
+            "val_accuracy": None if trial is None else values[trial],
+            "accuracies": accuracies,
+            "mean": float(np.mean(accuracies)),
+            "std": float(np.std(accuracies, ddof=1)),
         }
 
-    comparison = {"entry": "found-1", "baseline": "mutual-1", "difference": -0.0125}
+    def comparison(baseline: str, kind: str, **numbers: float | None) -> dict[str, Any]:
+        names = {"entry": "found-1", "baseline": baseline, "baseline_kind": kind}
+        return {**names, "difference": -0.0125, **numbers}
+
+    known = {"low": -0.03, "high": 0.005, "p": 0.0625, "p_holm": 0.125}
     return {
         "seeds": [0, 1],
         "entries": [
-            entry("found-1", "found", 1, [0.70, 0.72]),
-            entry("mutual-1", "mutual", None, [0.73, 0.715]),
+            entry("found-1", 1, [0.70, 0.72]),
+            entry("found-0", 0, [0.73, 0.715], "mutual"),
+            entry("independent", None, [0.73, 0.715]),
         ],
         "comparisons": [
-            {**comparison, "low": -0.03, "high": 0.005, "p": 0.0625, "p_holm": 0.125},
-            {**comparison, "low": None, "high": None, "p": None, "p_holm": None},
+            comparison("found-0", "mutual", **known),
+            comparison("independent", "independent", **dict.fromkeys(known)),
         ],
     }
 

@@ -1,7 +1,14 @@
 """The report of a search: its numbers, its page, and the page in a browser."""
 
+import html
+import json
 import math
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,19 +16,28 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import tiny_models  # noqa: F401  (registers its models)
 from chromium import chromium
 from made_up_studies import (
     ALONE,
     EPOCHS,
     HEARING,
+    PAIR,
     REASON,
     complete,
+    ended_study,
     large_study,
     make_study,
-    results_of,
     small_study,
 )
+from runs import in_process
+from searches import STUDY, small_search, study_url, work
 
+import experiments.report
+import experiments.train
+from experiments.config import TrainConfig, build_graph
+from experiments.config import parse as parse_training
+from experiments.options import training_fields
 from experiments.reporting import write_report
 from experiments.reporting.figures import curves_picture, points
 from experiments.reporting.measures import (
@@ -33,8 +49,16 @@ from experiments.reporting.measures import (
 )
 from experiments.reporting.page import short_form
 from experiments.reporting.svg import inline
+from experiments.searching.comparison import compare, contenders
+from experiments.searching.config import SearchConfig, resolved
+from experiments.searching.folder import SearchFolder, load_search
 from experiments.searching.records import TrialRecord
-from ktg_jax import Graph, Node, SearchSpace, graphs
+from ktg_jax import Graph, InputError, Node, SearchSpace, graphs
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+COMMAND = re.compile("<pre>(.*?)</pre>", re.DOTALL)
 
 
 class Parsed(HTMLParser):
@@ -45,7 +69,8 @@ class Parsed(HTMLParser):
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.texts: list[str] = []
         self._inside: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self._all = path.read_text(encoding="utf-8")
+        self.feed(self._all)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
@@ -58,6 +83,9 @@ class Parsed(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
+
+    def commands(self) -> list[str]:
+        return [html.unescape(re.sub("<.*?>", "", pre)) for pre in re.findall(COMMAND, self._all)]
 
     def ids(self) -> list[str]:
         return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
@@ -96,7 +124,7 @@ def test_gates_are_counted_by_the_kind_of_edge() -> None:
 def test_the_best_tenth_has_no_baseline_and_no_graph_twice() -> None:
     best, drawn = best_tenth(small_study())
     assert best == [HEARING]
-    assert drawn == [HEARING, ALONE, ALONE, ALONE, ALONE]
+    assert drawn == [HEARING, ALONE]
     space = SearchSpace(3, "cnn", ("cnn", "resnet8"))
     rng = np.random.default_rng(0)
     trials = [complete(i, space.sample(rng), i / 100) for i in range(21)]
@@ -104,6 +132,37 @@ def test_the_best_tenth_has_no_baseline_and_no_graph_twice() -> None:
     assert best == [trials[i].graph for i in (20, 19, 18)]
     assert len(drawn) == 21
     assert best_tenth(make_study(TrialRecord(0, "pruned", ALONE, curve={1: 0.2})))[0] == []
+
+
+def test_interrupted_trials_are_no_trials(tmp_path: Path) -> None:
+    graph = Graph(PAIR, (("through", "correct"), ("cutoff", "through")))
+    whole = small_study()
+    again = make_study(*whole.trials, complete(8, graph, 0.5, node_epochs=8.0))
+    other = Graph(PAIR, (("linear", "correct"), ("cutoff", "through")))
+    killed = TrialRecord(9, "failed", graph, curve={1: 0.25}, node_epochs=2.0)
+    waited = TrialRecord(10, "failed", HEARING, duplicate_of=1)
+    waiting = TrialRecord(11, "failed", other)  # is to be run again
+    study = make_study(*again.trials, killed, waited, waiting)
+    before, summary = summarise(again), summarise(study)
+    assert (before.trials, before.interrupted) == (9, 0)
+    assert summary == replace(before, interrupted=3, node_epochs=before.node_epochs + 2)
+    assert best_tenth(study) == best_tenth(again)
+    curves, same = curves_picture(study), curves_picture(again)
+    assert curves is not None
+    assert same is not None
+    assert curves.tooltips == same.tooltips
+    assert curves_picture(make_study(killed)) is None
+    page = Parsed(write_report(study, tmp_path / "report.html"))
+    assert "9 trials of graphs of 2 nodes" in page.text
+    assert "2 failed, 1 running; 3 were interrupted and run again." in page.text
+    assert "9 interrupted" in page.text  # in the table
+    path = write_report(again, tmp_path / "again.html")
+    assert "interrupted" not in Parsed(path).text
+
+
+def test_a_graph_that_was_trained_twice_is_drawn_once() -> None:
+    first, second = complete(0, HEARING, 0.5), complete(1, HEARING, 0.75)
+    assert best_tenth(make_study(first, second)) == ([HEARING], [HEARING])
 
 
 def test_compute_adds_up_and_the_best_never_falls() -> None:
@@ -176,16 +235,20 @@ def test_the_short_form_has_a_letter_for_each_gate() -> None:
 
 
 def test_the_page_says_what_the_record_holds(tmp_path: Path) -> None:
-    study = small_study()
-    page = Parsed(write_report(replace(study, results=results_of(study)), tmp_path / "a.html"))
+    page = Parsed(write_report(ended_study(), tmp_path / "a.html"))
     assert "8 trials of graphs of 2 nodes" in page.text
     assert "24 node-epochs" in page.text
     assert "would have cost 40: 40 % saved" in page.text
     assert "The best validation accuracy is 75.00 %" in page.text
     assert "71.00 % ± 1.41" in page.text
-    assert "−1.25 −3.00 to +0.50 0.062" in page.text  # noqa: RUF001
+    assert "found-0 (is mutual) 50.00 % 72.25 % ± 1.06" in page.text
+    numbers = "−1.25 −3.00 to +0.50 0.062 0.125"  # noqa: RUF001
+    assert f"found-1 found-0 (is mutual) {numbers} found-1 independent" in page.text
     assert "1 node left out" in page.text  # of ALONE, whose target hears its label alone
-    assert "python -m experiments.train --graph 'runs/a search:1'" in page.text
+    assert page.commands() == [
+        "python -m experiments.search --nodes 2 --data 'npz:<a>.npz'",
+        "python -m experiments.train --graph 'runs/a search:1' --epochs 4",
+    ]
     assert re.findall("<h2>(.*?)</h2>", (tmp_path / "a.html").read_text(encoding="utf-8")) == [
         "Fair ending",
         "The best graphs",
@@ -196,6 +259,18 @@ def test_the_page_says_what_the_record_holds(tmp_path: Path) -> None:
         "How to reproduce it",
     ]
     assert page.count("svg") == 3 + 3  # three distinct complete graphs, three figures
+
+
+def test_pictures_of_tested_graphs_show_all_nodes(tmp_path: Path) -> None:
+    path = write_report(ended_study(), tmp_path / "report.html")
+    figures = re.findall("<figure>(.*?)</figure>", path.read_text(encoding="utf-8"), re.DOTALL)
+    texts = [" ".join(re.sub("<.*?>", " ", figure).split()) for figure in figures]
+    tested, alone, mutual = texts  # trials 1, 7 and 0
+    assert re.findall(r"\S+ %", tested) == ["71.00 %", "68.25 %", "75.00 %"]  # the last below it
+    assert "In the nodes: their test accuracy after the fair ending, mean of 2 seeds" in tested
+    for text, accuracy in ((alone, "62.50 %"), (mutual, "50.00 %")):
+        assert re.findall(r"\S+ %", text) == [accuracy] * 2
+        assert "In the target: its validation accuracy" in text
 
 
 def test_text_is_escaped(small_report: Path) -> None:
@@ -254,13 +329,20 @@ SIZES = """[...document.querySelectorAll("svg, img")].map(picture => {
 })"""
 FIRST_COLUMN = """[...document.querySelectorAll("#trials tbody tr")].map(
   row => row.cells[0].textContent)"""
+NARROW = "document.body.style.width = '390px'"
+TEXT_HEIGHTS = """[...document.querySelectorAll(".chart text")].map(
+  text => text.getBoundingClientRect().height)"""
+BROKEN = """[...document.querySelectorAll("td.name, pre span")].filter(element => {
+  const range = document.createRange();
+  range.selectNodeContents(element);
+  return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
+}).map(element => element.textContent)"""
 CLICK = "document.querySelectorAll('#trials th button')[2].click()"
 
 
 def test_chromium_shows_the_page(tmp_path: Path) -> None:
-    small = small_study()
     studies = {
-        "small": replace(small, results=results_of(small)),
+        "small": ended_study(),
         "empty": make_study(),
         "one": large_study(1, 4, 3),
         "seven": large_study(7, 12, 8),
@@ -290,6 +372,18 @@ def test_chromium_shows_the_page(tmp_path: Path) -> None:
     assert "CONSOLE" not in (tmp_path / "chromium.log").read_text()
 
 
+def test_chromium_shows_the_page_on_a_phone(tmp_path: Path) -> None:
+    command = "python -m experiments.search" + " --retrain-seeds 5 --val-fraction 0.3" * 4
+    study = replace(ended_study(), command=command)
+    path = write_report(study, tmp_path / "report.html")
+    with chromium(tmp_path) as page:
+        page.open(path)
+        page.run(NARROW)
+        assert page.run("document.body.scrollWidth") <= 390
+        assert min(page.run(TEXT_HEIGHTS)) > 8  # pixels
+        assert page.run(BROKEN) == []
+
+
 def test_chromium_tells_of_a_broken_page(tmp_path: Path) -> None:
     """The check above can fail."""
     path = tmp_path / "broken.html"
@@ -299,3 +393,136 @@ def test_chromium_tells_of_a_broken_page(tmp_path: Path) -> None:
     assert any("nothing is not defined" in problem for problem in page.problems)
     assert (tmp_path / "none.png").as_uri() in page.requests
     assert any("ERR_FILE_NOT_FOUND" in problem for problem in page.problems)
+
+
+# --- from the folder of a search
+
+SEARCHED = small_search(trials=5, pruner="none", augment=False, epochs=2)
+SEEDS = [3, 4]
+
+
+def begin_folder(path: Path, config: SearchConfig, *words: str, study: str = STUDY) -> SearchFolder:
+    """What the command notes when it starts."""
+    folder = SearchFolder(path)
+    fields = resolved(config, config.space())
+    folder.begin_search(fields, study, None, config.data_dir, words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search that only pretended to train; to be read only."""
+    path = tmp_path_factory.mktemp("folders") / "a search"
+    begin_folder(path, SEARCHED, "--imports", "tiny_models", "--data", "a b")
+    work(study_url(path), SEARCHED, lambda graph, seed: [0.25, 0.5])
+    return path
+
+
+@pytest.fixture
+def folder(searched: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(searched, tmp_path / "a search"))
+
+
+def test_the_modules_of_a_search_are_imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktg_jax.models.registry._registered", {})
+    monkeypatch.delitem(sys.modules, "tiny_models")
+    end = in_process(experiments.report.main, folder)
+    assert end.code == 0, end.err
+    assert (folder / "report.html").is_file()
+    monkeypatch.setattr("ktg_jax.models.registry._registered", {})
+    monkeypatch.delitem(sys.modules, "tiny_models")
+    assert build_graph(TrainConfig(graph=str(folder))).nodes[0].model == "tiny"
+
+
+def test_a_module_that_is_gone_is_named(folder: Path) -> None:
+    begun = json.loads((folder / "config.json").read_text())
+    begun["config"]["imports"] = ["no_such_module"]
+    (folder / "config.json").write_text(json.dumps(begun))
+    end = in_process(experiments.report.main, folder)
+    assert end.code == 2
+    assert "imports: got 'no_such_module'; allowed: a module" in end.err
+
+
+def test_commands_can_be_copied_into_a_shell(folder: Path) -> None:
+    study = load_search(folder)
+    search, train = Parsed(write_report(study, folder / "report.html")).commands()
+    given = ["--imports", "tiny_models", "--data", "a b"]
+    assert shlex.split(search) == ["python", "-m", "experiments.search", *given]
+    words = shlex.split(train)
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    config = parse_training(words[3:])
+    assert config.graph == f"{folder}:{study.best(1)[0].number}"
+    assert config.imports == ("tiny_models",)
+    assert training_fields(config) == training_fields(SEARCHED)
+
+
+def test_a_search_that_goes_on_has_its_last_command(folder: Path) -> None:
+    before = json.loads((folder / "search.json").read_text())
+    more = replace(SEARCHED, trials=9)
+    begin_folder(folder, more, "--trials", "9")
+    command = ["python", "-m", "experiments.search", "--trials", "9"]
+    assert json.loads((folder / "search.json").read_text()) == before | {"command": command}
+    with pytest.raises(InputError, match="study: got 'another'"):
+        begin_folder(folder, more, "--trials", "10", study="another")
+    with pytest.raises(InputError, match="epochs: 2, now 3"):
+        begin_folder(folder, replace(more, epochs=3), "--epochs", "3")
+    with SearchFolder(folder).locked(), pytest.raises(InputError, match="no other process"):
+        begin_folder(folder, more, "--trials", "10")
+    assert load_search(folder).command == shlex.join(command)
+
+
+def test_a_command_that_cannot_be_noted_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SearchFolder, "write", full)
+    with pytest.raises(InputError, match=r"a folder that can be written.*No space left"):
+        begin_folder(folder, SEARCHED, "--trials", "9")
+    begin_folder(folder, SEARCHED, "--imports", "tiny_models", "--data", "a b")  # noted already
+
+
+def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
+    best = next(t for t in load_search(folder).best(9) if t.baseline == "mutual")
+    listed = contenders([best])
+    accuracies = {contender.name: [0.5, 0.75] for contender in listed}
+    here = SearchFolder(folder)
+    results = compare(listed, accuracies, SEEDS)
+    here.write("results.json", results)
+    assert load_search(folder).tested == {}  # the runs are gone
+    of_best = here.retrained / f"found-{best.number}"
+    for seed, values in zip(SEEDS, ([0.5, 0.25], [0.75, 0.375]), strict=True):
+        run = of_best / f"seed-{seed}"
+        run.mkdir(parents=True)
+        names = ("tiny-0", "tiny-1")
+        nodes = [
+            {"name": n, "test_accuracy": value} for n, value in zip(names, values, strict=True)
+        ]
+        (run / "result.json").write_text(json.dumps({"target": nodes[0], "nodes": nodes}))
+    assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
+    end = in_process(experiments.report.main, folder)
+    assert end.code == 0, end.err
+    assert "31.25 %" in Parsed(folder / "report.html").text
+    run.rename(of_best / "seed-4-epochs-9")
+    assert load_search(folder).tested == {}
+    for entry in results["entries"]:
+        entry["runs"] = ["seed-3", "seed-4-epochs-9"]
+    here.write("results.json", results)
+    assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "optuna"])
+def test_without_the_extra_the_error_names_it(missing: str, folder: Path) -> None:
+    hide = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['report', {str(folder)!r}]; "
+    code = f"{hide}import experiments.report as r; from experiments import cli; cli.run(r.main)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
+    assert process.returncode == 2, process.stderr
+    assert len(process.stderr.splitlines()) == 1
+    assert f"search: got 'no module {missing}'" in process.stderr
+    assert "ktg_jax[search]" in process.stderr

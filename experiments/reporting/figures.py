@@ -54,9 +54,8 @@ class Picture:
     tooltips: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def graph_picture(graph: ktg.Graph, accuracy: float | None) -> Picture:
-    """Draws a graph, with the accuracy of its target in [0, 1], if known."""
-    accuracies = {} if accuracy is None else {str(graph.nodes[0].name): accuracy}
+def graph_picture(graph: ktg.Graph, accuracies: Mapping[str, float]) -> Picture:
+    """Draws a graph, with accuracies in [0, 1] of the nodes of these names."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "graph.svg")
         draw_graph(graph, [path], accuracies)
@@ -66,9 +65,12 @@ def graph_picture(graph: ktg.Graph, accuracy: float | None) -> Picture:
 def curves_picture(study: StudyRecord) -> Picture | None:
     """Draws the learning curve of every trained trial; None: there is none.
 
+    Interrupted ones are left out: a later trial has the whole curve.
+
     The id of the group of lines of each state is `curves-<state>`.
     """
-    trials = [trial for trial in study.trials if trial.duplicate_of is None and points(trial)]
+    counted = [t for t in study.trials if t.duplicate_of is None and not t.is_interrupted]
+    trials = [trial for trial in counted if points(trial)]
     if not trials:
         return None
     tooltips: dict[str, list[str]] = {}

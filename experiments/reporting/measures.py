@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ktg_jax as ktg
-from experiments.searching.records import STATES, StudyRecord, TrialRecord
+from experiments.searching.display import count
+from experiments.searching.records import StudyRecord, TrialRecord
 
 EDGE_KINDS = (
     "label to target",
@@ -26,7 +27,8 @@ class Summary:
     """A search in numbers.
 
     Attributes:
-        states: trials by state; every state is there.
+        states: trials by state; every state is there. Interrupted ones are not among them.
+        interrupted: attempts that were stopped from outside and are run again.
         duplicates: trials that have an earlier one's values and were not trained.
         best: the complete trial of the highest value.
         trained: trials that were trained, whole or in part.
@@ -40,6 +42,7 @@ class Summary:
     """
 
     states: Mapping[str, int]
+    interrupted: int
     duplicates: int
     best: TrialRecord | None
     trained: int
@@ -50,17 +53,25 @@ class Summary:
     epochs: int | None
     seconds: float
 
+    @property
+    def trials(self) -> int:
+        """Trials of all states."""
+        return sum(self.states.values())
+
 
 def summarise(study: StudyRecord) -> Summary:
     """Counts trials, programs and compute."""
     trials, epochs = study.trials, epochs_of(study)
-    counted = Counter(trial.state for trial in trials)
+    counted = [trial for trial in trials if not trial.is_interrupted]
+    states = count(trials)
+    duplicates = states.pop("equivalent")
     drawn = [t for t in trials if t.graph is not None and t.state in ("complete", "pruned")]
     return Summary(
-        states={state: counted[state] for state in STATES},
-        duplicates=sum(trial.duplicate_of is not None for trial in trials),
+        states=states,
+        interrupted=len(trials) - len(counted),
+        duplicates=duplicates,
         best=next(iter(study.best(1)), None),
-        trained=sum(trial.duplicate_of is None and trial.node_epochs > 0 for trial in trials),
+        trained=sum(trial.duplicate_of is None and trial.node_epochs > 0 for trial in counted),
         compiled=sum(trial.programs_compiled for trial in trials),
         loaded=sum(trial.programs_loaded for trial in trials),
         node_epochs=sum(trial.node_epochs for trial in trials),
@@ -81,18 +92,18 @@ def epochs_of(study: StudyRecord) -> int | None:
 def best_tenth(study: StudyRecord) -> tuple[list[ktg.Graph], list[ktg.Graph]]:
     """The graphs of the best tenth of the drawn ones, and all drawn ones.
 
-    Graphs count as they were drawn. Equivalent ones, which were not trained, count once; the
-    baselines, which nobody drew, do not count. Only complete trials can be among the best, which
-    are at least one if there is one.
+    Graphs count as they were drawn. Equivalent ones count once, also those that were trained
+    twice; interrupted trials, which are run again, and the baselines, which nobody drew, do not
+    count. Only complete trials can be among the best, which are at least one if there is one.
     """
-    drawn = [
-        trial.graph
-        for trial in study.trials
-        if trial.graph is not None and trial.duplicate_of is None and trial.baseline is None
-    ]
+    drawn: dict[ktg.Graph, ktg.Graph] = {}
+    for trial in study.trials:
+        is_own = trial.duplicate_of is None and trial.baseline is None
+        if trial.graph is not None and is_own and not trial.is_interrupted:
+            drawn.setdefault(trial.graph.canonical(), trial.graph)
     ranked = [trial for trial in study.best(len(study.trials)) if trial.baseline is None]
     best = [trial.graph for trial in ranked[: math.ceil(len(drawn) / 10)]]
-    return [graph for graph in best if graph is not None], drawn
+    return [graph for graph in best if graph is not None], list(drawn.values())
 
 
 def count_gates(graphs: Sequence[ktg.Graph]) -> GateCounts:

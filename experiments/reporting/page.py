@@ -1,5 +1,6 @@
 """The page: all that is known of a search, in one HTML file that needs no network."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -7,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 import ktg_jax as ktg
+from experiments.options import Training
+from experiments.reporting.engine import Markup, jinja2
 from experiments.reporting.figures import (
     Picture,
     compute_picture,
@@ -20,6 +20,7 @@ from experiments.reporting.figures import (
 )
 from experiments.reporting.measures import best_tenth, count_gates, summarise
 from experiments.reporting.svg import inline
+from experiments.searching.comparison import entry_label
 from experiments.searching.records import StudyRecord, TrialRecord
 from ktg_jax.draw import GATE_COLOURS
 from ktg_jax.files import write_text
@@ -61,6 +62,7 @@ def write_report(study: StudyRecord, path: str | os.PathLike[str]) -> Path:
         "points": _points,
         "duration": _duration,
         "short_form": short_form,
+        "unbroken": _unbroken,
     }
     environment.globals["plural"] = _plural
     page = environment.get_template("page.html.jinja").render(_content(study))
@@ -91,7 +93,7 @@ def _content(study: StudyRecord) -> dict[str, Any]:
         "study": study,
         "summary": summarise(study),
         "results": _results(study),
-        "best_graphs": [_best_graph(trial) for trial in study.best(NUM_DRAWN)],
+        "best_graphs": [_best_graph(study, trial) for trial in study.best(NUM_DRAWN)],
         "curves": _inlined(curves_picture(study), "curves", "Learning curves of all trials"),
         "gates": _inlined(gates, "gates", "Share of each gate on each kind of edge"),
         "num_best": len(best),
@@ -109,16 +111,23 @@ def _content(study: StudyRecord) -> dict[str, Any]:
     }
 
 
-def _best_graph(trial: TrialRecord) -> dict[str, Any]:
-    """A card of the gallery: the graph without the nodes that cannot influence its target."""
+def _best_graph(study: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+    """A card of the gallery: the graph without the nodes that cannot influence its target.
+
+    Where it was trained again, each node has its test accuracy, else the target that of the search.
+    """
     assert trial.graph is not None
+    assert trial.value is not None  # for it is complete
     graph = trial.graph.pruned()
+    tested = study.tested.get(trial.number)
+    accuracies = tested or {str(graph.nodes[0].name): trial.value}
     name = f"Graph of trial {trial.number}"
     return {
         "trial": trial,
         "graph": graph,
         "left_out": len(trial.graph.nodes) - len(graph.nodes),
-        "picture": _inlined(graph_picture(graph, trial.value), f"graph-{trial.number}", name),
+        "is_tested": tested is not None,
+        "picture": _inlined(graph_picture(graph, accuracies), f"graph-{trial.number}", name),
         "is_wide": len(graph.nodes) > 5,
     }
 
@@ -130,18 +139,39 @@ def _inlined(picture: Picture | None, prefix: str, label: str) -> Markup | None:
 
 
 def _results(study: StudyRecord) -> dict[str, Any] | None:
-    """The fair ending, each entry with its graph in short form."""
+    """The fair ending, each entry with its graph, and the entries' labels by their names."""
     if study.results is None:
         return None
     entries = [
         {**entry, "graph": ktg.Graph.from_json(entry["graph"])}
         for entry in study.results["entries"]
     ]
-    return {**study.results, "entries": entries}
+    labels = {entry["name"]: entry_label(entry) for entry in entries}
+    return {**study.results, "entries": entries, "labels": labels}
 
 
 def _train_command(study: StudyRecord, trial: TrialRecord) -> str:
-    return f"python -m experiments.train --graph {shlex.quote(f'{study.path}:{trial.number}')}"
+    """Trains a trial's graph as the search did."""
+    words = ["python", "-m", "experiments.train", "--graph", f"{study.path}:{trial.number}"]
+    if study.config.get("imports"):
+        words += ["--imports", *study.config["imports"]]
+    known = {"data_dir": study.data_dir, **study.config.get("training", {})}
+    for field in dataclasses.fields(Training):
+        value, flag = known.get(field.name, field.default), field.name.replace("_", "-")
+        if value != field.default:
+            words += _option(flag, value)
+    return shlex.join(words)
+
+
+def _option(flag: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+def _unbroken(command: str) -> Markup:
+    """A command whose lines are never broken within a word: `--an-option` has hyphens."""
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
 
 
 def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

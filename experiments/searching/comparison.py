@@ -157,7 +157,7 @@ def markdown(results: Record) -> str:
     seeds = [f"seed {seed}" for seed in results["seeds"]]
     rows = [
         [
-            _label(entry),
+            entry_label(entry),
             _per_cent(entry["val_accuracy"]),
             _mean(entry),
             *map(_per_cent, entry["accuracies"]),
@@ -180,16 +180,22 @@ def markdown(results: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def entry_label(entry: Mapping[str, Any]) -> str:
+    """The name of an entry of `results.json`, and the baseline that a found graph is."""
+    return entry["name"] + (f" (is {entry['stands_for']})" if entry["stands_for"] else "")
+
+
 def table(results: Record) -> Table:
     """The results for a terminal: p-values are those corrected by Holm's method."""
     caption = "in per cent; differences in points, paired by seed; p after Holm"
-    shown = Table("graph", box=None, caption=caption, caption_justify="left")
-    for title in ("val.", "test", "- mutual", "p", "- indep.", "p"):
+    shown = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    shown.add_column("graph", overflow="fold")
+    for title in ("val.", "test", "- mutual", "p", "- indep.", "p", "- distil.", "p"):
         shown.add_column(title, justify="right", no_wrap=True)
     found = {(c["entry"], c["baseline_kind"]): c for c in results["comparisons"]}
     for entry in results["entries"]:
-        cells = [_label(entry), _per_cent(entry["val_accuracy"]), _mean(entry)]
-        for kind in ("mutual", "independent"):
+        cells = [entry_label(entry), _per_cent(entry["val_accuracy"]), _mean(entry)]
+        for kind in ("mutual", "independent", "distillation"):
             comparison = found.get((entry["name"], kind), {})
             cells += [_points(comparison.get("difference")), _p_value(comparison.get("p_holm"))]
         shown.add_row(*cells)
@@ -305,7 +311,7 @@ def _caveat(results: Record) -> str:
 
 
 def _comparison_row(results: Record, comparison: Record) -> list[str]:
-    labels = {entry["name"]: _label(entry) for entry in results["entries"]}
+    labels = {entry["name"]: entry_label(entry) for entry in results["entries"]}
     low, high = comparison["low"], comparison["high"]
     return [
         labels[comparison["entry"]],
@@ -321,10 +327,6 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; numbers are aligned to the right."""
     rule = ["---" if title in ("graph", "baseline") else "---:" for title in titles]
     return "\n".join(f"| {' | '.join(row)} |" for row in [titles, rule, *rows])
-
-
-def _label(entry: Record) -> str:
-    return entry["name"] + (f" (is {entry['stands_for']})" if entry["stands_for"] else "")
 
 
 def _mean(entry: Record) -> str:

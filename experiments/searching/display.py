@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ktg_jax as ktg
-from experiments.searching.records import TrialRecord
+from experiments.searching.records import STATES, TrialRecord
 
 
 class SearchDisplay:
@@ -89,7 +89,7 @@ class SearchDisplay:
         return Group(self._bar, counts, running, f"best: {text}")
 
 
-COUNTS = ("complete", "pruned", "failed", "running", "equivalent")
+COUNTS = (*STATES, "equivalent")
 
 
 def count(records: Sequence[TrialRecord]) -> dict[str, int]:
@@ -97,9 +97,10 @@ def count(records: Sequence[TrialRecord]) -> dict[str, int]:
 
     A failed trial is one whose training failed; one whose worker died is run again instead.
     """
-    states = [t.state for t in records if t.state != "failed" or t.reason is not None]
-    numbers = {state: states.count(state) for state in COUNTS[:-1]}
-    return numbers | {"equivalent": sum(t.duplicate_of is not None for t in records)}
+    counted = [trial for trial in records if not trial.is_interrupted]
+    states = [trial.state for trial in counted]
+    numbers = {state: states.count(state) for state in STATES}
+    return numbers | {"equivalent": sum(trial.duplicate_of is not None for trial in counted)}
 
 
 def best_so_far(records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -119,7 +120,7 @@ def short(graph: ktg.Graph) -> str:
 
 
 def _is_ended(trial: TrialRecord) -> bool:
-    return trial.state in ("complete", "pruned") or trial.reason is not None
+    return trial.state != "running" and not trial.is_interrupted
 
 
 def _line(trial: TrialRecord) -> str:

@@ -1,14 +1,19 @@
 """The folder of a search: what it is a search of, where its trials are, and what came of it."""
 
 import os
+import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 import ktg_jax as ktg
 from experiments.folder import Folder, Record
+from experiments.options import import_modules
 from experiments.searching.records import StudyRecord
+from experiments.workdir import Workdir
 from ktg_jax.errors import InputError
 
 
@@ -64,6 +69,27 @@ class SearchFolder(Folder):
         """What came of the fair ending; None: it did not come yet."""
         return self.read("results.json") if (self.path / "results.json").is_file() else None
 
+    def tested(self) -> dict[int, dict[str, float]]:
+        """What the fair ending knows of the nodes of found graphs: see `StudyRecord.tested`.
+
+        A graph whose runs are not all there any more is left out.
+
+        Raises:
+            InputError: the result of a run cannot be read.
+        """
+        results = self.results or {"entries": [], "seeds": []}
+        tested = {}
+        for entry in results["entries"]:
+            if entry["trial"] is None:  # a baseline
+                continue
+            # Without `runs`, which were not noted at first, they are as long as a trial.
+            names = entry.get("runs") or [f"seed-{seed}" for seed in results["seeds"]]
+            folders = [Workdir(self.retrained / entry["name"] / name) for name in names]
+            runs = [folder.result for folder in folders if folder.result is not None]
+            if len(runs) == len(names):
+                tested[entry["trial"]] = _mean_accuracies(runs)
+        return tested
+
     def begin_search(
         self,
         config: Mapping[str, Any],
@@ -72,7 +98,7 @@ class SearchFolder(Folder):
         data_dir: str | None,
         words: Sequence[str],
     ) -> None:
-        """Makes the folder, or checks that this search lives there.
+        """Makes the folder, or checks that this search lives there and notes how it goes on.
 
         Args:
             config: what determines the search.
@@ -82,20 +108,30 @@ class SearchFolder(Folder):
             words: of the command line, without a password.
 
         Raises:
-            InputError: another search, study or storage; names what differs.
+            InputError: another search, study or storage; names what differs. Or the folder cannot
+                be written, or another process works there.
         """
-        if self.exists:
-            known = self.read("search.json")
-            for field, value in (("study", study), ("storage", storage)):
-                if known[field] != value:
-                    raise InputError(field, value, f"{known[field]}, as in {self.path}")
-        about = {
-            "study": study,
-            "storage": storage,
-            "owner": uuid.uuid4().hex,
-            "command": ["python", "-m", self.command, *words],
-        }
-        self.begin(config, data_dir, {"search.json": about})
+        command = ["python", "-m", self.command, *words]
+        if not self.exists:
+            owner = uuid.uuid4().hex
+            about = {"study": study, "storage": storage, "owner": owner, "command": command}
+            self.begin(config, data_dir, {"search.json": about})
+            return
+        known = self.read("search.json")
+        for field, value in (("study", study), ("storage", storage)):
+            if known[field] != value:
+                raise InputError(field, value, f"{known[field]}, as in {self.path}")
+        self.check(config)
+        if known["command"] != command:  # with more trials, for example
+            self._rewrite_about(known | {"command": command})
+
+    def _rewrite_about(self, about: Record) -> None:
+        try:
+            with self.locked():
+                self.write("search.json", about)
+        except OSError as error:
+            allowed = f"a folder that can be written ({error})"
+            raise InputError("workdir", str(self.path), allowed) from None
 
 
 def is_search(path: str | os.PathLike[str]) -> bool:
@@ -111,7 +147,8 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         storage: URL of its storage, where it is another than before or needs a password.
 
     Raises:
-        InputError: no search, or its storage cannot be read.
+        InputError: no search, a module that registers its models cannot be imported, or its
+            storage cannot be read.
     """
     from experiments.searching.storage import open_storage
     from experiments.searching.study import records
@@ -126,16 +163,26 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
     if about["study"] not in optuna.get_all_study_names(opened):
         raise InputError("study_dir", str(path), f"a search whose storage has {about['study']}")
     study = optuna.load_study(study_name=about["study"], storage=opened)
-    space = dict(config["space"])
+    import_modules(tuple(config["imports"]))  # which may register models of the space
     return StudyRecord(
         path=Path(path),
         name=about["study"],
         config=config | {"versions": folder.read("config.json")["versions"]},
-        command=" ".join(about["command"]),
-        space=ktg.SearchSpace(**space, allow_large=True),
+        command=shlex.join(about["command"]),
+        space=ktg.SearchSpace(**config["space"], allow_large=True),
         trials=records(study.get_trials(deepcopy=False)),
         results=folder.results,
+        tested=folder.tested(),
+        data_dir=folder.data_dir,
     )
+
+
+def _mean_accuracies(runs: Sequence[Record]) -> dict[str, float]:
+    """The mean test accuracy of each node over runs of one graph."""
+    nodes = runs[0]["nodes"]
+    values = [[node["test_accuracy"] for node in run["nodes"]] for run in runs]
+    means = np.mean(values, axis=0).tolist()
+    return {node["name"]: mean for node, mean in zip(nodes, means, strict=True)}
 
 
 def found_graph(source: str) -> ktg.Graph:

@@ -16,7 +16,8 @@ class TrialRecord:
 
     Attributes:
         number: of the trial in its study, from 0.
-        state: one of `STATES`; failed trials include those whose worker died.
+        state: one of `STATES`; failed trials include those whose worker died: see
+            `is_interrupted`.
         graph: as drawn, all N nodes of the space, without weights; None where the trial ended
             before it was drawn.
         value: the target's validation accuracy after the last epoch; only of a complete trial.
@@ -24,7 +25,7 @@ class TrialRecord:
             was pruned.
         duplicate_of: number of the equivalent trial whose values it has; None: it was trained.
         baseline: `independent`, `mutual` or `distillation`, where it was enqueued as that.
-        reason: why it failed.
+        reason: why its training failed.
         node_epochs: compute spent on it: nodes trained times epochs, a frozen node's epoch being
             a third, and pre-training included.
         seconds: that it took.
@@ -45,6 +46,11 @@ class TrialRecord:
     programs_compiled: int = 0
     programs_loaded: int = 0
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it was stopped from outside: no trial of those asked for, it is run again."""
+        return self.state == "failed" and self.reason is None
+
 
 @dataclass(frozen=True)
 class StudyRecord:
@@ -54,10 +60,13 @@ class StudyRecord:
         path: its folder.
         name: of the study.
         config: what determines the search, as JSON: the space under `space`, and the training.
-        command: the command line that ran it.
+        command: the command line that ran it last, for a shell.
         space: that was searched.
         trials: in the order of their numbers.
         results: content of `results.json`, the fair ending; None: not there yet.
+        tested: of the trials whose graph was trained again in the fair ending: the accuracy of
+            each node on the test images, by its name, mean over the seeds.
+        data_dir: where its data was.
     """
 
     path: Path
@@ -67,6 +76,8 @@ class StudyRecord:
     space: ktg.SearchSpace
     trials: Sequence[TrialRecord]
     results: Mapping[str, Any] | None = None
+    tested: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    data_dir: str | None = None
 
     def best(self, count: int) -> list[TrialRecord]:
         """The complete trials of the highest values, equivalent graphs once, best first."""
