@@ -16,7 +16,10 @@ def run(
     main: Callable[[], None],
     interrupted: str = "interrupted; the same command goes on from the last checkpoint",
 ) -> None:
-    """Runs a command's main function and exits; `interrupted` is what it says after Ctrl-C."""
+    """Runs a command's main function and exits; `interrupted` is what it says after Ctrl-C.
+
+    What the operating system refuses, as a full disk does, is a failed run.
+    """
     # Orbax logs every file it writes, and the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -24,7 +27,7 @@ def run(
             main()
     except InputError as error:
         _end(f"error: {error}", 2)
-    except RunError as error:
+    except (RunError, OSError) as error:
         _end(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _end(interrupted, 130)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from runs import in_process
+
 SECONDS = 60
 
 DROPS_AN_INTERRUPT = """
@@ -38,3 +40,12 @@ def test_other_errors_that_cannot_be_raised_are_still_shown() -> None:
     )
     assert (ended.returncode, ended.stdout) == (0, "went on\n")
     assert "ZeroDivisionError" in ended.stderr
+
+
+def test_what_the_system_refuses_is_one_line() -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device", "run/metrics.jsonl")
+
+    ended = in_process(main)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == "failed: [Errno 28] No space left on device: 'run/metrics.jsonl'\n"

@@ -1,18 +1,14 @@
 """The search as one runs it: to its fair ending, killed and resumed, and with bad input."""
 
 import json
-import os
 import resource
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
@@ -25,9 +21,12 @@ import experiments.train
 import ktg_jax as ktg
 from experiments.config import TrainConfig, build_graph
 from experiments.searching.config import SearchConfig
-from experiments.searching.folder import load_search
+from experiments.searching.folder import SearchFolder, load_search
 from experiments.searching.records import StudyRecord, TrialRecord
+from experiments.searching.storage import open_storage
+from experiments.searching.study import records
 from ktg_jax.errors import InputError
+from ktg_jax.search.engine import optuna
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -193,6 +192,7 @@ def test_a_study_of_another_search_is_refused(finished: tuple[Path, Ended], tmp_
     assert end.code == 2
     assert "study" in end.err
     assert "train_limit: 200, now 100" in end.err
+    assert not (tmp_path / "new").exists()
 
 
 # --- kills
@@ -267,91 +267,41 @@ def test_ctrl_c_ends_all_and_leaves_nothing_running(tmp_path: Path) -> None:
     check_whole(workdir, before)
 
 
-# --- the test set
+KILLER = """
+import os, signal
+import ktg_jax as ktg
+
+ktg.register_model("killer", lambda num_classes: os.kill(os.getpid(), signal.SIGKILL))
+"""
 
 
-def test_a_search_never_reads_the_test_images(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (120, 8, 8, 1), np.uint8)
-    labels = np.arange(120) % 4
-    path = tmp_path / "data.npz"
-    test: dict[str, Any] = {"test_labels": labels[:4], "test_images": images[:4]}
-    np.savez(path, images=images, labels=labels, **test)
-    spoil(path, "test_images.npy")
+def test_a_graph_that_kills_its_worker_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "killer_model.py").write_text(KILLER)
+    workdir = tmp_path / "search"
     config = small_search(
-        tmp_path / "search", data=f"npz:{path}", train_limit=None, trials=4, retrain_top=0
+        workdir,
+        candidates=("tiny", "killer"),
+        imports=("tiny_models", "killer_model"),
+        gates=("through",),
+        trials=5,
+        workers=1,
+        retrain_top=0,
+        heartbeat=60,
     )
     end = run(config)
-    assert end.code == 0, end.err
-    assert len(ended(tmp_path / "search")) == 4
-    assert any(t.baseline == "distillation" for t in trials(tmp_path / "search"))  # pre-trains
-    shutil.rmtree(tmp_path / "search")
-    end = run(SearchConfig(**vars(config) | {"retrain_top": 1}))
-    assert end.code == 2  # for the fair ending does
-    assert "data.npz" in end.err
+    assert (end.code, end.err) == (0, "")
+    # Without `load_search`, which would import the model here.
+    storage = open_storage(SearchFolder(workdir).storage, 60)
+    (name,) = optuna.get_all_study_names(storage)
+    known = records(optuna.load_study(study_name=name, storage=storage).trials)
+    counted = [trial for trial in known if not trial.is_interrupted]
+    reasons = {t.graph.nodes[1].model: t.reason for t in reversed(counted) if t.graph is not None}
+    assert reasons == {"tiny": None, "killer": "killed its worker 3 times (signal 9)"}
+    assert "failed: killed its worker 3 times (signal 9)" in end.out
+    assert (len(counted), len(known)) == (5, 7)
 
 
-def spoil(path: Path, member: str) -> None:
-    """Damages a file within an archive, so that who reads it fails."""
-    content = bytearray(path.read_bytes())
-    at = content.rindex(b"\x93NUMPY", 0, content.index(b"PK\x01\x02"))
-    assert member.encode() in content[at - 200 : at]
-    content[at : at + 6] = b"broken"
-    path.write_bytes(content)
-
-
-# --- bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"nodes": 0}, "nodes: got 0; allowed: 1 to 7"),
-        ({"nodes": 8}, "--allow-large"),
-        ({"target": "resnet9"}, "resnet9"),
-        ({"candidates": ("tiny", "no_model")}, "no_model"),
-        ({"gates": ("through", "ajar")}, "ajar"),
-        ({"temperatures": (0.0,)}, "temperatures"),
-        ({"trials": 0}, "trials"),
-        ({"workers": 0}, "workers"),
-        ({"min_epochs": 4}, "1 to epochs (3)"),
-        ({"patience": 1.5}, "patience"),
-        ({"val_fraction": 0.0}, "val_fraction"),
-        ({"timeout": 0.0}, "timeout"),
-        ({"heartbeat": 0.0}, "heartbeat"),
-        ({"retrain_seeds": 0}, "retrain_seeds"),
-        ({"batch_size": 1000}, "batch_size"),
-        ({"storage": "mysql://db/studies"}, "sqlite:///FILE"),
-        ({"imports": ("no_such_module",)}, "no_such_module"),
-    ],
-)
-def test_bad_options_are_refused_before_anything_is_written(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    config = small_search(tmp_path / "search", **changes)
-    end = in_process(experiments.search.main, *options(config))
-    assert end.code == 2
-    assert message in end.err
-    assert len(end.err.splitlines()) == 1
-    assert not (tmp_path / "search").exists()
-
-
-def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
-    storage = "postgresql+psycopg://me:secret@127.0.0.1:1/studies"
-    config = small_search(tmp_path / "search", storage=storage)
-    end = in_process(experiments.search.main, *options(config))
-    assert end.code == 2
-    assert "127.0.0.1:1" in end.err
-    assert "secret" not in end.err
-    assert len(end.err.splitlines()) == 1
-
-
-def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
-    assert end.code == 2
-    assert "100 MiB free (1 MiB are)" in end.err
-    assert not (tmp_path / "search").exists()
+# --- a full disk
 
 
 def test_a_disk_that_fills_up_ends_the_search(tmp_path: Path) -> None:
@@ -370,13 +320,3 @@ def test_a_disk_that_fills_up_ends_the_search(tmp_path: Path) -> None:
     assert end.code == 0, end.err
     after = {trial.number: trial for trial in trials(workdir)}
     assert [after[trial.number] for trial in before] == before
-
-
-def test_without_optuna_the_error_names_the_extra(tmp_path: Path) -> None:
-    hide = "import sys; sys.modules['optuna'] = None; sys.argv = ['search']; "
-    code = f"{hide}import experiments.search as s; from experiments import cli; cli.run(s.main)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
-    )
-    assert process.returncode == 2
-    assert "ktg_jax[search]" in process.stderr

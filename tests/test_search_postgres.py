@@ -223,6 +223,24 @@ def test_a_search_whose_database_stops_goes_on_when_it_is_back(
     assert [found[trial.number] for trial in before] == before
 
 
+def test_after_a_wrong_address_the_right_one_is_taken(
+    postgres_server: PostgresServer,
+    postgres_url: str,
+    storage: Storage,
+    tmp_path: Path,
+    begin: Begin,
+) -> None:
+    workdir, config = tmp_path / "search", {"trials": 1, "epochs": 1}
+    wrong = postgres_url.replace(f":{postgres_server.port}/", ":1/")
+    end = end_of(begin(search_with(wrong, workdir, **config)))
+    assert (end.code, len(end.err.splitlines())) == (2, 1)
+    assert "127.0.0.1:1" in end.err
+    assert not workdir.exists()
+    end = end_of(begin(search_with(postgres_url, workdir, **config)))
+    assert (end.code, end.err) == (0, "")
+    assert len(counted(trials(storage))) == 1
+
+
 def check_one_line(end: Ended, server: PostgresServer) -> None:
     """A search without its database ended with an error that names it, but no password."""
     assert end.code in (1, 2)

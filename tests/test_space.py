@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from ktg_jax import GATES, Graph, InputError, Node, SearchSpace
 PAPER = SearchSpace(3, "resnet32", ("resnet32", "resnet110", "wrn28_2"))
 SMALL = SearchSpace(2, "cnn", ("cnn", "resnet8"), ("through", "cutoff"))
 LINEAR = Graph((Node("cnn"), Node("cnn")), (("through", "linear"), ("through", "linear")))
+PAIR = ktg.graphs.mutual(["cnn", "cnn"])
+SEEN = ktg.graphs.distillation("cnn", Node("cnn", projection="readers"))
 SPACES = [
     SearchSpace(1, "cnn", ()),
     SearchSpace(1, "cnn", (), ("correct", "cutoff"), (1.0, 2.0)),
@@ -203,6 +206,14 @@ def test_named_methods_are_in_the_space() -> None:
         (ktg.graphs.mutual(["cnn", Node("cnn", "a", "runs/a")]), r"nodes\[1\].weights: got 'runs"),
         (LINEAR, "gate.0.1: got 'linear'; allowed: through, cutoff"),
         (ktg.graphs.mutual(["cnn", "cnn"], 4.0), "temperature: got 4.0; allowed: 1.0"),
+        (
+            ktg.graphs.mutual(["cnn", Node("cnn", prior="p")]),
+            r"nodes\[1\].prior: got 'p'; .* no pr",
+        ),
+        (SEEN, r"nodes\[1\].projection: got 'readers'; allowed: no projection"),
+        (replace(PAIR, kl_weight=0.5), "kl_weight: got 0.5; allowed: 1.0, as in all"),
+        (replace(PAIR, attention_weight=10), "attention_weight: got 10.0; allowed: 0.0, as in all"),
+        (replace(PAIR, feature_weight=1), "feature_weight: got 1.0; allowed: 0.0, as in all"),
     ],
 )
 def test_a_graph_of_another_space_is_refused(graph: Graph, message: str) -> None:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import storage_workers as workers
 from postgres import PostgresServer
 
-from experiments.searching.database import hidden, sqlite_url, without_password
+from experiments.searching.database import without_password
 from experiments.searching.storage import Storage, Turn, open_storage
 from ktg_jax import InputError
 from ktg_jax.search.engine import optuna
@@ -220,28 +220,6 @@ def test_a_turn_can_be_released_after_the_server_is_gone(
         pass
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        *("", "studies.db", "sqlite://", "sqlite:///:memory:", "sqlite:///file:a?uri=true"),
-        *("mysql://me:secret@db/studies", "postgresql://me:secret@db/studies"),
-        *("postgresql+psycopg2://me:secret@db/studies", "postgresql+psycopg://me:secret@db"),
-        *("postgresql+psycopg://me:secret@db:port/studies", "redis://:secret@db"),
-    ],
-)
-def test_other_storages_are_refused(bad: str) -> None:
-    for use in (
-        lambda: open_storage(bad, 60),
-        lambda: Turn(bad, "s"),
-        lambda: without_password(bad),
-    ):
-        with pytest.raises(
-            InputError, match=r"storage: got .*; allowed: sqlite:///FILE or "
-        ) as info:
-            use()
-        assert "secret" not in str(info.value)
-
-
 def refused(url: str) -> str:
     """The one line that both uses of the database end with."""
     lines = []
@@ -311,40 +289,6 @@ def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     message = refused("postgresql+psycopg://me:secret@localhost/studies")
     assert 'pip install "ktg_jax[postgresql]"' in message
     assert "secret" not in message
-
-
-SPECIAL = sa.URL.create(
-    "postgresql+psycopg",
-    *("m@e:/", "se/cr@et:?#%", "db.example.org", 5433, "my studies"),
-    {"sslmode": "require", "password": "other"},
-)
-
-
-def test_passwords_are_hidden_and_left_out() -> None:
-    url = SPECIAL.render_as_string(hide_password=False)
-    shown = sa.make_url(hidden(url))
-    kept = sa.make_url(without_password(url))
-    assert (shown.password, kept.password) == ("***", None)
-    for found in (shown, kept):
-        assert found.query == {"sslmode": "require"}
-        assert found.username == "m@e:/"
-        assert (found.host, found.port, found.database) == ("db.example.org", 5433, "my studies")
-        assert not any(secret in str(found) for secret in ("cr", "et%3A", "other"))
-
-
-def test_any_file_name_makes_a_url(tmp_path: Path) -> None:
-    folder = tmp_path / "50%25 of {a}?b=c#d"
-    folder.mkdir()
-    url = sqlite_url(folder / "studies.db")
-    assert hidden(url) == without_password(url) == url
-    open_storage(url, 60)
-    assert {file.name for file in folder.iterdir()} == {"studies.db", "studies.db.lock"}
-
-
-def test_what_is_no_url_is_hidden_too() -> None:
-    assert (
-        hidden("postgresql+psycopg://me:se@cret@db:port/x") == "postgresql+psycopg://***@db:port/x"
-    )
 
 
 def test_the_password_may_come_from_the_environment(

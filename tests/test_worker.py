@@ -1,7 +1,6 @@
 """Workers: as many trials as asked for, equivalent ones once, failures noted, none run twice."""
 
 import itertools
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,8 +10,10 @@ import pytest
 import tiny_models  # noqa: F401  (registers its models)
 from searches import (
     STUDY,
+    Killed,
     PretendedTrainer,
     begin,
+    rising,
     small_search,
     study_url,
     trials_of,
@@ -21,10 +22,16 @@ from searches import (
 )
 
 import ktg_jax as ktg
+from experiments.folder import Folder
 from experiments.searching.storage import open_storage
-from experiments.searching.study import begin_trial, open_study, run_again
+from experiments.searching.study import (
+    State,
+    begin_trial,
+    open_study,
+    run_all_again,
+)
 from experiments.searching.worker import MOST_FAILURES
-from ktg_jax.errors import RunError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.search.engine import optuna
 
 pytestmark = [
@@ -41,12 +48,6 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-
-
-def rising(graph: ktg.Graph, seed: int) -> list[float]:
-    """Better with every epoch, and with every gate that is open."""
-    open_gates = sum(gate != "cutoff" for row in graph.gates for gate in row)
-    return [(open_gates + epoch / 10) / 10 for epoch in (1, 2, 3)]
 
 
 # --- how many
@@ -162,6 +163,55 @@ def test_on_request_they_are_trained_with_other_seeds(url: str) -> None:
         assert of_graph == list(range(5, 5 + len(of_graph)))
 
 
+ALL_EQUIVALENT: dict[str, Any] = {
+    "nodes": 1,
+    "candidates": (),
+    "gates": ("through", "correct"),
+    "pruner": "none",
+    "duplicates": "retrain",
+    "seed": 5,
+}
+
+
+def test_those_trained_at_the_same_time_have_a_seed_each(url: str) -> None:
+    def slowly(graph: ktg.Graph, seed: int) -> list[float]:
+        time.sleep(0.3)
+        return rising(graph, seed)
+
+    config = small_search(trials=7, **ALL_EQUIVALENT)
+    trainer = work(url, config, slowly, workers=3)
+    assert sorted(seed for _, seed in trainer.trained) == list(range(5, 12))
+    known = [trial.user_attrs for trial in stored(url)]
+    assert sorted(about["seed"] for about in known) == list(range(5, 12))
+    assert [about.get("equivalent_to") for about in known] == [None, *[0] * 6]
+
+
+def test_one_that_is_run_again_keeps_its_seed(url: str) -> None:
+    def killed(graph: ktg.Graph, seed: int) -> list[float]:
+        if seed == 6:
+            raise Killed
+        return rising(graph, seed)
+
+    config = small_search(trials=4, **ALL_EQUIVALENT)
+    with pytest.raises(Killed):
+        work(url, config, killed)
+    study = open_study(open_storage(url, 60), STUDY, config, config.space())
+    other = study.ask(study.trials[0].distributions)
+    begin_trial(other, ktg.graphs.independent(["tiny"]), "elsewhere/0")
+    run_all_again(study, "elsewhere")  # comes first, but the other has its seed
+    run_all_again(study, "here")
+    trainer = work(url, config, rising)
+    assert [seed for _, seed in trainer.trained] == [7, 6, 8]
+    ended = [trial for trial in stored(url) if trial.state == State.COMPLETE]
+    about = [(t.number, t.user_attrs["seed"], t.user_attrs.get("equivalent_to")) for t in ended]
+    assert about == [(0, 5, None), (3, 7, 0), (4, 6, 0), (5, 8, 0)]
+
+
+def stored(url: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials as they are in the database."""
+    return optuna.load_study(study_name=STUDY, storage=open_storage(url, 60)).trials
+
+
 # --- failures
 
 
@@ -217,75 +267,43 @@ def test_failures_between_successes_do_not(url: str) -> None:
     assert len(trials_of(url)) == 15
 
 
-def test_a_full_disk_is_no_failure_of_a_graph(url: str) -> None:
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError(28, FULL), OSError),
+        # As the writer of checkpoints says it.
+        (ValueError(f"RESOURCE_EXHAUSTED: Error writing: {FULL} [os_error_code='28']"), RunError),
+        (None, InputError),
+    ],
+    ids=["file", "checkpoint", "folder"],
+)
+def test_a_full_disk_is_no_failure_of_a_graph(
+    failure: Exception | None, raised: type[Exception], url: str, tmp_path: Path
+) -> None:
     def full(graph: ktg.Graph, seed: int) -> list[float | Exception]:
-        return [OSError(28, "No space left on device")]
+        if failure is None:  # a run cannot be begun, as where a network is trained alone
+            (tmp_path / "file").touch()
+            Folder(tmp_path / "file" / "run").begin({})
+        return [0.1, *([] if failure is None else [failure])]
 
-    with pytest.raises(OSError, match="No space left"):
-        work(url, small_search(), full)
-    assert [trial.reason for trial in trials_of(url)] == [None]
-
-
-# --- workers that are gone
-
-
-def test_a_trial_left_before_its_graph_was_noted_is_run_again(url: str) -> None:
     config = small_search(trials=4)
-    study = begin(url, config)
-    study.ask()  # as by a worker that was killed then
-    work(url, config, rising)
-    trials = trials_of(url)
-    assert [t.state for t in trials if t.number == 0] == ["failed"]
-    assert [t.number for t in trials if t.baseline == "independent"] == [0, 3]
-    assert sum(t.state in ("complete", "pruned") for t in trials) == 4
+    with pytest.raises(raised, match=r"No space left|a folder that can be written"):
+        work(url, config, full)
+    assert [trial.reason for trial in trials_of(url)] == [None]
+    study = open_study(open_storage(url, 60), STUDY, config, config.space())
+    run_all_again(study, "here")
+    work(url, config, rising)  # with room again: nothing was lost
+    ended = [trial for trial in trials_of(url) if trial.state in ("complete", "pruned")]
+    assert len(ended) == 4
+    assert {trial.baseline for trial in ended} == {"independent", "mutual", "distillation", None}
 
 
-def test_a_trial_that_was_left_is_run_again_with_its_graph(url: str) -> None:
-    config = small_search(trials=5, baselines=False)
-    begin(url, config)
+def test_bad_input_of_a_graph_is_its_failure(url: str) -> None:
+    def misfit(graph: ktg.Graph, seed: int) -> list[float | Exception]:
+        return [InputError("image_shape", (8, 8, 1), "larger images")]
 
-    class Killed(BaseException):
-        """As nothing catches it."""
-
-    def killed(graph: ktg.Graph, seed: int) -> list[float]:
-        raise Killed
-
-    with pytest.raises(Killed):
-        work(url, config, killed)
-    (left,) = trials_of(url)
-    assert left.state == "running"
-    study = open_study(open_storage(url, 1), STUDY, config, config.space())
-    run_again(study, study.get_trials()[0])
-    trainer = work(url, config, rising)
-    again = next(trial for trial in trials_of(url) if trial.number == 1)
-    assert again.graph == left.graph
-    assert trainer.trained[0] == (left.graph, 0)
-    assert sum(t.state in ("complete", "pruned") for t in trials_of(url)) == 5
-
-
-def test_it_waits_for_what_others_run_and_takes_it_over(url: str) -> None:
-    config = small_search(trials=1)
-    study = begin(url, config)
-    trial = study.ask()
-    trial.set_user_attr("worker", "elsewhere/0")  # and never a heartbeat more
-    trainer = work(url, config, rising)
-    assert len(trainer.trained) == 1
-    assert [t.state for t in trials_of(url)] == ["failed", "complete"]
-
-
-def test_it_does_not_wait_for_ever_for_an_equivalent_graph_of_a_dead_worker(url: str) -> None:
-    # All graphs are equivalent.
-    one: dict[str, Any] = {"nodes": 1, "candidates": (), "gates": ("through", "correct")}
-    config = small_search(trials=2, pruner="none", **one)
-    study = begin(url, config)
-    begin_trial(study.ask(), ktg.graphs.independent(["tiny"]), "elsewhere/0")
-    trainer = PretendedTrainer(rising)
-    search = worker(url, config, trainer).search
-    thread = threading.Thread(target=search, daemon=True)
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-    dead, own, again = trials_of(url)
-    assert [t.state for t in (dead, own, again)] == ["failed", "complete", "complete"]
-    assert (own.duplicate_of, again.duplicate_of) == (None, own.number)
-    assert len(trainer.trained) == 1
+    work(url, small_search(trials=2), misfit)
+    assert all(str(trial.reason).startswith("image_shape: got") for trial in trials_of(url))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import tyro
 
@@ -84,12 +85,13 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
     """Epochs of that training; else --epochs."""
 
     workdir: str | None = None
-    """Folder of the search; else runs/search-DATA-HASH, the same for the same options."""
+    """Folder of the search; else runs/search-DATA-HASH, the same for the same options, or
+    runs/search-DATA-HASH-STUDY with --study."""
     storage: str | None = None
     """Where the trials are: sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE for workers
     on many machines; else study.db in the workdir."""
     study: str | None = None
-    """Name of the study in the storage; else the workdir's default name."""
+    """Name of the study in the storage; else search-DATA-HASH."""
     heartbeat: float = 20
     """Seconds between a worker's heartbeats; silent for three, its trial is run by another."""
     compile_cache: bool = True
@@ -151,13 +153,18 @@ def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:
 
 
 def default_name(config: SearchConfig, fields: Mapping[str, Any]) -> str:
-    """A name from what determines the search."""
+    """A study's name from what determines the search."""
     return f"search-{config.data.partition(':')[0]}-{digest(fields)}"
 
 
-def default_workdir(name: str) -> Path:
-    """The folder of a search of this name."""
-    return Path("runs") / name
+def default_workdir(config: SearchConfig, fields: Mapping[str, Any]) -> Path:
+    """A folder's name from the same, and from the study's where one is given.
+
+    >>> default_workdir(SearchConfig(study="a/b"), {}).name
+    'search-digits-44136fa3-a%2Fb'
+    """
+    study = f"-{quote(config.study, safe='')}" if config.study else ""
+    return Path("runs") / f"{default_name(config, fields)}{study}"
 
 
 def parse(arguments: list[str] | None = None) -> SearchConfig:

@@ -3,6 +3,10 @@
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,27 +20,37 @@ from experiments.searching.config import (
     default_workdir,
     resolved,
 )
-from experiments.searching.database import explained_outage, without_password
+from experiments.searching.database import (
+    absolute,
+    explained_outage,
+    sqlite_file,
+    without_password,
+)
 from experiments.searching.display import SearchDisplay, count
 from experiments.searching.folder import SearchFolder, load_search
 from experiments.searching.pictures import Pictures
 from experiments.searching.records import TrialRecord
-from experiments.searching.storage import Turn, open_storage
+from experiments.searching.storage import Storage, Turn, open_storage
 from experiments.searching.study import (
-    State,
     Trials,
     begin_study,
+    check_study,
     is_counted,
+    note_death,
     records,
-    run_again,
+    run_all_again,
 )
 from experiments.searching.team import Team, orders_for
+from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.pipeline import steps_per_epoch
+from ktg_jax.data.sources import has_test_images
 from ktg_jax.errors import InputError
 from ktg_jax.search.engine import optuna
 
 _POLL_SECONDS = 1.0
 _LEAST_FREE_BYTES = 100 * 2**20
+_BEGINNING = (".lock", "config.json", "search.json", "study.db", "study.db.lock")
+"""What there is in the folder of a search that has just begun."""
 
 
 def search(config: SearchConfig, console: Console) -> None:
@@ -53,24 +67,26 @@ def search(config: SearchConfig, console: Console) -> None:
         ktg.cpu_convolution()
     fields = resolved(config, space)
     name = config.study or default_name(config, fields)
-    folder = SearchFolder(config.workdir or default_workdir(default_name(config, fields)))
+    folder = SearchFolder(config.workdir or default_workdir(config, fields))
     folder.check(fields)
-    dataset = load(config, with_test=False)
-    steps_per_epoch(len(dataset.train), config.batch_size)
+    dataset = _loaded(config)
     facts = data_facts(dataset)
     del facts["test"]  # which was not looked at
     setting = fields | {"data_facts": facts}
 
-    storage = None if config.storage is None else without_password(config.storage)
+    url = folder.own_storage if config.storage is None else absolute(config.storage)
+    kept = None if config.storage is None else without_password(url)
     _check_space_left(folder)
-    words = [word.replace(str(config.storage), str(storage)) for word in sys.argv[1:]]
-    folder.begin_search(setting, name, storage, config.data_dir, words)
-    with folder.locked():
-        url = config.storage or folder.own_storage
-        storage_of_study = open_storage(url, config.heartbeat)
-        with Turn(url, name), explained_outage(url):
-            study = begin_study(storage_of_study, name, config, space, setting)
-            _run_again(study, folder.owner)
+    opened = None if folder.exists else _opened(url, name, setting, config)
+    words = [word.replace(str(config.storage), str(kept)) for word in sys.argv[1:]]
+    before = _names(folder.path)
+    folder.begin_search(setting, name, kept, config.data_dir, words)
+    with folder.locked(), explained_outage(url):
+        with _nothing_left(folder.path, before):
+            storage = opened or open_storage(url, config.heartbeat)
+            with Turn(url, name):
+                study = begin_study(storage, name, config, space, setting)
+                run_all_again(study, folder.owner)
         console.print(
             f"Searching in {folder.path}: {space.size()} graphs of {space.num_nodes} nodes, "
             f"{config.trials} trials of {config.epochs} epochs, {config.workers} workers on "
@@ -91,6 +107,57 @@ def search(config: SearchConfig, console: Console) -> None:
         )
 
 
+def _loaded(config: SearchConfig) -> Dataset:
+    """The data, without its test images, found fit for the trials and the fair ending."""
+    dataset = load(config, with_test=False)
+    steps_per_epoch(len(dataset.train), config.batch_size)
+    if config.retrain_top and not has_test_images(config.data):
+        allowed = "0, for the data has no test images"
+        raise InputError("retrain_top", config.retrain_top, allowed)
+    return dataset
+
+
+def _opened(
+    url: str, name: str, setting: Mapping[str, Any], config: SearchConfig
+) -> Storage | None:
+    """The storage that was given, if it is there already, found fit for this search.
+
+    To be called before the folder is written, which would tie the search to this storage.
+
+    Raises:
+        InputError: it cannot be used, or the study in it is of another search.
+    """
+    file = sqlite_file(url)
+    if config.storage is None or (file is not None and not file.is_file()):
+        return None
+    storage = open_storage(url, config.heartbeat)
+    with explained_outage(url):
+        check_study(storage, name, setting)
+    return storage
+
+
+def _names(folder: Path) -> set[str] | None:
+    """What is in a folder; None: it is not there."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else None
+
+
+@contextmanager
+def _nothing_left(folder: Path, before: set[str] | None) -> Iterator[None]:
+    """Takes away what was not in the folder before, where the search cannot be begun.
+
+    Else the folder would refuse the command that was put right. It must be locked.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first reason counts
+            for name in set(_BEGINNING) - (before or set()):
+                (folder / name).unlink(missing_ok=True)
+            if before is None:
+                folder.rmdir()
+        raise
+
+
 def _run(
     config: SearchConfig,
     console: Console,
@@ -99,7 +166,7 @@ def _run(
     url: str,
 ) -> None:
     """Runs trials until there are as many as asked for, or time is up."""
-    watched = _Watched(study, url)
+    watched = _Watched(study)
     trials, known = watched.read()
     display = SearchDisplay(config.trials, config.epochs, console)
     display.update(known)
@@ -115,9 +182,9 @@ def _run(
             deadline=deadline,
         )
 
-        def on_death(worker: str) -> None:
+        def on_death(worker: str, signal: int) -> int:
             with Turn(url, study.study_name):
-                _run_again(study, worker)
+                return note_death(study, worker, signal)
 
         try:
             with display, Team(orders, folder.logs, on_death) as team:
@@ -127,12 +194,15 @@ def _run(
                     pictures.draw_one(trials)
                     time.sleep(_POLL_SECONDS)
                 display.update(watched.read()[1])
-        finally:
-            # Anew: an interrupt may have left the study's session in the midst of a commit.
-            storage = open_storage(url, config.heartbeat)
-            left = optuna.load_study(study_name=study.study_name, storage=storage)
-            with Turn(url, study.study_name):
-                _run_again(left, folder.owner)
+        except BaseException:
+            # Where this fails, too, the first reason counts: the next command does it again.
+            with suppress(InputError), explained_outage(url):
+                # Anew: an interrupt may have left the study's session in the midst of a commit.
+                storage = open_storage(url, config.heartbeat)
+                left = optuna.load_study(study_name=study.study_name, storage=storage)
+                with Turn(url, study.study_name):
+                    run_all_again(left, folder.owner)
+            raise
     trials, known = watched.read()
     pictures.draw_all(trials)
     counts = count(known)
@@ -144,33 +214,17 @@ def _run(
 class _Watched:
     """The trials of a study as they stand; what is known of one that has ended is read once."""
 
-    def __init__(self, study: optuna.Study, url: str) -> None:
-        self._study, self._url = study, url
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
         self._ended: dict[int, TrialRecord] = {}
 
     def read(self) -> tuple[Trials, list[TrialRecord]]:
-        """All trials, and what is known of those that do not wait.
-
-        Raises:
-            InputError: the database cannot be read.
-        """
-        with explained_outage(self._url):
-            trials = self._study.get_trials(deepcopy=False)
+        """All trials, and what is known of those that do not wait."""
+        trials = self._study.get_trials(deepcopy=False)
         new = records([trial for trial in trials if trial.number not in self._ended])
         known = self._ended | {record.number: record for record in new}
         self._ended = {t.number: known[t.number] for t in trials if t.state.is_finished()}
         return trials, [known[number] for number in sorted(known)]
-
-
-def _run_again(study: optuna.Study, gone: str) -> None:
-    """Enqueues the trials anew of a worker, or of all workers of a folder, which are gone.
-
-    To be called in the study's turn.
-    """
-    for trial in study.get_trials(deepcopy=False, states=(State.RUNNING,)):
-        worker = trial.user_attrs.get("worker", "")
-        if worker == gone or worker.startswith(f"{gone}/"):
-            run_again(study, trial)
 
 
 def _check_space_left(folder: SearchFolder) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ktg_jax.errors import InputError
@@ -34,6 +35,28 @@ def sqlite_url(path: str | os.PathLike[str]) -> str:
     'sqlite:///runs/search/study.db'
     """
     return URL.create("sqlite", database=os.fspath(path)).render_as_string()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The SQLite file of a storage; None: it is in another database.
+
+    Raises:
+        InputError: it is no URL of a storage.
+    """
+    parsed = parse(url)
+    return Path(str(parsed.database)) if parsed.drivername == "sqlite" else None
+
+
+def absolute(url: str) -> str:
+    """The URL as it is in every folder: a SQLite file by its absolute path.
+
+    Raises:
+        InputError: it is no URL of a storage.
+    """
+    file = sqlite_file(url)
+    if file is None:
+        return url
+    return parse(url).set(database=os.path.abspath(file)).render_as_string()
 
 
 def hidden(url: str) -> str:
@@ -83,6 +106,12 @@ def parse(url: str) -> URL:
     in_file = database not in ("", ":memory:") and not database.startswith("file:")
     if not {"sqlite": in_file, POSTGRESQL: bool(database)}.get(parsed.drivername, False):
         raise InputError("storage", hidden(url), ALLOWED)
+    if parsed.drivername == "sqlite":
+        try:
+            parsed.get_dialect()().create_connect_args(parsed)
+        except (TypeError, ValueError) as error:  # PostgreSQL's driver says it when it connects
+            allowed = f"{ALLOWED}, with options of SQLite ({_one_line(error)})"
+            raise InputError("storage", hidden(url), allowed) from None
     return parsed
 
 

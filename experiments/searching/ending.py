@@ -6,14 +6,14 @@ and before that nobody reads the test images.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.assemble import load
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, build_graph, resolved
 from experiments.searching.comparison import Contender, compare, contenders, markdown, table
 from experiments.searching.config import SearchConfig
 from experiments.searching.folder import SearchFolder
@@ -51,6 +51,8 @@ def finish(
     _train_all([run for of_seeds in runs.values() for run in of_seeds], folder, config, console)
     accuracies = {name: [_accuracy(run) for run in of_seeds] for name, of_seeds in runs.items()}
     results = compare(listed, accuracies, seeds)
+    for entry in results["entries"]:
+        entry["runs"] = [Path(str(run.workdir)).name for run in runs[entry["name"]]]
     write_text(folder.path / "results.md", markdown(results))
     folder.write("results.json", results)
     console.print(table(results))
@@ -60,18 +62,35 @@ def finish(
 def _run(
     contender: Contender, seed: int, folder: SearchFolder, config: SearchConfig
 ) -> TrainConfig:
-    """The training of a contender with one seed."""
+    """The training of a contender with one seed.
+
+    It is in `seed-S` if it is as long as a trial, or was made there; else in `seed-S-epochs-E`.
+
+    Raises:
+        InputError: another run is there.
+    """
     here = folder.retrained / contender.name
     here.mkdir(parents=True, exist_ok=True)
     graph = here / "graph.json"
     contender.graph.save(graph)
-    return config.training(
-        graph=str(graph),
-        workdir=str(here / f"seed-{seed}"),
-        seed=seed,
-        epochs=config.retrain_epochs or config.epochs,
-        val_fraction=0.0,
-    )
+    epochs = config.retrain_epochs or config.epochs
+    run = config.training(graph=str(graph), seed=seed, epochs=epochs, val_fraction=0.0)
+    fields = resolved(run, build_graph(run))
+    workdir = Workdir(here / f"seed-{seed}")
+    is_its_own = _holds(workdir, fields) if workdir.exists else epochs == config.epochs
+    if not is_its_own:
+        workdir = Workdir(here / f"seed-{seed}-epochs-{epochs}")
+        workdir.check(fields)
+    return dataclasses.replace(run, workdir=str(workdir.path))
+
+
+def _holds(workdir: Workdir, fields: Mapping[str, Any]) -> bool:
+    """Whether the run that is there is the one of these fields."""
+    try:
+        workdir.check(fields)
+    except InputError:
+        return False
+    return True
 
 
 def _train_all(
@@ -80,9 +99,6 @@ def _train_all(
     done = sum(map(is_done, runs))
     if done == len(runs):
         return
-    if load(config).test is None:
-        allowed = "0, for the data has no test images"
-        raise InputError("retrain_top", config.retrain_top, allowed)
     console.print(
         f"Training the best graphs and their baselines again: {len(runs)} runs, "
         f"{config.retrain_seeds} seeds each.",

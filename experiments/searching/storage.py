@@ -20,7 +20,6 @@ from ktg_jax.search.engine import optuna  # first: where it is missing, so is SQ
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-MAX_RETRIES = 10  # of a trial; one that always kills its worker must end some time
 GRACE = 3  # intervals without a heartbeat after which a worker counts as dead
 
 # Seconds after which the server gives up the lock of a machine that is gone: 30 + 3 * 10.
@@ -81,7 +80,7 @@ def open_storage(url: str, heartbeat: float) -> Storage:
         url: `sqlite:///FILE`, or `postgresql+psycopg://USER[:PASSWORD]@HOST[:PORT]/DATABASE`.
         heartbeat: seconds between two heartbeats of a running trial, rounded up to whole ones.
             After `GRACE` times as long without one the trial failed, and is enqueued again with
-            the same parameters, up to `MAX_RETRIES` times.
+            the same parameters, however often that happens.
 
     Raises:
         InputError: the URL is another; the database cannot be reached, read or written, or is of
@@ -98,10 +97,16 @@ def open_storage(url: str, heartbeat: float) -> Storage:
             engine_kwargs={"connect_args": driver_options(parsed), "pool_pre_ping": True},
             heartbeat_interval=interval,
             grace_period=GRACE * interval,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(
-                max_retry=MAX_RETRIES
-            ),
+            heartbeat_stale_trial_callback=enqueue_again,
         )
+
+
+def enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Enqueues a trial that was given up anew, with its parameters and attributes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        enqueue = optuna.storages.RetryHeartbeatStaleTrialCallback()
+    enqueue(study, trial)
 
 
 class Turn:

@@ -1,7 +1,7 @@
 """The study of a search: what it is of, which trials it has, and what is known of each."""
 
+import itertools
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +9,7 @@ import ktg_jax as ktg
 from experiments.folder import differences
 from experiments.searching.config import SearchConfig
 from experiments.searching.records import TrialRecord
-from experiments.searching.storage import MAX_RETRIES
+from experiments.searching.storage import enqueue_again
 from ktg_jax.errors import InputError
 from ktg_jax.search.engine import optuna
 from ktg_jax.search.pruners import make_pruner
@@ -22,6 +22,9 @@ SETTING = "setting"
 """Attribute of the study: what determines it."""
 
 BASELINES = ("independent", "mutual", "distillation")
+
+MOST_DEATHS = 3
+"""Of workers in the midst of one trial; then it is the trial that kills them."""
 
 
 def begin_study(
@@ -70,6 +73,15 @@ def open_study(
     )
 
 
+def check_study(
+    storage: optuna.storages.BaseStorage, name: str, setting: Mapping[str, Any]
+) -> None:
+    """Raises InputError where there is a study of this name with another setting."""
+    if name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        check_setting(name, study.user_attrs.get(SETTING, setting), setting)
+
+
 def check_setting(name: str, found: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
     """Raises InputError where the study was made with another setting; names the fields."""
     differing = differences(found, setting)
@@ -105,10 +117,42 @@ def is_failure(trial: optuna.trial.FrozenTrial) -> bool:
 def run_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Gives up a trial that nobody runs any more, and enqueues its graph anew."""
     study.tell(trial.number, state=State.FAIL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        enqueue = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
-    enqueue(study, trial)
+    enqueue_again(study, trial)
+
+
+def run_all_again(study: optuna.Study, owner: str) -> None:
+    """Runs the trials again that all workers of a folder were at, which are gone.
+
+    To be called in the study's turn.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(State.RUNNING,)):
+        if trial.user_attrs.get("worker", "").startswith(f"{owner}/"):
+            run_again(study, trial)
+
+
+def note_death(study: optuna.Study, worker: str, signal: int) -> int:
+    """Runs the trial again in whose midst its worker was killed, unless it has killed too many.
+
+    After `MOST_DEATHS` it failed, as one whose training fails. To be called in the study's turn,
+    and only where the worker alone was killed, not with the whole search.
+
+    Returns:
+        How many trials the worker has brought to an end, in this way or any other.
+    """
+    trials = [t for t in study.get_trials() if t.user_attrs.get("worker") == worker]
+    killed = [trial for trial in trials if trial.state == State.RUNNING]
+    ended = sum(map(is_counted, trials))
+    for trial in killed:
+        deaths = trial.user_attrs.get("deaths", 0) + 1
+        if deaths < MOST_DEATHS:
+            trial.set_user_attr("deaths", deaths)  # of what is enqueued
+            run_again(study, trial)
+        else:
+            reason = f"killed its worker {deaths} times (signal {signal})"
+            study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+            study.tell(trial.number, state=State.FAIL)
+            ended += 1
+    return ended
 
 
 def graph_key(graph: ktg.Graph) -> str:
@@ -152,12 +196,10 @@ def begin_trial(trial: optuna.Trial, graph: ktg.Graph, worker: str) -> None:
     trial.set_user_attr("worker", worker)
 
 
-def equivalent_trials(
-    trials: Trials, number: int, key: str
-) -> tuple[optuna.trial.FrozenTrial | None, int]:
-    """The trial whose values a trial of this number and graph can use, and how many there are.
+def original_of(trials: Trials, number: int, key: str) -> optuna.trial.FrozenTrial | None:
+    """The trial whose values a trial of this number and graph can use; None: it must be trained.
 
-    It is a finished one, or else one that runs and was drawn before; None: it must be trained.
+    It is a finished one, or else one that runs and was drawn before.
     """
     same = [
         trial
@@ -168,5 +210,29 @@ def equivalent_trials(
     ]
     finished = [trial for trial in same if is_counted(trial)]
     earlier = [t for t in same if t.state == State.RUNNING and t.number < number]
-    found = finished or earlier
-    return (found[0] if found else None), len(found)
+    return next(iter(finished or earlier), None)
+
+
+def take_seed(study: optuna.Study, trial: optuna.Trial, first: int) -> int:
+    """The seed to train a trial with that has equivalents: of all from `first` on, one of its own.
+
+    It is noted in the trial as `seed`, and stays when the trial is run again; of those that have
+    equivalents already, `equivalent_to` is the number of the first. To be called in the study's
+    turn, after `begin_trial`.
+    """
+    known = trial.user_attrs
+    if known.get("seed") is not None:
+        return known["seed"]
+    others = [
+        other
+        for other in study.get_trials(deepcopy=False)
+        if other.user_attrs.get("key") == known["key"]
+        and other.number != trial.number
+        and (other.state != State.FAIL or is_failure(other))  # else it is enqueued anew
+    ]
+    taken = {other.user_attrs.get("seed") for other in others}
+    seed = next(seed for seed in itertools.count(first) if seed not in taken)
+    if others:
+        trial.set_user_attr("equivalent_to", min(other.number for other in others))
+    trial.set_user_attr("seed", seed)
+    return seed

@@ -5,8 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from experiments.searching.config import SearchConfig, from_json, to_json
 from ktg_jax.errors import RunError
 
 MOST_DEATHS = 5
-"""Of one worker, until the search gives up: something kills it whatever it does."""
+"""Of one worker that ends no trial between them: something kills it whatever it does."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Orders:
         study: name of the study.
         artifacts: folder for the pictures of graphs; empty: no pictures.
         deadline: seconds of `time.time` after which no trial begins.
+        began: seconds of `time.time` when the command began, whichever worker this is.
         retrain: instead of trials, the runs to make, as fields of `TrainConfig`.
     """
 
@@ -39,6 +41,7 @@ class Orders:
     study: str = ""
     artifacts: str = ""
     deadline: float | None = None
+    began: float = field(default_factory=time.time)
     retrain: list[dict[str, Any]] | None = None
 
     def to_json(self) -> str:
@@ -59,20 +62,22 @@ class Team:
     Args:
         orders: one a worker.
         logs: folder for what they say.
-        on_death: called with the name of a worker that was killed, before it is replaced.
+        on_death: called with the name of a worker that was killed, and the signal, before it is
+            replaced; returns how many trials the worker has brought to an end.
     """
 
     def __init__(
         self,
         orders: Sequence[Orders],
         logs: Path,
-        on_death: Callable[[str], None] = lambda worker: None,
+        on_death: Callable[[str, int], int] = lambda worker, signal: 0,
     ) -> None:
         self._orders = orders
         self._logs = logs
         self._on_death = on_death
         self._processes: list[subprocess.Popen[str]] = []
-        self._deaths = [0] * len(orders)
+        self._deaths = [0] * len(orders)  # since it ended a trial
+        self._ended = [0] * len(orders)
 
     def __enter__(self) -> "Team":
         """Starts them."""
@@ -102,16 +107,20 @@ class Team:
             if code is not None and code > 0:
                 self._raise(orders, code)
             if code is not None and code < 0:
-                self._deaths[i] += 1
-                if self._deaths[i] >= MOST_DEATHS:
-                    raise RunError(
-                        f"worker {orders.index} was killed {MOST_DEATHS} times "
-                        f"(signal {-code}); its log is {self._log(orders)}"
-                    )
-                self._on_death(orders.worker)
+                self._count_death(i, -code)
                 self._processes[i] = self._start(orders)
             at_work |= self._processes[i].poll() is None
         return at_work
+
+    def _count_death(self, i: int, signal: int) -> None:
+        orders = self._orders[i]
+        before, self._ended[i] = self._ended[i], self._on_death(orders.worker, signal)
+        self._deaths[i] = 1 if self._ended[i] > before else self._deaths[i] + 1
+        if self._deaths[i] >= MOST_DEATHS:
+            raise RunError(
+                f"worker {orders.index} was killed {MOST_DEATHS} times in a row "
+                f"(signal {signal}); its log is {self._log(orders)}"
+            )
 
     def _start(self, orders: Orders) -> subprocess.Popen[str]:
         with self._log(orders).open("a") as log:

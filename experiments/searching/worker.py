@@ -4,6 +4,7 @@ It is started by `experiments.searching.team`, is told on its standard input wha
 when that is closed: no worker outlives the command that it works for.
 """
 
+import errno
 import os
 import sys
 import threading
@@ -27,15 +28,16 @@ from experiments.searching.storage import Turn, open_storage
 from experiments.searching.study import (
     State,
     begin_trial,
-    equivalent_trials,
     graph_key,
     is_counted,
     is_failure,
     open_study,
+    original_of,
     run_again,
+    take_seed,
 )
 from experiments.searching.trial import Trainer
-from ktg_jax.errors import RunError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.search.engine import optuna
 from ktg_jax.search.samplers import suggest_graph
 
@@ -47,6 +49,16 @@ _POLL_SECONDS = 0.5
 
 class FailedTrialError(Exception):
     """The training of one graph failed; the search goes on."""
+
+
+class _LeftTrial(BaseException):
+    """Something else failed, not the trial: it is left as by a killed worker, and is run again.
+
+    Optuna ends a trial with any `Exception`, and then its graph would be lost.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
 
 
 def main() -> None:
@@ -91,13 +103,13 @@ class Worker:
             open_storage(url, config.heartbeat), orders.study, config, self._space
         )
         self._turn = Turn(url, orders.study)
-        self._started = time.time()
 
     def search(self) -> None:
         """Runs trials.
 
         Raises:
             RunError: many trials in a row failed.
+            OSError, InputError: a file or the database cannot be written.
         """
         while True:
             # From the decision to begin a trial until its graph is noted no other worker begins
@@ -109,9 +121,18 @@ class Worker:
                 if counted >= self._config.trials or self._is_late():
                     return
                 if counted + running < self._config.trials:
-                    self._study.optimize(self._objective, n_trials=1, catch=(FailedTrialError,))
+                    self._run_trial()
                     continue
             time.sleep(_POLL_SECONDS)  # another worker may die, and its trial be left to this one
+
+    def _run_trial(self) -> None:
+        try:
+            self._study.optimize(self._objective, n_trials=1, catch=(FailedTrialError,))
+        except _LeftTrial as left:
+            # A worker that was silent for long, as a machine asleep, is taken for dead: others have
+            # given up its trial, and run it again.
+            if not isinstance(left.reason, optuna.exceptions.UpdateFinishedTrialError):
+                raise left.reason from left.reason.__cause__
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         """All trials, those of dead workers being enqueued again.
@@ -124,25 +145,34 @@ class Worker:
         orphans = [t for t in trials if t.state == State.RUNNING and "worker" not in t.user_attrs]
         for trial in orphans:  # for the turn of those that live ends when they have noted it
             run_again(self._study, trial)
-        check_failures(trials, self._started)
+        check_failures(trials, self._orders.began)
         return self._study.get_trials(deepcopy=False) if orphans else trials
 
     def _is_late(self) -> bool:
         return self._orders.deadline is not None and time.time() > self._orders.deadline
 
     def _objective(self, trial: optuna.Trial) -> float:
-        graph = suggest_graph(trial, self._space)
+        try:
+            return self._value(trial)
+        except (FailedTrialError, optuna.TrialPruned):
+            raise
+        except Exception as error:
+            raise _LeftTrial(error) from None
+
+    def _value(self, trial: optuna.Trial) -> float:
+        graph, seed = suggest_graph(trial, self._space), self._config.seed
         begin_trial(trial, graph, self._orders.worker)
+        if self._config.duplicates == "retrain":
+            seed = take_seed(self._study, trial, seed)
         self._turn.release()
         started = time.monotonic()
-        original, count = self._equivalent(trial, graph)
-        if self._config.duplicates == "reuse" and original is not None:
+        if self._config.duplicates == "reuse" and (original := self._original(trial, graph)):
             return self._reuse(trial, original)
         if self._orders.artifacts:
             pictures.announce(trial, Path(self._orders.artifacts))
         before = self._programs.compiled, self._programs.loaded
         try:
-            return self._train(trial, graph, self._config.seed + count)
+            return self._train(trial, graph, seed)
         finally:
             trial.set_user_attr("node_epochs", round(self._trainer.node_epochs, 3))
             trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
@@ -162,17 +192,15 @@ class Worker:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    def _equivalent(
-        self, trial: optuna.Trial, graph: ktg.Graph
-    ) -> tuple[optuna.trial.FrozenTrial | None, int]:
-        """The trial to take the values from, when it is finished, and how many there are."""
+    def _original(self, trial: optuna.Trial, graph: ktg.Graph) -> optuna.trial.FrozenTrial | None:
+        """The trial to take the values from, when it is finished; None: there is none."""
         key = graph_key(graph)
         while True:
             with self._turn:  # the worker that is waited for may be dead
                 trials = self._trials()
-            original, count = equivalent_trials(trials, trial.number, key)
-            if original is None or is_counted(original) or self._config.duplicates == "retrain":
-                return original, count
+            original = original_of(trials, trial.number, key)
+            if original is None or is_counted(original):
+                return original
             time.sleep(_POLL_SECONDS)
 
     def _reuse(self, trial: optuna.Trial, original: optuna.trial.FrozenTrial) -> float:
@@ -218,12 +246,21 @@ def _failures(trial: optuna.Trial) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if _is_of_files(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if os.strerror(errno.ENOSPC) in reason:  # of a checkpoint, whose writer has another type
+            raise RunError(reason) from error
         trial.set_user_attr("reason", reason)
         raise FailedTrialError(reason) from error
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether it is an OSError, or bad input that was found by one."""
+    if isinstance(error, InputError):
+        return _is_of_files(error.__cause__ or error.__context__)
+    return isinstance(error, OSError)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""How a search is begun: bad input refused, nothing left of what failed, and where it is kept."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import tiny_models  # noqa: F401  (registers its models)
+from runs import in_process, options
+from searches import small_search
+
+import experiments.search
+import ktg_jax as ktg
+from experiments.searching import coordinate
+from experiments.searching.config import default_workdir
+from experiments.searching.folder import SearchFolder, load_search
+from experiments.searching.storage import open_storage
+from experiments.searching.study import begin_trial
+from experiments.searching.team import Orders
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.search.engine import optuna
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "nodes: got 0; allowed: 1 to 7"),
+        ({"nodes": 8}, "--allow-large"),
+        ({"target": "resnet9"}, "resnet9"),
+        ({"candidates": ("tiny", "no_model")}, "no_model"),
+        ({"gates": ("through", "ajar")}, "ajar"),
+        ({"temperatures": (0.0,)}, "temperatures"),
+        ({"trials": 0}, "trials"),
+        ({"workers": 0}, "workers"),
+        ({"min_epochs": 4}, "1 to epochs (3)"),
+        ({"patience": 1.5}, "patience"),
+        ({"val_fraction": 0.0}, "val_fraction"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"heartbeat": 0.0}, "heartbeat"),
+        ({"retrain_seeds": 0}, "retrain_seeds"),
+        ({"batch_size": 1000}, "batch_size"),
+        ({"storage": "mysql://db/studies"}, "sqlite:///FILE"),
+        ({"imports": ("no_such_module",)}, "no_such_module"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = small_search(tmp_path / "search", **changes)
+    end = in_process(experiments.search.main, *options(config))
+    assert end.code == 2
+    assert message in end.err
+    assert len(end.err.splitlines()) == 1
+    assert not (tmp_path / "search").exists()
+
+
+def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
+    storage = "postgresql+psycopg://me:secret@127.0.0.1:1/studies"
+    config = small_search(tmp_path / "search", storage=storage)
+    end = in_process(experiments.search.main, *options(config))
+    assert end.code == 2
+    assert "127.0.0.1:1" in end.err
+    assert "secret" not in end.err
+    assert len(end.err.splitlines()) == 1
+    assert not (tmp_path / "search").exists()  # which would refuse the right storage
+
+
+def test_a_search_that_cannot_be_begun_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "study.db").write_text("Some text that is no database. " * 100)
+    end = in_process(experiments.search.main, *options(small_search(damaged)))
+    assert end.code == 2
+    assert "file is not a database" in end.err
+    assert [path.name for path in damaged.iterdir()] == ["study.db"]
+
+    def refuse(*arguments: Any) -> None:
+        raise InputError("storage", "sqlite:///study.db", "a disk with room")
+
+    monkeypatch.setattr(coordinate, "begin_study", refuse)
+    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    assert end.code == 2
+    assert "a disk with room" in end.err
+    assert not (tmp_path / "search").exists()
+
+
+class FailingTeam:
+    """Workers of which one begins a trial and then can do no more, nor can the database."""
+
+    failure: BaseException = RunError("worker 0: No space left on device")
+
+    def __init__(self, orders: list[Orders], logs: Path, on_death: Any) -> None:
+        self._orders = orders[0]
+
+    def __enter__(self) -> "FailingTeam":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def is_at_work(self) -> bool:
+        url = self._orders.storage
+        study = optuna.load_study(study_name=self._orders.study, storage=open_storage(url, 60))
+        with pytest.warns(UserWarning, match="supposed to be used with Study.optimize"):
+            begin_trial(study.ask(), ktg.graphs.mutual(["tiny", "tiny"]), self._orders.worker)
+        change(url, f"CREATE TRIGGER full BEFORE UPDATE ON trials BEGIN {FULL_DATABASE}; END")
+        raise self.failure
+
+
+FULL_DATABASE = "SELECT RAISE(ABORT, 'database or disk is full')"
+
+
+def change(url: str, statement: str) -> None:
+    with sa.create_engine(url, poolclass=sa.NullPool).begin() as connection:
+        connection.execute(sa.text(statement))
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (RunError("worker 0: No space left"), 1, "failed: worker 0: No space left\n"),
+        (OSError(28, "No space left"), 1, "failed: [Errno 28] No space left\n"),
+        (KeyboardInterrupt(), 130, "interrupted; "),
+    ],
+    ids=["worker", "file", "interrupt"],
+)
+def test_what_ends_a_search_is_told_also_where_the_database_fails(
+    failure: BaseException,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinate, "Team", FailingTeam)
+    monkeypatch.setattr(FailingTeam, "failure", failure)
+    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    assert end.code == code
+    assert end.err.startswith(message)
+    assert len(end.err.splitlines()) == 1
+    (left,) = load_search(tmp_path / "search").trials
+    assert left.state == "running"
+
+
+# --- where it is
+
+
+def test_a_file_is_kept_as_it_is_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinate, "Team", FailingTeam)
+    monkeypatch.chdir(tmp_path)
+    # Also in the folder of the search itself, which is not there yet.
+    for name in ("shared.db", "search/own.db"):
+        config = small_search("search", storage=f"sqlite:///{name}")
+        end = in_process(experiments.search.main, *options(config))
+        assert end.code == 1, end.err  # of its team
+        storage = f"sqlite:///{tmp_path}/{name}"
+        monkeypatch.chdir("/")
+        assert SearchFolder(tmp_path / "search").storage == storage
+        assert storage in load_search(tmp_path / "search").command
+        assert len(load_search(tmp_path / "search").trials) == 1
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree("search")
+
+
+def test_studies_of_other_names_have_folders_of_their_own() -> None:
+    names = (None, "a", "b", "a/b", "a_b", "..")
+    folders = [default_workdir(small_search(study=name), {}) for name in names]
+    assert len(set(folders)) == len(folders)
+    assert {folder.parent for folder in folders} == {Path("runs")}
+    assert folders[1].name == f"{folders[0].name}-a"
+
+
+def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    assert end.code == 2
+    assert "100 MiB free (1 MiB are)" in end.err
+    assert not (tmp_path / "search").exists()
+
+
+def test_without_optuna_the_error_names_the_extra(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['optuna'] = None; sys.argv = ['search']; "
+    code = f"{hide}import experiments.search as s; from experiments import cli; cli.run(s.main)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert process.returncode == 2
+    assert "ktg_jax[search]" in process.stderr
