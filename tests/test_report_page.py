@@ -51,6 +51,7 @@ from experiments.reporting.page import short_form
 from experiments.reporting.svg import inline
 from experiments.searching.comparison import compare, contenders
 from experiments.searching.config import SearchConfig, resolved
+from experiments.searching.display import count
 from experiments.searching.folder import SearchFolder, load_search
 from experiments.searching.records import TrialRecord
 from ktg_jax import Graph, InputError, Node, SearchSpace, graphs
@@ -158,6 +159,20 @@ def test_interrupted_trials_are_no_trials(tmp_path: Path) -> None:
     assert "9 interrupted" in page.text  # in the table
     path = write_report(again, tmp_path / "again.html")
     assert "interrupted" not in Parsed(path).text
+
+
+def test_trials_of_another_seed_are_counted_as_equivalent(tmp_path: Path) -> None:
+    first, again = complete(0, ALONE, 0.5), complete(1, ALONE, 0.75, equivalent_to=0)
+    study = make_study(first, again)
+    summary = summarise(study)
+    assert (summary.duplicates, summary.repeated, summary.trained) == (0, 1, 2)
+    assert count(study.trials)["equivalent"] == 1
+    text = Parsed(write_report(study, tmp_path / "report.html")).text
+    assert (
+        "1 trial had a graph equivalent to an earlier one and was trained with another seed."
+        in text
+    )
+    assert "another seed of 0" in text
 
 
 def test_a_graph_that_was_trained_twice_is_drawn_once() -> None:

@@ -30,6 +30,7 @@ class Summary:
         states: trials by state; every state is there. Interrupted ones are not among them.
         interrupted: attempts that were stopped from outside and are run again.
         duplicates: trials that have an earlier one's values and were not trained.
+        repeated: trials whose graph is equivalent to an earlier one's, trained with another seed.
         best: the complete trial of the highest value.
         trained: trials that were trained, whole or in part.
         compiled: programs that XLA compiled.
@@ -44,6 +45,7 @@ class Summary:
     states: Mapping[str, int]
     interrupted: int
     duplicates: int
+    repeated: int
     best: TrialRecord | None
     trained: int
     compiled: int
@@ -64,12 +66,14 @@ def summarise(study: StudyRecord) -> Summary:
     trials, epochs = study.trials, epochs_of(study)
     counted = [trial for trial in trials if not trial.is_interrupted]
     states = count(trials)
-    duplicates = states.pop("equivalent")
+    equivalent = states.pop("equivalent")
+    duplicates = sum(trial.duplicate_of is not None for trial in counted)
     drawn = [t for t in trials if t.graph is not None and t.state in ("complete", "pruned")]
     return Summary(
         states=states,
         interrupted=len(trials) - len(counted),
         duplicates=duplicates,
+        repeated=equivalent - duplicates,
         best=next(iter(study.best(1)), None),
         trained=sum(trial.duplicate_of is None and trial.node_epochs > 0 for trial in counted),
         compiled=sum(trial.programs_compiled for trial in trials),

@@ -100,7 +100,7 @@ def count(records: Sequence[TrialRecord]) -> dict[str, int]:
     counted = [trial for trial in records if not trial.is_interrupted]
     states = [trial.state for trial in counted]
     numbers = {state: states.count(state) for state in STATES}
-    return numbers | {"equivalent": sum(trial.duplicate_of is not None for trial in counted)}
+    return numbers | {"equivalent": sum(trial.equivalent is not None for trial in counted)}
 
 
 def best_so_far(records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -126,8 +126,8 @@ def _is_ended(trial: TrialRecord) -> bool:
 def _line(trial: TrialRecord) -> str:
     graph = "" if trial.graph is None else short(trial.graph.pruned())
     name = f"trial {trial.number}" + (f" ({trial.baseline})" if trial.baseline else "")
-    if trial.duplicate_of is not None:
-        name += f" (equivalent to trial {trial.duplicate_of})"
+    if trial.equivalent is not None:
+        name += f" (equivalent to trial {trial.equivalent})"
     last = max(trial.curve, default=0)
     reached = f"{100 * trial.curve[last]:.2f} %" if last else ""
     outcome = {

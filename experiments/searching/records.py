@@ -24,6 +24,8 @@ class TrialRecord:
         curve: the target's validation accuracy by epoch, from 1; of a pruned trial up to where it
             was pruned.
         duplicate_of: number of the equivalent trial whose values it has; None: it was trained.
+        equivalent_to: number of the first equivalent trial, where it was trained nevertheless, with
+            another seed.
         baseline: `independent`, `mutual` or `distillation`, where it was enqueued as that.
         reason: why its training failed.
         node_epochs: compute spent on it: nodes trained times epochs, a frozen node's epoch being
@@ -39,12 +41,18 @@ class TrialRecord:
     value: float | None = None
     curve: Mapping[int, float] = field(default_factory=dict)
     duplicate_of: int | None = None
+    equivalent_to: int | None = None
     baseline: str | None = None
     reason: str | None = None
     node_epochs: float = 0.0
     seconds: float = 0.0
     programs_compiled: int = 0
     programs_loaded: int = 0
+
+    @property
+    def equivalent(self) -> int | None:
+        """Number of an earlier trial whose graph is equivalent; None: it is the first of its kind."""
+        return self.equivalent_to if self.duplicate_of is None else self.duplicate_of
 
     @property
     def is_interrupted(self) -> bool:

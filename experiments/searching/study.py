@@ -177,6 +177,7 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
         value=trial.value if trial.state == State.COMPLETE else None,
         curve=dict(sorted(trial.intermediate_values.items())),
         duplicate_of=known.get("duplicate_of"),
+        equivalent_to=known.get("equivalent_to"),
         baseline=known.get("baseline"),
         reason=known.get("reason"),
         **{name: known[name] for name in _COSTS if name in known},
