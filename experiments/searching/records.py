@@ -51,7 +51,7 @@ class TrialRecord:
 
     @property
     def equivalent(self) -> int | None:
-        """Number of an earlier trial whose graph is equivalent; None: it is the first of its kind."""
+        """Number of an earlier trial whose graph is equivalent; None: it is the first such."""
         return self.equivalent_to if self.duplicate_of is None else self.duplicate_of
 
     @property
