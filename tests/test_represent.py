@@ -31,7 +31,7 @@ from experiments.representing import aggregation
 from experiments.representing.account import Account
 from experiments.representing.config import RepresentConfig
 from experiments.representing.measures import prior_gradients, share_kept, singular_values
-from ktg_jax.representing import about_prior, layer_prior, load_prior, svd_prior
+from ktg_jax.representing import about_prior, fit_readers, layer_prior, load_prior, svd_prior
 from ktg_jax.weights import load_weights
 
 PATHS = ("stage1_conv.kernel", "stage2_conv.kernel")
@@ -223,10 +223,10 @@ def test_a_stopped_fit_begins_anew_and_ends_alike(
             if step == 3:
                 raise KeyboardInterrupt
 
-        ktg.aggregate_prior(*args, on_step=stopping, **kwargs)
+        fit_readers(*args, on_step=stopping, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(aggregation, "aggregate_prior", stop)
+        patch.setattr(aggregation, "fit_readers", stop)
         with pytest.raises(KeyboardInterrupt):
             represent(tmp_path / "run", teacher=str(teacher))
     assert not (tmp_path / "run" / "prior" / "prior.safetensors").exists()
