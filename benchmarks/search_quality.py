@@ -171,6 +171,7 @@ def quality(
         `budgets`: `node_epochs`, the `accuracies` of the best graph by seed, `mean`, `std`), and
         of all searches together the `graphs` and the `node_epochs` that were really trained.
     """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     trainer = SharedTrainer(config)
     trainer.pretrain(config.space())
     curves: dict[str, list[list[ComputePoint]]] = {method: [] for method in METHODS}

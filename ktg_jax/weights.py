@@ -9,16 +9,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ktg_jax.checkpoint import read_nodes
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.files import atomic_path
 from ktg_jax.graph import Graph
 from ktg_jax.models import build_model
 from ktg_jax.nodes import NodeFns, PyTree
 from ktg_jax.state import GraphState
+from ktg_jax.tensors import read_tensors, write_tensors
 from ktg_jax.trees import FlatTree, flatten, unflatten
 
 CHECKPOINTS = "checkpoints"
@@ -139,11 +137,7 @@ def save_node(
         "image_shape": json.dumps(list(image_shape)),
         **(about or {}),
     }
-    try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=texts)
-    except (OSError, SafetensorError) as error:
-        raise InputError("export", str(path), f"a file that can be written ({error})") from None
+    write_tensors(path, "export", tensors, texts)
 
 
 def load_node(path: str | os.PathLike[str]) -> tuple[NodeFns, PyTree, PyTree]:
@@ -182,12 +176,7 @@ def _is_param(name: str) -> bool:
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError("weights", str(path), f"a whole .safetensors file ({error})") from None
+    tensors, about = read_tensors(path, "weights")
     if not {"model", "num_classes", "image_shape"} <= about.keys():
         raise InputError("weights", str(path), "a file that ktg_jax exported")
     return tensors, about

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path
 from ktg_jax.representing.prior import Prior
+from ktg_jax.tensors import read_tensors, write_tensors
 from ktg_jax.trees import FlatTree, digest
 
 PRIOR_FILE = "prior.safetensors"
@@ -67,11 +65,7 @@ def save_prior(
         "accuracy": json.dumps(accuracy),
     }
     texts["checksum"] = _checksum(tensors, texts)
-    try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=texts)
-    except (OSError, SafetensorError) as error:
-        raise InputError("prior", str(path), f"a file that can be written ({error})") from None
+    write_tensors(path, "prior", tensors, texts)
 
 
 def load_prior(path: str | os.PathLike[str]) -> Prior:
@@ -109,14 +103,7 @@ def about_prior(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
-    file_path = Path(path) / PRIOR_FILE if Path(path).is_dir() else Path(path)
-    try:
-        with safe_open(file_path, framework="numpy") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        allowed = f"a whole .safetensors file, or a folder with {PRIOR_FILE} ({error})"
-        raise InputError("prior", str(path), allowed) from None
+    tensors, texts = read_tensors(path, "prior", PRIOR_FILE)
     if texts.get("format") != _FORMAT:
         raise InputError("prior", str(path), "a file that save_prior wrote")
     if texts.get("checksum") != _checksum(tensors, texts):

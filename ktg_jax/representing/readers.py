@@ -7,7 +7,6 @@ features can be compared (`feature_transfer_loss`) where kernels are not. Ours, 
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,14 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path
 from ktg_jax.models.layers import CLASSIFIER_INIT, CONV_INIT, BatchNormRelu, conv
 from ktg_jax.nodes import NodeFns, PyTree, StageOutputs
 from ktg_jax.representing.prior import Prior
+from ktg_jax.tensors import read_tensors, write_tensors
 from ktg_jax.trees import FlatTree, digest, flatten
 
 READERS_FILE = "readers.safetensors"
@@ -146,11 +143,7 @@ def save_readers(path: str | os.PathLike[str], readers: Readers) -> None:
         "accuracy": json.dumps([float(a) for a in readers.accuracy]),
         "checksum": str(digest(tensors)),
     }
-    try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=texts)
-    except (OSError, SafetensorError) as error:
-        raise InputError("readers", str(path), f"a file that can be written ({error})") from None
+    write_tensors(path, "readers", tensors, texts)
 
 
 def load_readers(path: str | os.PathLike[str]) -> Readers:
@@ -180,14 +173,7 @@ def readers_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
-    file_path = Path(path) / READERS_FILE if Path(path).is_dir() else Path(path)
-    try:
-        with safe_open(file_path, framework="numpy") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        allowed = f"a whole .safetensors file, or a folder with {READERS_FILE} ({error})"
-        raise InputError("projection", str(path), allowed) from None
+    tensors, texts = read_tensors(path, "projection", READERS_FILE)
     if texts.get("format") != _FORMAT or texts.get("checksum") != str(digest(tensors)):
         raise InputError("projection", str(path), "an undamaged file that save_readers wrote")
     return tensors, texts
