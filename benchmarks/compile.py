@@ -11,13 +11,13 @@ from itertools import cycle, islice
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import report
 from benchmarks.machine import machine
 from benchmarks.measure import Worker, interleaved, spread
 from benchmarks.task import OURS, Figures, Task, Unavailable
 from experiments import cli
+from experiments.console import Table
 from ktg_jax.errors import InputError
 
 MODELS = "resnet32+resnet110+wrn28_2"

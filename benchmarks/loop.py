@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import report
 from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, interleaved, output_of, spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, SEED, Figures, Task, Unavailable
 from experiments import cli
+from experiments.console import Table
 
 EXAMPLES = """  python -m benchmarks.loop
   python -m benchmarks.loop --quick --json loop.json

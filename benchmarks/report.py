@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from benchmarks.machine import cores
 from benchmarks.measure import Spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, Figures
+from experiments import cli, command_line
+from experiments.console import is_watched, make_console, text_column
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.models import check_model
@@ -62,12 +63,8 @@ class StepSize(Options):
 
 def parse(kind: type[C], module: str, examples: str, arguments: list[str] | None = None) -> C:
     """The options of a command line (default: this process's)."""
-    return tyro.cli(
-        kind,
-        prog=f"python -m benchmarks.{module}",
-        description=f"{kind.__doc__}\n\nExamples:\n{examples}",
-        args=arguments,
-    )
+    epilog = f"Examples:\n{examples}"
+    return command_line.parse(kind, f"benchmarks.{module}", {}, epilog, arguments)
 
 
 def check(options: Options, known: Sequence[str] = tuple(IMPLEMENTATIONS)) -> None:
@@ -129,7 +126,7 @@ def short(graph: str) -> str:
 
 def console() -> Console:
     """Standard output; wide enough for the tables where it is a file."""
-    return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    return make_console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 def thread_counts(options: Options) -> tuple[int, ...]:
@@ -155,7 +152,7 @@ def left_out(options: Options, console: Console) -> Callable[[str], None]:
             raise InputError("implementations", reason.partition(":")[0], f"others ({reason})")
         if reason not in said:
             said.add(reason)
-            console.print(f"Left out: {reason}.", highlight=False, soft_wrap=True)
+            cli.say(console, f"Left out: {reason}.")
 
     return say
 
@@ -190,8 +187,8 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
 
     It redraws only then: nothing of ours may run while something is measured.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    shown = console.is_terminal
+    columns = text_column("{task.description}"), BarColumn(), MofNCompleteColumn()
+    shown = is_watched(console)
     display = Progress(*columns, console=console, auto_refresh=False, disable=not shown)
     with display:
         task = display.add_task("", total=total)
@@ -200,6 +197,8 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
         def begin(what: str) -> None:
             nonlocal begun
             begun += 1
+            if not shown:
+                cli.say(console, f"{what} ({begun + 1} of {total})")
             display.update(task, description=what, completed=begun, refresh=True)
 
         yield begin

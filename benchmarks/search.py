@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 import ktg_jax as ktg
 from benchmarks import report
@@ -19,7 +18,9 @@ from benchmarks.machine import cores, machine
 from benchmarks.task import Figures
 from experiments import cli
 from experiments.assemble import load
+from experiments.console import Table
 from experiments.options import import_modules
+from experiments.pictures import drawn
 from experiments.process import prepare
 from experiments.searching import config as search_config
 from experiments.searching.config import SearchConfig
@@ -191,7 +192,8 @@ def _measure_quality(options: SearchOptions, console: Console, content: dict[str
         curves, content["quality"] = quality(_quality_search(options), seeds, budgets, begin)
     report.save(options, content)
     if options.picture is not None:
-        draw_quality(curves, Path(options.picture))
+        path = Path(options.picture)
+        drawn(console, path, lambda: draw_quality(curves, path))
     console.print(_quality_table(content["quality"]))
 
 

@@ -16,7 +16,6 @@ from typing import Literal
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 import ktg_jax as ktg
 from benchmarks.task import Figures
@@ -32,6 +31,7 @@ from experiments.searching.trial import Trainer
 from experiments.searching.worker import Worker
 from ktg_jax.draw import style
 from ktg_jax.files import atomic_path
+from ktg_jax.mpl import Figure
 from ktg_jax.search.engine import optuna
 
 METHODS: dict[str, tuple[Literal["random", "tpe"], Pruner]] = {

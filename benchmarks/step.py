@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 import ktg_jax as ktg
 from benchmarks import report
@@ -25,6 +24,7 @@ from benchmarks.measure import Spread, Worker, interleaved, spread, start_all
 from benchmarks.ours import initial_state
 from benchmarks.task import BASELINE, COMPILED_BASELINE, IMPLEMENTATIONS, OURS, Figures, Task
 from experiments import cli
+from experiments.console import Table
 from ktg_jax.errors import InputError
 
 CASES = (

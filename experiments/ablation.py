@@ -7,20 +7,26 @@ and combined.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 
 import ktg_jax as ktg
 from experiments import cli
 from experiments.ablating.arms import Arm, Setting, chosen
-from experiments.ablating.config import AblationConfig, check, parse, resolved
+from experiments.ablating.config import AblationConfig, check, default_workdir, parse, resolved
 from experiments.ablating.folder import AblationFolder
 from experiments.ablating.study import Record, results_of
 from experiments.ablating.tables import markdown, table
-from experiments.assemble import data_facts, load
+from experiments.assemble import check_steps, data_facts, load, weights_checksum
+from experiments.console import busy, make_console
+from experiments.identity import is_own
+from experiments.networks import check_models
 from experiments.options import import_modules
-from experiments.process import prepare
+from experiments.pictures import drawn
+from experiments.process import check_platform, prepare
+from experiments.progress import Countdown
 from experiments.representing.aggregation import make_prior, prior_fields
 from experiments.representing.folder import PriorFolder
 from experiments.representing.teacher import (
@@ -34,7 +40,6 @@ from experiments.representing.teacher import (
 from experiments.train import train
 from experiments.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.representing import KernelShapes
@@ -44,7 +49,7 @@ def main() -> None:
     """Runs what the command line describes."""
     config = parse()
     prepare(config.compile_cache)
-    ablate(config, Console())
+    ablate(config, make_console())
 
 
 def ablate(config: AblationConfig, console: Console) -> None:
@@ -55,19 +60,27 @@ def ablate(config: AblationConfig, console: Console) -> None:
         RunError: a fit or a training cannot go on.
     """
     import_modules(config.imports)
+    check_platform()
     check(config)
     arms = chosen(config.arms)
     if config.teacher is not None:
         first = config.represent(config.students[0], config.seed, "fit")
         check_teacher_run(config.teacher, first)
+    dataset = None
+    if config.workdir is None:
+        config, dataset = _with_workdir(config)
     fields = resolved(config)
     for student in config.students:
         AblationFolder(config.folder_of(student)).check(fields)
-    dataset = load(config)
-    steps_per_epoch(len(dataset.train), config.batch_size)
+    dataset = dataset or load(config)
+    check_steps(config, dataset)
+    models = {f"students[{i}]": student for i, student in enumerate(config.students)}
+    if config.teacher is None:
+        models["teacher_model"] = config.teacher_model
+    check_models(config.training(config.seed), models, dataset)
     if dataset.test is None:
         raise InputError("data", config.data, "data with test images")
-    with console.status("Preparing convolutions"):
+    with busy(console, "Preparing convolutions"):
         ktg.cpu_convolution()
     kernels = _kernels(config, arms, dataset)
     teacher = _teacher(config, kernels, dataset, console)
@@ -78,17 +91,29 @@ def ablate(config: AblationConfig, console: Console) -> None:
     ]
     with ExitStack() as locks:
         for study in studies:
-            study.folder.begin(fields | {"student": study.student} | facts, config.data_dir)
-            locks.enter_context(study.folder.locked())
+            whose = fields | {"student": study.student} | facts
+            locks.enter_context(study.folder.begun(whose, config.data_dir))
+        progress = _Progress(studies, arms, console)
         for done, seed in enumerate(config.all_seeds, start=1):
             for study in studies:
                 for arm in arms:
-                    study.run(arm, seed)
+                    progress.run(study, arm, seed)
                 results = study.sum_up(arms, config.all_seeds[:done])
                 if done == config.seeds:
                     cli.say(console, f"{study.student}:")
                     console.print(table(results))
     cli.say(console, f"Results, tables and curves are in {config.folder}.")
+
+
+def _with_workdir(config: AblationConfig) -> tuple[AblationConfig, Dataset | None]:
+    """The configuration with a default folder, and the data where that was needed for its name."""
+    facts: dict[str, Any] = {}
+    dataset = load(config) if is_own(config.data) else None
+    if dataset is not None:
+        facts["data_facts"] = data_facts(dataset)
+    if config.teacher is not None:
+        facts["teacher"] = weights_checksum(config.teacher)
+    return replace(config, workdir=str(default_workdir(config, facts))), dataset
 
 
 def _kernels(
@@ -125,6 +150,27 @@ def _teacher(
     return teacher
 
 
+class _Progress:
+    """Says which run is made, how many there are, and how long they take."""
+
+    def __init__(self, studies: Sequence["Study"], arms: Sequence[Arm], console: Console) -> None:
+        self._console = console
+        seeds = studies[0].config.all_seeds
+        runs = [study.is_done(arm, seed) for study in studies for arm in arms for seed in seeds]
+        self._total, self._done = len(runs), sum(runs)
+        self._countdown = Countdown(self._total, self._done)
+
+    def run(self, study: "Study", arm: Arm, seed: int) -> None:
+        """Trains an arm with a seed, unless that is done."""
+        if study.is_done(arm, seed):
+            return
+        left = self._countdown.left(self._done)
+        self._done += 1
+        at = f"run {self._done} of {self._total}, {left}"
+        cli.say(self._console, f"{study.student}, {arm.name}, seed {seed}: {arm.about}; {at}")
+        study.run(arm, seed)
+
+
 @dataclass(frozen=True)
 class Study:
     """All arms of one student.
@@ -150,12 +196,13 @@ class Study:
         """Of the priors and runs."""
         return AblationFolder(self.config.folder_of(self.student))
 
+    def is_done(self, arm: Arm, seed: int) -> bool:
+        """Whether an arm was trained with a seed."""
+        return self.folder.run(arm.name, seed).result is not None
+
     def run(self, arm: Arm, seed: int) -> None:
-        """Trains an arm with a seed, unless that is done, and makes its priors before."""
+        """Trains an arm with a seed, and makes its priors before."""
         run = self.folder.run(arm.name, seed)
-        if run.result is not None:
-            return
-        cli.say(self.console, f"{self.student}, {arm.name}, seed {seed}: {arm.about}.")
         for aggregation in arm.aggregations:
             how = self.config.represent(self.student, seed, aggregation)
             kernels = self.kernels[aggregation]
@@ -184,16 +231,21 @@ class Study:
 
     def sum_up(self, arms: Sequence[Arm], seeds: Sequence[int]) -> Record:
         """Writes, and returns, what is known after these seeds."""
-        from experiments.ablating.pictures import draw_arms  # matplotlib takes a second
-
         folder = self.folder
         runs: dict[str, list[Workdir]] = {
             arm.name: [folder.run(arm.name, seed) for seed in seeds] for arm in arms
         }
         results = results_of(arms, runs, seeds, self.config.reach)
         write_text(folder.path / "results.md", markdown(results))
-        draw_arms(results, [folder.path / "curves.svg", folder.path / "curves.png"])
         folder.write("results.json", results)
+        paths = [folder.path / "curves.svg", folder.path / "curves.png"]
+
+        def draw() -> None:
+            from experiments.ablating.pictures import draw_arms  # matplotlib takes a second
+
+            draw_arms(results, paths)
+
+        drawn(self.console, paths[0], draw)
         return results
 
 

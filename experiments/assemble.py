@@ -1,26 +1,30 @@
 """From a configuration to everything that training needs, checked and on the devices."""
 
 import functools
+import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import ktg_jax as ktg
-from experiments.config import TrainConfig
-from experiments.options import Training
+from experiments.config import PRETRAINED, TrainConfig
+from experiments.networks import check_networks, node_functions, parallel_of
+from experiments.options import MOST, Training
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
+from ktg_jax.errors import InputError, part_of
 from ktg_jax.loop import Arrays, Means
-from ktg_jax.representing import about_prior, load_readers, projected, readers_checksum
+from ktg_jax.representing import about_prior, readers_checksum
 from ktg_jax.state import GraphState
-from ktg_jax.step import split_outputs
+from ktg_jax.trees import digest
 from ktg_jax.weights import load_weights, with_weights
 
 
@@ -82,26 +86,89 @@ def load(training: Training, with_test: bool = True) -> Dataset:
     )
 
 
+def check_steps(training: Training, dataset: Dataset, field: str = "epochs") -> int:
+    """The updates of an epoch.
+
+    Raises:
+        InputError: a batch larger than the data, or more updates in all epochs, of which this field
+            has the number, than can be counted.
+    """
+    per_epoch = steps_per_epoch(len(dataset.train), training.batch_size)
+    if getattr(training, field) * per_epoch > MOST:
+        allowed = f"at most {MOST // per_epoch:,}, of {per_epoch:,} steps each"
+        raise InputError(field, getattr(training, field), allowed)
+    return per_epoch
+
+
 def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """What must be the same when a run is resumed on data that may have changed meanwhile."""
-    train = dataset.train
+    """What must be the same when a run is resumed on data that may have changed meanwhile.
+
+    Of splits that are not there, or were not read, there is no checksum.
+    """
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    names = json.dumps(dataset.class_names)
     return {
         "classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
-        "train": len(train),
-        "val": len(dataset.val) if dataset.val else 0,
-        "test": len(dataset.test) if dataset.test else 0,
-        "train_crc32": zlib.crc32(train.images.tobytes(), zlib.crc32(train.labels.tobytes())),
+        **{name: len(split) if split else 0 for name, split in splits.items()},
+        "class_names_crc32": zlib.crc32(names.encode()),
+        **{f"{name}_crc32": _checksum(split) for name, split in splits.items() if split},
     }
 
 
-def prior_facts(graph: ktg.Graph) -> dict[str, Any]:
-    """Checksums of priors and projections: they, too, must be the same when a run is resumed."""
-    nodes = graph.nodes
-    sums = {n.name: about_prior(n.prior)["checksum"] for n in nodes if n.prior is not None}
-    seen = {n.name: readers_checksum(n.projection) for n in nodes if n.projection is not None}
-    facts = {"prior_facts": sums, "projection_facts": seen}
-    return {field: found for field, found in facts.items() if found}
+def without_test(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of data, but for what is known of its test images."""
+    return {field: value for field, value in facts.items() if field not in ("test", "test_crc32")}
+
+
+def _checksum(split: Split) -> int:
+    labels = zlib.crc32(np.ascontiguousarray(split.labels).data)
+    return zlib.crc32(np.ascontiguousarray(split.images).data, labels)
+
+
+def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
+    """All checksums of what a run rests on: `data_facts` and `graph_facts`."""
+    return {"data_facts": data_facts(dataset), **graph_facts(graph)}
+
+
+def graph_facts(graph: ktg.Graph) -> dict[str, Any]:
+    """Checksums of weights, priors and projections, which must be the same, too.
+
+    Networks that are trained alone first are told by the run itself, and have none.
+
+    Raises:
+        InputError: a file or a folder that cannot be read.
+    """
+    checksums: dict[str, dict[str, Any]] = {}
+    index = {str(node.name): i for i, node in enumerate(graph.nodes)}
+    for name, field, path in graph_files(graph):
+        with part_of(f"nodes[{index[name]}].{field}"):
+            checksums.setdefault(f"{field}_facts", {})[name] = _CHECKSUMS[field](path)
+    return checksums
+
+
+def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
+    """The files that nodes are made from: the node's name, its field, and the path."""
+    return [
+        (str(node.name), field, path)
+        for node in graph.nodes
+        for field in _CHECKSUMS
+        if (path := getattr(node, field)) not in (None, PRETRAINED)
+    ]
+
+
+def weights_checksum(source: str) -> int:
+    """Of a node's weights; arguments and errors as of `load_weights`."""
+    weights = load_weights(source)
+    return digest(weights.params | weights.model_state)
+
+
+_CHECKSUMS: dict[str, Callable[[str], Any]] = {
+    "weights": weights_checksum,
+    "prior": lambda path: about_prior(path)["checksum"],
+    "projection": readers_checksum,
+}
+"""Of the fields of a node that are paths."""
 
 
 def assemble(
@@ -113,23 +180,19 @@ def assemble(
     """Builds the run, on these devices (default: all of this process's).
 
     Raises:
-        InputError: weights or a prior that does not fit, a batch larger than the data, a model
-            that cannot compute in bfloat16.
+        InputError: weights or a prior that does not fit, a batch larger than the data, a network
+            that does not fit the data or cannot compute in bfloat16.
     """
-    weights = {i: load_weights(node.weights) for i, node in enumerate(graph.nodes) if node.weights}
-    parallel = ktg.Parallel(config.parallel, devices or jax.local_devices())
+    check_networks(config, graph, dataset, devices)
+    weights = {}
+    for i, node in enumerate(graph.nodes):
+        if node.weights:
+            with part_of(f"nodes[{i}].weights"):
+                weights[i] = load_weights(node.weights)
+    parallel = parallel_of(config, devices)
     engine_name = choose_engine(config.engine, parallel, config.steps_per_call)
-    per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
-    dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
-    node_fns = [
-        _as_seen(
-            node,
-            ktg.build_model(
-                node.model, dataset.num_classes, dtype=dtype, axis_name=parallel.axis_name
-            ),
-        )
-        for node in graph.nodes
-    ]
+    per_epoch = check_steps(config, dataset)
+    node_fns = node_functions(config, graph, dataset, parallel)
     total_steps = config.epochs * per_epoch
     optimizer = _optimizer(
         config.schedule,
@@ -150,7 +213,6 @@ def assemble(
     for i, node_weights in weights.items():
         state = with_weights(state, i, node_weights)
     state, priors = ktg.with_priors(state, graph)
-    _check_outputs(graph, node_fns, state, sample)
     task: dict[str, Any] = {
         "image_shape": dataset.image_shape,
         "total_steps": total_steps,
@@ -195,37 +257,10 @@ def _optimizer(
     return ktg.sgd(rate, weight_decay)
 
 
-def _check_outputs(
-    graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], state: GraphState, images: jax.Array
-) -> None:
-    """Raises InputError unless the nodes put out what their edges compare."""
-    if not graph.edge_weights.needs_stages:
-        return
-
-    def losses(state: GraphState, images: jax.Array) -> Any:
-        outputs: list[Any] = [
-            ktg.node_forward(params, model_state, images, fns=fns, frozen=True, with_stages=True)[0]
-            for fns, params, model_state in zip(
-                node_fns, state.params, state.model_state, strict=True
-            )
-        ]
-        logits, stages = split_outputs(outputs, graph.edge_weights)
-        labels = jnp.zeros(len(images), jnp.int32)
-        return ktg.graph_gradients(
-            logits, labels, graph.gate_codes, 1.0, graph.temperature, stages, graph.edge_weights
-        )
-
-    jax.eval_shape(losses, state, images)
-
-
-def _as_seen(node: ktg.Node, fns: ktg.NodeFns) -> ktg.NodeFns:
-    """The node's functions, its stages as the others see them."""
-    return fns if node.projection is None else projected(fns, load_readers(node.projection))
-
-
 def _summary(config: TrainConfig, graph: ktg.Graph, dataset: Dataset, engine: Engine) -> str:
     sizes = [f"{len(dataset.train)} training"]
-    sizes += [f"{len(dataset.val)} validation"] if dataset.val else []
+    own = " (of its own)" if dataset.own_val else ""
+    sizes += [f"{len(dataset.val)} validation{own}"] if dataset.val else []
     sizes += [f"{len(dataset.test)} test"] if dataset.test else []
     edges = sum(
         gate != "cutoff"

@@ -2,44 +2,49 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
+from typing import Annotated, Any, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
-from experiments.options import Training, at_least, check_training, digest
+from experiments import command_line
+from experiments.folder import place_of
+from experiments.identity import data_kind, identity, without_facts
+from experiments.options import DATA_AND_TRAINING, Training, at_least, check_training, digest
 from experiments.searching.folder import found_graph, is_search, split_source
 from ktg_jax.errors import InputError
 
 PRESETS = ("mutual", "independent", "distillation", "chain")
 DEFAULT_MODELS = ("cnn", "cnn", "cnn")
+MOST_CPU_DEVICES = 1024
 PRETRAINED = "pretrained"
 """As a node's weights: those of the same network, trained alone first."""
 
 
 @dataclass(frozen=True)
 class _GraphOptions:
-    graph: str = "mutual"
+    graph: Annotated[str, "FILE|NAME"] = "mutual"
     """A JSON file, or a preset: mutual (every gate through), independent (labels only),
     distillation (the first model is the student, the others its frozen teachers), chain (each
     model learns from the next); or what experiments.search found: the folder of a search for its
     best graph, DIR:TRIAL for another."""
-    models: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], "MODEL"] = ()
     """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ...
     Without them: cnn cnn cnn."""
-    weights: tuple[str, ...] = ()
+    weights: Annotated[tuple[str, ...], "DIR|FILE"] = ()
     """Initial weights of a preset's nodes, one a model: a run's folder, DIR:node, a .safetensors
-    file, pretrained (trained alone first, on the same data, and kept for other runs), or none."""
+    file, pretrained (trained alone first, on the same data, and kept for other runs), or none.
+    Without them: none."""
     temperature: float | None = None
     """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
     prune: bool = False
     """Leave out nodes that cannot influence the target."""
-    imports: tuple[str, ...] = ()
+    imports: Annotated[tuple[str, ...], "MODULE"] = ()
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
 
@@ -76,12 +81,18 @@ def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     check_training(config)
     at_least(config, 1, "steps_per_call")
-    if config.cpu_devices is not None:
-        at_least(config, 1, "cpu_devices")
+    at_least(config, 1, "cpu_devices", most=MOST_CPU_DEVICES)
 
 
 def build_graph(config: TrainConfig) -> ktg.Graph:
     """The graph that the options describe."""
+    with as_given(config):
+        graph = _whole_graph(config)
+    return graph.pruned() if config.prune else graph
+
+
+def _whole_graph(config: TrainConfig) -> ktg.Graph:
+    """The same, with the nodes that `prune` leaves out."""
     if config.graph in PRESETS:
         graph = _preset(config.graph, _preset_nodes(config))
     else:
@@ -92,12 +103,42 @@ def build_graph(config: TrainConfig) -> ktg.Graph:
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
     for i, node in enumerate(graph.nodes):
-        if i in graph.frozen and node.weights is None:
+        if i in graph.frozen and not node.weights:
             raise InputError(
                 f"nodes[{i}].weights", None, f"weights for node {node.name}: it is frozen"
             )
-        ktg.models.check_model(node.model)
-    return graph.pruned() if config.prune else graph
+        ktg.models.check_model(node.model, f"nodes[{i}].model")
+    return graph
+
+
+@contextmanager
+def as_given(config: TrainConfig, pruned: bool = False) -> Iterator[None]:
+    """Within it, an InputError about a node of the graph names what was given for the node.
+
+    `nodes[1].model` is `models[1]` where that is an option.
+
+    Args:
+        config: that the graph was built of.
+        pruned: whether the nodes that `prune` leaves out are not counted within.
+    """
+    try:
+        yield
+    except InputError as error:
+        kept = _whole_graph(config).needed_nodes() if config.prune and pruned else None
+
+        def given(found: re.Match[str]) -> str:
+            number, field = found.groups()
+            index = number if kept is None else str(kept[int(number)])
+            option = {"model": "models", "weights": "weights"}.get(field, "")
+            if option and config.graph in PRESETS and getattr(config, option):
+                return f"{option}[{index}]"
+            return found[0].replace(number, index)
+
+        name = _OF_NODE.sub(given, error.field)
+        raise InputError(name, error.value, error.allowed) from None
+
+
+_OF_NODE = re.compile(r"(?:nodes\[|weights of node )([0-9]+)(?:\]\.(model|weights))?")
 
 
 def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
@@ -113,31 +154,36 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
 
 
 def default_workdir(config: TrainConfig, fields: Mapping[str, Any]) -> Path:
-    """A folder's name from what determines the run."""
-    data = config.data.partition(":")[0]
+    """A folder's name from what determines the run: checksums in the place of paths.
+
+    Args:
+        config: of the run.
+        fields: `resolved`, with the checksums of all that has a path.
+    """
     name = Path(config.graph).stem.replace(":", "-")
-    return Path("runs") / f"{data}-{name}-{digest(fields)}"
+    keys = (digest(identity(fields)), digest(without_facts(fields)))
+    return place_of("runs", f"{data_kind(config.data)}-{name}", fields, keys)
 
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The configuration of a command line (default: this process's)."""
-    return tyro.cli(
-        TrainConfig,
-        prog="python -m experiments.train",
-        description=f"{cleandoc(TrainConfig.__doc__ or '')}\n\n{EXAMPLES}",
-        args=arguments,
-    )
+    return command_line.parse(TrainConfig, "experiments.train", GROUPS, EXAMPLES, arguments)
 
 
-EXAMPLES = """Examples:
+GROUPS = {"graph": "graph", **DATA_AND_TRAINING, "speed": "parallel", "folder": "workdir"}
+
+EXAMPLES = r"""Examples:
   python -m experiments.train
-  python -m experiments.train --graph independent --models resnet20 --data cifar10
-  python -m experiments.train --graph mutual --models resnet32 resnet32 wrn28_2 --data cifar100
-      --epochs 200 --val-fraction 0 --workdir runs/dml
-  python -m experiments.train --graph distillation --models resnet8 resnet20
+  python -m experiments.train --graph independent --models resnet20 \
+      --data cifar10 --workdir runs/teacher
+  python -m experiments.train --graph mutual \
+      --models resnet32 resnet32 wrn28_2 --data cifar100 --epochs 200 \
+      --val-fraction 0 --workdir runs/dml
+  python -m experiments.train --graph distillation --models resnet8 resnet20 \
       --weights none runs/teacher --temperature 4 --data cifar10
   python -m experiments.train --graph my_graph.json --data npz:images.npz
-  python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 --epochs 200"""
+  python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 \
+      --epochs 200"""
 
 
 def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
@@ -148,7 +194,7 @@ def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
     """
     return with_weights(
         graph,
-        lambda i, node: PRETRAINED if i in graph.frozen and node.weights is None else node.weights,
+        lambda i, node: node.weights or (PRETRAINED if i in graph.frozen else None),
     )
 
 
@@ -160,10 +206,11 @@ def with_weights(graph: ktg.Graph, source: Callable[[int, ktg.Node], str | None]
 
 def _graph_of(source: str) -> ktg.Graph:
     """The graph of a file, or of a search."""
-    if Path(source).is_file():
-        return ktg.Graph.load(source)
-    if is_search(split_source(source)[0]):
-        return with_pretrained(found_graph(source))
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return ktg.Graph.load(path)
+    if is_search(split_source(path)[0]):
+        return with_pretrained(found_graph(path))
     allowed = f"{', '.join(PRESETS)}, a JSON file, or a folder of experiments.search"
     raise InputError("graph", source, allowed)
 

@@ -4,9 +4,9 @@
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,59 +15,64 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 import ktg_jax as ktg
-from experiments import cli
-from experiments.assemble import data_facts
+from experiments import cli, command_line
+from experiments.assemble import data_facts, without_test
+from experiments.console import Table, make_console
+from experiments.identity import data_kind, is_own
 from experiments.options import import_modules
-from experiments.process import prepare
+from experiments.process import check_platform, prepare
 from experiments.results import best_epoch
 from experiments.workdir import Workdir
-from ktg_jax.checkpoint import checkpoint_epochs, read_nodes
+from ktg_jax.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.engines import choose_engine, make_per_node_evaluator
-from ktg_jax.errors import InputError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.loop import Arrays, Means, evaluation_batch_size, make_evaluator
 from ktg_jax.nodes import NodeFns
 from ktg_jax.state import GraphState
+from ktg_jax.streams import without_stream
 from ktg_jax.trees import unflatten
 from ktg_jax.weights import save_node
 
-EXAMPLES = """Examples:
+GROUPS = {"evaluation": "split", "export": "export", "speed": "compile_cache"}
+
+EXAMPLES = r"""Examples:
   python -m experiments.evaluate runs/dml
   python -m experiments.evaluate runs/dml --split val --checkpoint best
-  python -m experiments.evaluate runs/dml --export student.safetensors --node resnet32-0"""
+  python -m experiments.evaluate runs/dml --export student.safetensors \
+      --node resnet32-0"""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluate every node of a run and their ensemble (summed logits)."""
 
-    workdir: Annotated[str, tyro.conf.Positional]
+    workdir: Annotated[str, tyro.conf.Positional, "WORKDIR"]
     """Folder of a run of experiments.train."""
     split: Literal["test", "val", "train"] = "test"
     """Images to evaluate on."""
     checkpoint: Literal["last", "best"] = "last"
     """Of the last epoch, or of the target's best on validation."""
+    data: str | None = None
+    """npz:FILE or folder:DIR: where data of your own is now (default: where it was in training)."""
     data_dir: str | None = None
-    """Where the data is (default: where it was in training)."""
-    export: str | None = None
+    """Where the data is, else where it was in training; of data of your own, the folder that it is
+    in now."""
+    export: Annotated[str | None, "FILE"] = None
     """Write one node alone to this .safetensors file, too."""
-    node: str | None = None
-    """The node to export (default: the target)."""
+    node: Annotated[str | None, "NAME"] = None
+    """The node to export; else the target."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
 
 
 def main() -> None:
     """Evaluates what the command line describes."""
-    description = f"{cleandoc(EvaluateConfig.__doc__ or '')}\n\n{EXAMPLES}"
-    config = tyro.cli(
-        EvaluateConfig, prog="python -m experiments.evaluate", description=description
-    )
+    config = command_line.parse(EvaluateConfig, "experiments.evaluate", GROUPS, EXAMPLES)
     prepare(config.compile_cache)
-    evaluate(config, Console())
+    evaluate(config, make_console())
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
@@ -84,16 +89,18 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         raise InputError("node", config.node, "only together with --export")
     graph, run = workdir.graph, workdir.config
     import_modules(tuple(run["imports"]))
+    check_platform()
     facts = run["data_facts"]
     dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32
     node_fns = [ktg.build_model(n.model, facts["classes"], dtype=dtype) for n in graph.nodes]
     epoch, state = _restore(workdir, graph, node_fns, config.checkpoint, facts["image_shape"])
     if config.export is not None:
         _export(config.export, config.node, graph, state, facts, epoch)
-        console.print(f"Wrote {config.export}.", highlight=False, soft_wrap=True)
+        cli.say(console, f"Wrote {config.export}. It takes uint8 images divided by 255.")
 
+    data = _data_now(config, workdir)
     dataset = load_dataset(
-        run["data"],
+        data,
         config.data_dir or workdir.data_dir,
         train_limit=run["train_limit"],
         val_fraction=run["val_fraction"],
@@ -101,18 +108,16 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         split_seed=run["split_seed"],
         with_test=config.split == "test",
     )
-    _check_data(run["data"], facts, data_facts(dataset), config.split)
+    _check_data(data, facts, data_facts(dataset), config.split)
+    if config.export is not None:  # anew: the names of the classes are with the data
+        _export(config.export, config.node, graph, state, facts, epoch, dataset.class_names)
     split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
     if split is None:
         raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
     arrays = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
     means = _evaluate(node_fns, state, arrays, dataset.image_shape)
 
-    console.print(
-        f"{config.workdir}, epoch {epoch}, {len(split)} {config.split} images:",
-        highlight=False,
-        soft_wrap=True,
-    )
+    cli.say(console, f"{config.workdir}, epoch {epoch}, {len(split)} {config.split} images:")
     table = Table("node", "model", "loss", "accuracy", box=None)
     for i, node in enumerate(graph.nodes):
         table.add_row(node.name, node.model, *_cells(means["loss"][i], means["accuracy"][i]))
@@ -131,7 +136,10 @@ def _restore(
     wanted = None
     if checkpoint == "best":
         newest = max(checkpoint_epochs(workdir.checkpoints), default=0)
-        wanted = best_epoch(workdir.records(up_to_epoch=newest))
+        try:
+            wanted = best_epoch(workdir.records(up_to_epoch=newest))
+        except RunError:  # metrics.jsonl is damaged
+            wanted = best_checkpoint(workdir.checkpoints)
         if wanted is None:
             raise InputError("checkpoint", "best", "last: the run had no validation images")
     epoch, nodes = read_nodes(workdir.checkpoints, wanted)
@@ -141,9 +149,8 @@ def _restore(
         template = jax.eval_shape(fns.init, jax.random.key(0), images)
         stored = nodes[str(node.name)]
         params.append(unflatten(template[0], stored["params"], f"checkpoint of {node.name}"))
-        model_state.append(
-            unflatten(template[1], stored["model_state"] or {}, f"checkpoint of {node.name}")
-        )
+        shapes, found = map(without_stream, (template[1], stored["model_state"] or {}))
+        model_state.append(unflatten(shapes, found, f"checkpoint of {node.name}"))
     none = (None,) * len(node_fns)
     return epoch, GraphState(tuple(params), tuple(model_state), none, jnp.zeros((), jnp.int32))
 
@@ -161,13 +168,39 @@ def _evaluate(
     return make_evaluator(node_fns, parallel, size)(state, data)
 
 
-def _check_data(data: str, was: dict[str, Any], now: dict[str, Any], split: str) -> None:
-    """Refuses data that is not what the run was trained on; test images count if they are read."""
-    for key in now:
-        if was[key] == now[key] or (key == "test" and split != "test"):
-            continue
-        allowed = f"what the run was trained on ({key}: {was[key]}, now {now[key]})"
+def _data_now(config: EvaluateConfig, workdir: Workdir) -> str:
+    """The run's data, a user's own by the path where it is now.
+
+    Raises:
+        InputError: `--data` is of another kind, or the data is not there any more.
+    """
+    data = workdir.data
+    kind, _, path = data.partition(":")
+    if config.data is not None and (data_kind(config.data) != kind or not is_own(data)):
+        allowed = f"{kind}:PATH, for data of that kind" if is_own(data) else f"nothing but {data}"
+        raise InputError("data", config.data, allowed)
+    if not is_own(data):
+        return data
+    if config.data is not None:
+        data = config.data
+    elif config.data_dir is not None:
+        there = os.path.join(config.data_dir, os.path.basename(path.rstrip("/")))
+        data = f"{kind}:{there if os.path.exists(there) else config.data_dir}"
+    elif not os.path.exists(os.path.expanduser(path)):
+        allowed = f"data that is there; --data {kind}:PATH says where it is now"
         raise InputError("data", data, allowed)
+    return data
+
+
+def _check_data(data: str, was: dict[str, Any], now: dict[str, Any], split: str) -> None:
+    """Refuses data that is not what the run rests on.
+
+    Test images count if they are read. A run of former times does not have all checksums.
+    """
+    for key in now if split == "test" else without_test(now):
+        if key in was and was[key] != now[key]:
+            allowed = f"what the run was trained on ({key}: {was[key]}, now {now[key]})"
+            raise InputError("data", data, allowed)
 
 
 def _export(
@@ -177,6 +210,7 @@ def _export(
     state: GraphState,
     facts: dict[str, Any],
     epoch: int,
+    class_names: tuple[str, ...] = (),
 ) -> None:
     names = [str(node.name) for node in graph.nodes]
     if name is not None and name not in names:
@@ -184,6 +218,7 @@ def _export(
     index = 0 if name is None else names.index(name)
     if not Path(path).absolute().parent.is_dir():
         raise InputError("export", path, "a file in a folder that exists")
+    classes = {"class_names": json.dumps(class_names)} if class_names else {}
     save_node(
         path,
         state.params[index],
@@ -191,7 +226,7 @@ def _export(
         model=graph.nodes[index].model,
         num_classes=facts["classes"],
         image_shape=tuple(facts["image_shape"]),
-        about={"node": names[index], "epoch": json.dumps(epoch)},
+        about={"node": names[index], "epoch": json.dumps(epoch)} | classes,
     )
 
 

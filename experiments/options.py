@@ -7,27 +7,43 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ktg_jax.errors import InputError
+from ktg_jax.errors import InputError, in_a_line
+
+MOST = 2**31 - 1
+"""Of whatever is counted: steps are 32-bit integers."""
+
+MOST_SEED = 2**32 - 1
+"""Of a larger one JAX takes the last 32 bits: it would be another seed without a word."""
+
+MOST_SEEDS = 1000
+"""Of one command."""
+
+MOST_IMAGE_SIZE = 4096
+MOST_RATE = 1e30
+"""Of learning and decay, which are float32."""
+DATA_AND_TRAINING = {"data": "data", "training": "epochs"}
+"""The groups of the options of `Training`, by their first fields."""
 
 
 @dataclass(frozen=True)
 class Training:
     """The data, and how networks are trained on it."""
 
-    data: str = "digits"
+    data: Annotated[str, "NAME"] = "digits"
     """digits | cifar10 | cifar100 | tiny_imagenet | npz:FILE | folder:DIR."""
     data_dir: str | None = None
     """Where cifar10, cifar100 or tiny_imagenet are; else tensorflow-datasets' own folder."""
     train_limit: int | None = None
-    """Use only so many training images (stratified), validation images included."""
+    """Use only so many training images (stratified), validation images included; else all."""
     val_fraction: float = 0.1
-    """Share of the training images held out for validation (stratified); 0: none."""
+    """Share of the training images held out for validation (stratified); 0: none. Not used where
+    the data has validation images of its own."""
     split_seed: int = 0
     """Seed of the limit and of the validation split; independent of --seed."""
     image_size: int | None = None
-    """Resize images to so many pixels a side on load."""
+    """Resize images to so many pixels a side on load; else they stay as they are."""
 
     epochs: int = 15
     """Passes over the training images."""
@@ -54,14 +70,16 @@ class Training:
 def check_training(training: Training) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     at_least(training, 1, "epochs", "batch_size")
-    at_least(training, 0, "warmup_epochs", "seed", "split_seed")
-    for field in ("train_limit", "image_size"):
-        if getattr(training, field) is not None:
-            at_least(training, 1, field)
+    at_least(training, 0, "warmup_epochs")
+    at_least(training, 0, "seed", most=MOST_SEED)
+    at_least(training, 0, "split_seed", most=2**63 - 1)
+    at_least(training, 1, "train_limit")
+    at_least(training, 1, "image_size", most=MOST_IMAGE_SIZE)
     if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
         raise InputError("learning_rate", training.learning_rate, "a finite number above 0")
     if not (math.isfinite(training.weight_decay) and training.weight_decay >= 0):
         raise InputError("weight_decay", training.weight_decay, "a finite number of at least 0")
+    at_least(training, 0, "learning_rate", "weight_decay", most=MOST_RATE)
     if not 0 <= training.val_fraction < 1:
         raise InputError("val_fraction", training.val_fraction, "at least 0 and below 1")
     if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
@@ -74,11 +92,24 @@ def training_fields(training: Training) -> dict[str, Any]:
     return {field.name: getattr(training, field.name) for field in dataclasses.fields(Training)}
 
 
-def at_least(options: Any, minimum: float, *fields: str) -> None:
-    """Raises InputError for the first of these fields that is less."""
+def at_least(options: Any, minimum: float, *fields: str, most: float = MOST) -> None:
+    """Raises InputError for the first of these fields that is less, or more than `most`.
+
+    A field that is None is left alone.
+    """
     for field in fields:
-        if getattr(options, field) < minimum:
-            raise InputError(field, getattr(options, field), f"at least {minimum}")
+        value = getattr(options, field)
+        if value is not None and value < minimum:
+            raise InputError(field, value, f"at least {minimum}")
+        if value is not None and value > most:
+            raise InputError(field, value, f"at most {most:,}")
+
+
+def check_seeds(first: int, number: int) -> None:
+    """Raises InputError unless so many seeds from the first on are seeds."""
+    if first + number - 1 > MOST_SEED:
+        allowed = f"at most {MOST_SEED:,}, the {number} seeds from it on included"
+        raise InputError("seed", first, allowed)
 
 
 def digest(fields: Mapping[str, Any], length: int = 8) -> str:
@@ -93,9 +124,14 @@ def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def import_modules(names: tuple[str, ...]) -> None:
-    """Imports the user's modules, which may register models."""
+    """Imports the user's modules, which may register models.
+
+    Raises:
+        InputError: a module that is not there, or that raises anything.
+    """
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise InputError("imports", name, f"a module that can be imported ({error})") from None
+        except (Exception, SystemExit) as error:
+            allowed = f"a module that can be imported ({in_a_line(error)})"
+            raise InputError("imports", name, allowed) from error

@@ -6,7 +6,6 @@ everything that it depends on.
 """
 
 import dataclasses
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 import ktg_jax as ktg
 from experiments.assemble import data_facts
 from experiments.config import PRETRAINED, TrainConfig, build_graph, resolved, with_weights
+from experiments.folder import place_of
+from experiments.identity import identity
+from experiments.locks import lock_if_possible
 from experiments.options import digest
 from experiments.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
@@ -68,12 +70,21 @@ def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Trai
         tensorboard=False,
     )
     dataset = dataclasses.replace(dataset, test=None)
-    known = resolved(alone, build_graph(alone)) | {"data_facts": data_facts(dataset)}
-    path = cache_folder() / PRETRAINED / f"{model}-{digest(known, 16)}"
-    with _turn(path.with_suffix(".lock")):
-        if Workdir(path).result is None:
-            train(dataclasses.replace(alone, workdir=str(path)), dataset)
+    facts = data_facts(dataset)
+    fields = resolved(alone, build_graph(alone))
+    known = fields | {"data_facts": facts}
+    formerly = fields | {"data_facts": {field: facts[field] for field in _FORMER_FACTS}}
+    keys = [digest(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
+    path = place_of(cache_folder() / PRETRAINED, model, known, keys)
+    if Workdir(path).result is None:
+        with _turn(path.with_name(f"{path.name}.lock")):
+            if Workdir(path).result is None:  # by who had the turn before
+                train(dataclasses.replace(alone, workdir=str(path)), dataset)
     return path
+
+
+_FORMER_FACTS = ("classes", "image_shape", "train", "val", "test", "train_crc32")
+"""What the name was made of when there were no other checksums."""
 
 
 @contextmanager
@@ -81,5 +92,5 @@ def _turn(path: Path) -> Iterator[None]:
     """Waits until no other process makes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_if_possible(file, wait=True)
         yield

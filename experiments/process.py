@@ -1,7 +1,9 @@
 """What is set once for the whole process, before JAX computes anything."""
 
 import os
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -31,11 +33,30 @@ def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
                 "cpu_devices", cpu_devices, f"set before JAX starts ({error})"
             ) from None
     jax.config.update("jax_enable_compilation_cache", compile_cache)
+    # On a full disk, or one that is only read, JAX would say so for each of many programs.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         # Small programs are many: together they take as long as the large ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def check_platform() -> None:
+    """Starts JAX, which cannot be configured any further then.
+
+    Raises:
+        InputError: it cannot compute on the platform that the environment asks for.
+    """
+    try:
+        jax.devices()
+    # JAX merely asserts that there is a device where it is told to use CUDA alone.
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "no device found"
+        allowed = f"a platform that JAX finds here, or none, for it to choose one ({reason})"
+        named = (getattr(jax.config, f"jax_{name}") for name in ("platforms", "platform_name"))
+        asked = next(filter(None, named), None)
+        raise InputError("JAX_PLATFORMS", asked, allowed) from None
 
 
 @dataclass

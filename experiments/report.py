@@ -1,50 +1,72 @@
 """Makes the report of a search: `python -m experiments.report --help`."""
 
 from dataclasses import dataclass
-from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from experiments import cli
+from experiments import cli, command_line
+from experiments.console import busy, make_console
+from experiments.searching.records import StudyRecord
+from ktg_jax.errors import InputError, RunError
 
-EXAMPLES = """Examples:
+EXAMPLES = r"""Examples:
   python -m experiments.report runs/search-digits-1a2b3c4d
-  python -m experiments.report runs/cifar100 --storage postgresql+psycopg://me:secret@db/studies"""
+  python -m experiments.report runs/cifar100 \
+      --storage postgresql+psycopg://me@db/studies"""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write one HTML file, report.html, that shows a search, also one that still runs."""
+    """Write one HTML file that shows a search, also one that still runs."""
 
-    study_dir: Annotated[str, tyro.conf.Positional]
+    study_dir: Annotated[str, tyro.conf.Positional, "DIR"]
     """Folder of a search."""
-    storage: str | None = None
-    """Where its trials are, if that is another place now or needs a password."""
+    storage: Annotated[str | None, "URL"] = None
+    """Where its trials are now; else where they were in the search. A password is better given by
+    PGPASSWORD or ~/.pgpass."""
+    output: Annotated[str | None, "FILE"] = None
+    """The file to write; else report.html in the search's folder, which is only read otherwise."""
 
 
 def main() -> None:
     """Reports what the command line says."""
-    description = f"{cleandoc(ReportConfig.__doc__ or '')}\n\n{EXAMPLES}"
-    config = tyro.cli(ReportConfig, prog="python -m experiments.report", description=description)
-    report(config, Console())
+    config = command_line.parse(ReportConfig, "experiments.report", {}, EXAMPLES)
+    report(config, make_console())
 
 
 def report(config: ReportConfig, console: Console) -> None:
-    """Writes the report into the search's folder.
+    """Writes the report into the search's folder, or where it is wanted.
 
     Raises:
         InputError: no search there, its storage cannot be read, a module that it imports is gone,
-            or the extra `search` is not installed.
+            the extra `search` is not installed, or the file cannot be written.
+        RunError: a picture cannot be drawn.
     """
-    from experiments.reporting.page import write_report
     from experiments.searching.folder import load_search
 
     study = load_search(config.study_dir, config.storage)
-    with console.status("Drawing"):
-        path = write_report(study, study.path / "report.html")
-    console.print(f"Wrote {path}.", highlight=False, soft_wrap=True)
+    path = study.path / "report.html" if config.output is None else Path(config.output)
+    with busy(console, "Drawing"):
+        _write(study, path)
+    cli.say(console, f"Wrote {path}.")
+
+
+def _write(study: StudyRecord, path: Path) -> None:
+    try:
+        from experiments.reporting.page import write_report
+
+        write_report(study, path)
+    except InputError:
+        raise
+    except OSError as error:
+        allowed = f"a file that can be written ({error}); --output FILE writes another"
+        raise InputError("output", str(path), allowed) from None
+    except Exception as error:  # of matplotlib, whose settings are the user's
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"the report of {study.path} cannot be drawn ({reason})") from error
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 import ktg_jax as ktg
+from experiments.console import Table
 
 Record = dict[str, Any]
 Means = dict[str, np.ndarray] | None

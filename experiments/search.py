@@ -4,9 +4,8 @@ Without arguments: 30 graphs of three small networks on scikit-learn's digits, i
 two CPU cores.
 """
 
-from rich.console import Console
-
 from experiments import cli
+from experiments.console import make_console
 from experiments.process import prepare
 from experiments.searching.config import parse
 
@@ -17,7 +16,7 @@ def main() -> None:
     prepare(config.compile_cache)
     from experiments.searching.coordinate import search  # without Optuna: an error, not a traceback
 
-    search(config, Console())
+    search(config, make_console())
 
 
 if __name__ == "__main__":

@@ -1,36 +1,51 @@
 """Trains a knowledge transfer graph: `python -m experiments.train --help`.
 
-Without arguments: three small networks learn from each other on scikit-learn's digits, in under a
-minute on two CPU cores.
+Without arguments: three small networks learn from each other on scikit-learn's digits, in half a
+minute of processor time.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import jax
 from rich.console import Console
 
 import ktg_jax as ktg
 from experiments import cli
-from experiments.assemble import Run, assemble, data_facts, load, prior_facts
+from experiments.assemble import (
+    Run,
+    assemble,
+    data_facts,
+    facts_of,
+    graph_facts,
+    graph_files,
+    load,
+)
 from experiments.config import (
     TrainConfig,
+    as_given,
     build_graph,
     check,
     default_workdir,
     parse,
     resolved,
 )
+from experiments.console import busy, make_console
+from experiments.identity import is_own
+from experiments.networks import check_networks
 from experiments.options import import_modules
+from experiments.pictures import draw_curves, draw_result
 from experiments.pretrained import locate_pretrained
-from experiments.process import prepare
+from experiments.process import check_platform, prepare
 from experiments.progress import Display
 from experiments.results import Best, Record, best_epoch, make_result, result_table
 from experiments.tensorboard import event_writer, require_tensorboard
 from experiments.workdir import Workdir
 from ktg_jax.checkpoint import Checkpoints
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.errors import RunError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.loop import train_epochs
 from ktg_jax.state import GraphState
 
@@ -42,7 +57,7 @@ def main() -> None:
     config = parse()
     check(config)
     prepare(config.compile_cache, config.cpu_devices)
-    train(config, Console())
+    train(config, make_console())
 
 
 def train(
@@ -66,34 +81,76 @@ def train(
     """
     check(config)
     import_modules(config.imports)
+    check_platform()
     graph = build_graph(config)
-    with console.status("Preparing convolutions"):  # which may be chosen wrongly, or built now
+    with busy(console, "Preparing convolutions"):  # which may be chosen wrongly, or built now
         ktg.cpu_convolution()
     fields = resolved(config, graph)
+    if config.workdir is None and (is_own(config.data) or graph_files(graph)):
+        dataset = dataset or load(config)  # for the folder's name
+        fields |= facts_of(graph, dataset)
     workdir = Workdir(config.workdir or default_workdir(config, fields))
     if config.resume:
         workdir.check(fields)
         if workdir.result is not None:
-            cli.say(console, f"{workdir.path} is finished; nothing to do.")
-            console.print(result_table(workdir.result))
+            _say_finished(workdir, config, graph, dataset, console)
             return
 
     dataset = dataset or load(config)
+    check_networks(config, graph, dataset, devices)
 
     def train_alone(alone: TrainConfig, dataset: Dataset) -> None:
         cli.say(console, f"The frozen {alone.models[0]} is trained first.")
         train(alone, console, dataset, devices)
 
     located = locate_pretrained(graph, config, dataset, train_alone)
-    run = assemble(config, located, dataset, devices)
+    with as_given(config, pruned=True):
+        run = assemble(config, located, dataset, devices)
+        fields |= facts_of(graph, dataset)
     if config.tensorboard:
         require_tensorboard()
     if not config.resume and (aside := workdir.set_aside()):
         cli.say(console, f"The former run is kept in {aside}.")
-    facts = {"data_facts": data_facts(dataset), **prior_facts(graph)}
-    workdir.begin(fields | facts, config.data_dir, {"graph.json": fields["graph"]})
-    with workdir.locked(), Checkpoints(workdir.checkpoints) as checkpoints:
+    files = {"graph.json": fields["graph"]}
+    with (
+        workdir.begun(fields, config.data_dir, files),
+        Checkpoints(workdir.checkpoints) as checkpoints,
+    ):
+        if workdir.is_damaged("result.json"):
+            cli.say(console, "result.json is damaged; it is made again.")
         _Training(run, workdir, checkpoints, console, config.tensorboard).go()
+
+
+def _say_finished(
+    workdir: Workdir,
+    config: TrainConfig,
+    graph: ktg.Graph,
+    dataset: Dataset | None,
+    console: Console,
+) -> None:
+    """Says what came of a finished run, if it is of the user's own files as they are now.
+
+    Files that are not there any more, where the run knows them, are not asked for.
+
+    Raises:
+        InputError: the files are others, or those that are given now cannot be read.
+    """
+    fields = resolved(config, graph)
+    known = workdir.config
+    are_where_they_were = all(known[field] == fields[field] for field in ("data", "graph"))
+    facts: dict[str, Any] = {}
+    with suppress(InputError) if are_where_they_were else nullcontext():
+        facts |= graph_facts(graph)
+        if dataset is not None or is_own(config.data):
+            facts |= {"data_facts": data_facts(dataset or load(config))}
+    workdir.check(fields | facts)
+    result = workdir.result
+    assert result is not None
+    if not are_where_they_were:
+        with suppress(InputError), workdir.locked():  # as far as it can be written
+            workdir.begin(fields | facts, config.data_dir, {"graph.json": fields["graph"]})
+    cli.say(console, f"{workdir.path} is finished; nothing to do.")
+    console.print(result_table(result))
 
 
 class _Training:
@@ -151,6 +208,7 @@ class _Training:
             [(str(n.name), n.model, mark) for n, mark in zip(graph.nodes, marks, strict=True)],
             first_step=int(state.step),
             total_steps=run.epochs * run.steps_per_epoch,
+            epochs=run.epochs,
             batch_size=run.batch_size,
             console=self._console,
         )
@@ -165,7 +223,9 @@ class _Training:
             validate=run.evaluate_val,
             on_step=display.step,
         )
-        events = event_writer(self._workdir.path / "tensorboard", records, self._tensorboard)
+        events = event_writer(
+            self._workdir.path / "tensorboard", records, self._tensorboard, self._console
+        )
         with display, events as write_events:
             observers = (display.epoch, self._curves_drawer(records), write_events)
             for record, state in epochs:
@@ -180,34 +240,31 @@ class _Training:
 
     def _curves_drawer(self, records: list[Record]) -> Callable[[Record], None]:
         """A function to call after each epoch, which redraws the curves now and then."""
-        drawn = time.monotonic()
+        is_possible, at = True, time.monotonic()
 
         def draw(record: Record) -> None:
-            nonlocal drawn
+            nonlocal is_possible, at
             del record
-            if time.monotonic() - drawn > _REDRAW_SECONDS:
-                from ktg_jax.draw import draw_curves
-
-                draw_curves(records, self._workdir.path / "curves.png")
-                drawn = time.monotonic()
+            if is_possible and time.monotonic() - at > _REDRAW_SECONDS:
+                is_possible = draw_curves(self._workdir, records, self._console)
+                at = time.monotonic()
 
         return draw
 
     def _finish(self, state: GraphState, records: list[Record]) -> Record:
-        """Evaluates, draws the pictures, and writes the result, which marks the run as finished."""
-        from ktg_jax.draw import draw_curves, draw_graph  # matplotlib: not before the first step
-
-        run, path = self._run, self._workdir.path
-        last = run.evaluate_val_and_test(state)
-        result = make_result(run.graph, records, last=last, best=self._best(state, records))
-        draw_curves(records, path / "curves.png")
-        shown = {
-            node["name"]: node["test_accuracy"] if run.test else node["val_accuracy"]
-            for node in result["nodes"]
-        }
-        accuracies = {name: value for name, value in shown.items() if value is not None}
-        draw_graph(run.graph, [path / "graph.svg", path / "graph.png"], accuracies)
+        """Evaluates, writes the result, which marks the run as finished, and draws the pictures."""
+        graph = self._run.graph
+        try:
+            last, best = self._run.evaluate_val_and_test(state), self._best(state, records)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(
+                f"the trained networks cannot be evaluated ({reason}); they are kept, and the same "
+                "command evaluates them again"
+            ) from None
+        result = make_result(graph, records, last=last, best=best)
         self._workdir.write("result.json", result)
+        draw_result(self._workdir, graph, records, result, self._console)
         return result
 
     def _best(self, state: GraphState, records: list[Record]) -> Best | None:

@@ -11,9 +11,11 @@ from ktg_jax.errors import InputError, RunError
 from ktg_jax.gates import GATES, gate_weights
 from ktg_jax.graph import Graph
 from ktg_jax.graph_node import Node
+from ktg_jax.linen_node import from_linen
 from ktg_jax.losses import cross_entropy, edge_losses, graph_loss, kl_divergence, node_losses
 from ktg_jax.models import build_model, model_names, register_model
-from ktg_jax.nodes import NodeFns, from_linen, from_nnx
+from ktg_jax.nnx_node import from_nnx
+from ktg_jax.nodes import NodeFns
 from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.parallel import Parallel
 from ktg_jax.representing import (
@@ -33,7 +35,8 @@ from ktg_jax.representing import (
 from ktg_jax.search import SearchSpace
 from ktg_jax.stage_losses import EdgeWeights, attention_transfer_loss, feature_transfer_loss
 from ktg_jax.state import GraphState, init_state
-from ktg_jax.step import eval_step, graph_gradients, node_forward, node_update, train_step
+from ktg_jax.step import eval_step, graph_gradients, node_forward, train_step
+from ktg_jax.updates import node_update
 from ktg_jax.weights import load_node, save_node
 
 __version__ = "0.1.0"

@@ -2,13 +2,14 @@
 
 Each holds two items: `nodes` (params and model state of every node by name, so that one can be
 read without the others) and `training` (optimiser states and the step), beside the checksums of
-both in `meta`. Kept are the last two and the best.
+both in `meta`. Kept are the last two and the best. The first that a process writes is read back.
 """
 
 import gc
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,8 +23,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ktg_jax.errors import RunError
+from ktg_jax.plain_path import PlainFolder
 from ktg_jax.state import GraphState
 from ktg_jax.trees import FlatTree, digest, flatten, unflatten
+
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+"""How TensorStore says which error of the operating system it met."""
 
 
 class Checkpoints:
@@ -31,6 +36,9 @@ class Checkpoints:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        InputError: its path has characters that Orbax cannot be given, nor a link to it be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -42,7 +50,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._plain = PlainFolder(self._folder)
+        self._manager = ocp.CheckpointManager(self._plain.path, options=options)
+        self._has_read_back = False
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -63,18 +73,26 @@ class Checkpoints:
             names: the nodes' names, in the state's order.
             score: the checkpoint with the highest score (of several, the first) is kept; None:
                 not a candidate.
+
+        Raises:
+            RunError: this or the one before cannot be written, or the first not be read back.
         """
         nodes, training = _to_items(state, names)
         digests = {"nodes": _digest(nodes), "training": _digest(training)}
         self._kept.scores[epoch] = score
-        self._manager.save(
-            epoch,
-            args=ocp.args.Composite(
-                nodes=ocp.args.PyTreeSave(nodes),
-                training=ocp.args.PyTreeSave(training),
-                meta=ocp.args.JsonSave({"digests": digests, "score": score}),
-            ),
-        )
+        with self._writing():
+            _ = self._plain.path
+            self._manager.save(
+                epoch,
+                args=ocp.args.Composite(
+                    nodes=ocp.args.PyTreeSave(nodes),
+                    training=ocp.args.PyTreeSave(training),
+                    meta=ocp.args.JsonSave({"digests": digests, "score": score}),
+                ),
+            )
+        if not self._has_read_back:
+            self._read_back(epoch)
+            self._has_read_back = True
 
     def restore(self, template: GraphState, names: Sequence[str], epoch: int) -> GraphState:
         """Reads the checkpoint of an epoch.
@@ -87,7 +105,7 @@ class Checkpoints:
         Raises:
             RunError: the checkpoint is damaged.
         """
-        items = _read(self._folder, epoch, ("nodes", "training"))
+        items = _read(self._plain, epoch, ("nodes", "training"))
         return _from_items(template, names, items["nodes"], items["training"])
 
     def restore_latest(
@@ -117,12 +135,18 @@ class Checkpoints:
         return 0, template, messages
 
     def wait(self) -> None:
-        """Waits until everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything saved is on disk.
+
+        Raises:
+            RunError: a checkpoint cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background work."""
-        self._manager.close()
+        """Waits, and ends the background work; raises as `wait`."""
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         """The checkpoints, closed at the end of the block."""
@@ -140,6 +164,27 @@ class Checkpoints:
         except Exception:
             if error is None:
                 raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What fails in writing, now or since it was last looked after, is a RunError."""
+        try:
+            yield
+        # What the writing libraries make of a full disk has no type of its own.
+        except Exception as error:
+            reason = self._plain.told(_system_reason(error) or _reason(error))
+            raise RunError(
+                f"a checkpoint in {self._folder} cannot be written ({reason}); "
+                "the last whole one is kept"
+            ) from None
+
+    def _read_back(self, epoch: int) -> None:
+        """Raises RunError where what was written cannot be read: better now than in the end."""
+        self.wait()
+        try:
+            _read(self._plain, epoch, ("nodes", "training"))
+        except RunError as error:
+            raise RunError(f"{error}, though just written: no checkpoint would be kept") from None
 
     def _set_aside(self, epoch: int) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{epoch}"
@@ -163,10 +208,11 @@ def read_nodes(
         RunError: there is no checkpoint (of that epoch) that can be read.
     """
     folder = Path(folder).absolute()
+    plain = PlainFolder(folder)
     reasons: list[str] = []
     for each in reversed(checkpoint_epochs(folder)) if epoch is None else [epoch]:
         try:
-            return each, _read(folder, each, ("nodes",))["nodes"]
+            return each, _read(plain, each, ("nodes",))["nodes"]
         except RunError as error:
             reasons.append(str(error))
     raise RunError("; ".join(reasons) or f"{folder} holds no checkpoint")
@@ -196,11 +242,19 @@ def checkpoint_epochs(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     return tuple(sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()))
 
 
+def best_checkpoint(folder: str | os.PathLike[str]) -> int | None:
+    """The first of the epochs whose checkpoints have the highest score; None: none has a score."""
+    scores = {epoch: _score(Path(folder), epoch) for epoch in checkpoint_epochs(folder)}
+    known = {epoch: score for epoch, score in scores.items() if score is not None}
+    return max(known, key=lambda epoch: (known[epoch], -epoch), default=None)
+
+
 def _score(folder: Path, epoch: int) -> float | None:
     try:
-        return json.loads((folder / str(epoch) / "meta" / "metadata").read_text())["score"]
-    except (OSError, ValueError, KeyError):
+        score = json.loads((folder / str(epoch) / "meta" / "metadata").read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged: no candidate for the best
+    return score if isinstance(score, float) else None
 
 
 @contextmanager
@@ -219,14 +273,26 @@ def _quiet_reads() -> Iterator[None]:
         sys.unraisablehook, logger.disabled = hook, was_disabled
 
 
-def _read(folder: Path, epoch: int, wanted: Sequence[str]) -> dict[str, Any]:
+def _read(folder: PlainFolder, epoch: int, wanted: Sequence[str]) -> dict[str, Any]:
     try:
         with _quiet_reads():
-            return _read_checked(folder / str(epoch), wanted)
+            return _read_checked(folder.path / str(epoch), wanted)
     # A damaged file can make the reading libraries raise anything at all.
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = folder.told(_reason(error))[:200]
         raise RunError(f"checkpoint {epoch} is damaged ({reason})") from None
+
+
+def _system_reason(error: Exception) -> str:
+    """What the operating system said, where that can be told from the error; else nothing."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := _SYSTEM_ERROR.search(str(error)):
+        number = int(found[1])
+    return "" if number is None else os.strerror(number)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _read_checked(path: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -11,20 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, FancyArrowPatch, PathPatch, Rectangle
-from matplotlib.path import Path as Curve
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
 
+from ktg_jax.curves import Records, curves_figure
 from ktg_jax.errors import InputError
 from ktg_jax.files import atomic_path
 from ktg_jax.graph import Graph
+from ktg_jax.mpl import (
+    Axes,
+    Circle,
+    Curve,
+    FancyArrowPatch,
+    Figure,
+    FontProperties,
+    Line2D,
+    PathPatch,
+    Rectangle,
+    TextPath,
+    matplotlib,
+)
 
 GATE_COLOURS: dict[str, str] = {
     "through": "#0072B2",
@@ -36,17 +41,8 @@ GATE_COLOURS: dict[str, str] = {
 """A colour for each gate, from the palette of Okabe and Ito (safe for colour-blind readers)."""
 
 FilePath = str | os.PathLike[str]
-Records = Sequence[Mapping[str, Any]]
 
-_NODE_COLOURS = (
-    *("#000000", "#0072B2", "#D55E00", "#009E73"),
-    *("#CC79A7", "#E69F00", "#56B4E9", "#8B8B00"),
-)
-_PARTS: dict[str, dict[str, Any]] = {
-    "train": {"linestyle": "--", "markerfacecolor": "white"},
-    "val": {"linestyle": "-"},
-}
-_MOST_MARKERS = 20  # on a line; one epoch alone is seen only by its marker
+_MOST_DOTS = 4000  # of a PNG's width and height
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "ktg_jax",  # the ids in an SVG are random without it
@@ -69,6 +65,7 @@ _NODE_RADIUS = 0.5
 _TARGET_RADIUS = 0.55  # of its outer ring
 _NODE_DISTANCE = 1.95  # between the centres of neighbours
 _CLEARANCE = 0.75  # from a node's centre to the straight line between its two neighbours
+_FARTHEST = 10.0  # from the middle, for that clearance's sake
 _LABEL_SIDE = 0.36
 _LABEL_EDGE = 0.36
 _POINT = 1 / 72
@@ -102,24 +99,33 @@ def draw_graph(
             save_figure(figure, file)
 
 
-def draw_curves(records: Records, path: FilePath, title: str | None = None) -> None:
-    """Draws loss and accuracy of every node against the epoch.
+def draw_curves(
+    records: Records, path: FilePath | Sequence[FilePath], title: str | None = None
+) -> None:
+    """Draws losses and accuracy of every node against the epoch.
+
+    Panels of their own have the training loss, which is the sum over a node's edges, and the
+    validation loss, which is the cross-entropy: the two cannot be compared.
 
     Args:
         records: one mapping an epoch, `{"epoch": 1, "nodes": [{"name": ..., "train_loss": ...,
             "train_accuracy": ..., "val_loss": ..., "val_accuracy": ...}, ...]}`, the target first
-            among the nodes; accuracies in [0, 1]. A value that is None or missing is left out.
-        path: file to write, `.svg` or `.png`.
+            among the nodes; accuracies in [0, 1]. A value that is None or missing is left out, and
+            so is the training loss of a node that never has any, a frozen one.
+        path: file to write, `.svg` or `.png`, or several of them.
         title: text above the picture.
 
     Raises:
         InputError: another suffix, or no record.
     """
-    file = _checked_path("path", path)
+    paths = [path] if isinstance(path, str | os.PathLike) else path
+    files = [_checked_path("path", one) for one in paths]
     if not records:
         raise InputError("records", records, "at least one record (one an epoch)")
     with style():
-        save_figure(_curves_figure(records, title), file)
+        figure = curves_figure(records, title)
+        for file in files:
+            save_figure(figure, file)
 
 
 def _checked_path(field: str, path: FilePath) -> Path:
@@ -151,7 +157,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:].lower()
     undated = {"Date": None} if kind == "svg" else None
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata=undated)
+        figure.savefig(temporary, format=kind, metadata=undated, dpi=_dpi(figure))
+
+
+def _dpi(figure: Figure) -> float:
+    """Dots an inch: those of the style, unless the picture would get too large."""
+    largest = float(max(figure.get_size_inches()))
+    return min(matplotlib.rcParams["savefig.dpi"], _MOST_DOTS / largest)
 
 
 def _graph_figure(graph: Graph, accuracies: Mapping[str, float], title: str | None) -> Figure:
@@ -192,7 +204,8 @@ def _layout(num_nodes: int) -> tuple[np.ndarray, float]:
         return directions, 0.0
     ring = _NODE_DISTANCE / (2 * math.sin(math.pi / num_nodes))
     if num_nodes > 3:  # edges between a node's two neighbours must not cross it
-        ring = max(ring, _CLEARANCE / (1 - math.cos(2 * math.pi / num_nodes)))
+        clear = _CLEARANCE / (1 - math.cos(2 * math.pi / num_nodes))
+        ring = max(ring, min(clear, _FARTHEST))
     return directions, ring
 
 
@@ -293,50 +306,3 @@ def _add_legend(ax: Axes, graph: Graph) -> None:
         if gate in occurring
     ]
     ax.legend(handles=handles, ncols=len(handles), loc="upper center", bbox_to_anchor=(0.5, 0))
-
-
-def _curves_figure(records: Records, title: str | None) -> Figure:
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.set(xlabel="epoch", ylabel="loss")
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
-    for ax in (loss, accuracy):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    names = list(dict.fromkeys(node["name"] for record in records for node in record["nodes"]))
-    handles = [Line2D([], [], **_look(i), label=name) for i, name in enumerate(names)]
-    for part, label in (("train", "train"), ("val", "validation")):
-        lines = _plot(loss, records, names, part, "loss", scale=1)
-        lines += _plot(accuracy, records, names, part, "accuracy", scale=100)
-        if lines:
-            marker = lines[0].get_marker()
-            look = {"color": "#666666", "marker": marker, **_PARTS[part]}
-            handles.append(Line2D([], [], **look, label=label))
-    figure.legend(handles=handles, loc="outside right upper")
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-def _look(node: int) -> dict[str, Any]:
-    colour = _NODE_COLOURS[node % len(_NODE_COLOURS)]
-    return {"color": colour, "linewidth": 2.0 if node == 0 else 1.0}
-
-
-def _plot(
-    ax: Axes, records: Records, names: Sequence[str], part: str, metric: str, scale: float
-) -> list[Line2D]:
-    """Plots one metric of every node against the epoch; no line for a node without values."""
-    field, lines = f"{part}_{metric}", []
-    for i, name in reversed(list(enumerate(names))):  # the target last, on top
-        points = [
-            (record["epoch"], scale * node[field])
-            for record in records
-            for node in record["nodes"]
-            if node["name"] == name and node.get(field) is not None
-        ]
-        if points:
-            epochs, values = zip(*points, strict=True)
-            (line,) = ax.plot(epochs, values, **_look(i), **_PARTS[part], gid=f"{field}-{i}")
-            line.set_marker("o" if len(points) <= _MOST_MARKERS else "")
-            lines.append(line)
-    return lines

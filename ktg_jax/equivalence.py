@@ -4,10 +4,16 @@ Nodes are told apart by what they are and by whom they hear and teach (colour re
 nodes still look the same each of them in turn is put first, and the smallest matrix wins.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ktg_jax.errors import InputError
+
 Matrix = Sequence[Sequence[int]]
+
+_MOST_ENTRIES = 400_000
+"""Of the matrices that are compared, all together: seconds."""
 
 
 def canonical_order(kinds: Sequence[Any], edges: Matrix) -> tuple[int, ...]:
@@ -22,12 +28,20 @@ def canonical_order(kinds: Sequence[Any], edges: Matrix) -> tuple[int, ...]:
         A permutation of 0..N-1. `kinds` in this order are sorted, and both `kinds` and `edges` in
         this order are the same for every numbering of the nodes.
 
+    Raises:
+        InputError: so many nodes look alike that too many orders had to be compared: more than
+            400,000 / N^2, which no graph of up to 8 nodes has.
+
     >>> canonical_order("bab", [[0, 0, 0], [0, 0, 5], [0, 0, 0]])  # "a", then the one it hears
     (1, 0, 2)
     >>> canonical_order("bba", [[0, 0, 0], [0, 0, 0], [0, 5, 0]])
     (2, 0, 1)
     """
-    orders = _orders(_ranks(kinds), edges)
+    most = _MOST_ENTRIES // len(kinds) ** 2
+    orders = list(itertools.islice(_orders(_ranks(kinds), edges), most + 1))
+    if len(orders) > most:
+        allowed = f"a graph in which fewer nodes look alike: more than {most:,} orders of them do"
+        raise InputError("nodes", len(kinds), allowed)
     return min(orders, key=lambda order: [[edges[t][s] for s in order] for t in order])
 
 

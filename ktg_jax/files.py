@@ -13,15 +13,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path beside `path` and renames it to `path` when the block succeeds.
 
     The temporary name keeps the suffix, by which many writers choose a format. When the block
-    fails the temporary file is removed and what stood at `path` stays as it was.
+    fails the temporary file is removed and what stood at `path` stays as it was. An error of the
+    operating system names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # The stem is cut so that the temporary name is allowed wherever the name itself is.
+    stem = os.fsencode(path.stem)[:200].decode(errors="ignore")
+    temporary = path.with_name(f".{stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of the operating system names the file, as a full disk's does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -47,8 +47,11 @@ def gate_weights(gates: ArrayLike, progress: ArrayLike, sender_correct: ArrayLik
     chex.assert_rank(gates, 2)
     chex.assert_type(gates, int)
     chex.assert_rank(sender_correct, {2, 3})
+    correct = jnp.asarray(sender_correct, bool)
+    if correct.ndim == 2:
+        correct = correct[None]
     label_edge = jnp.eye(gates.shape[0], dtype=bool)[:, :, None]
-    correct = (jnp.asarray(sender_correct, bool) | label_edge).astype(jnp.float32)
+    correct = (correct | label_edge).astype(jnp.float32)
     progress = jnp.asarray(progress, jnp.float32)
     weight_of = {
         "through": jnp.ones_like(correct),
@@ -58,4 +61,8 @@ def gate_weights(gates: ArrayLike, progress: ArrayLike, sender_correct: ArrayLik
         "negative_linear": jnp.full_like(correct, 1.0 - progress),
     }
     is_gate = [jnp.asarray(gates == code)[:, :, None] for code in range(len(GATES))]
-    return jnp.select(is_gate, [weight_of[name] for name in GATES], jnp.nan)
+    weights = jnp.select(is_gate, [weight_of[name] for name in GATES])
+    # As the default of `select` the NaN would be made where every gate is known, too, and
+    # `jax_debug_nans` would stop there.
+    is_known = ((gates >= 0) & (gates < len(GATES)))[:, :, None]
+    return jnp.where(is_known, weights, jnp.nan)

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,16 @@ from ktg_jax.equivalence import canonical_order
 from ktg_jax.errors import InputError
 from ktg_jax.files import write_text
 from ktg_jax.gates import GATES
-from ktg_jax.graph_node import NO_PRIOR, PRIOR_DEFAULTS, Node, checked_nodes, is_number
+from ktg_jax.graph_node import (
+    NO_PRIOR,
+    PRIOR_DEFAULTS,
+    Node,
+    check_number_of_nodes,
+    checked_nodes,
+    checked_number,
+    checked_temperature,
+)
+from ktg_jax.json_input import check_fields, decoded, read
 from ktg_jax.stage_losses import EdgeWeights
 
 _EDGE_WEIGHTS = {"kl_weight": 1.0, "attention_weight": 0.0, "feature_weight": 0.0}
@@ -27,19 +34,19 @@ class Graph:
     """An immutable, hashable, validated knowledge transfer graph. Node 0 is the *target*.
 
     Attributes:
-        nodes: N nodes; strings are taken as model names.
+        nodes: N nodes, 1 to 100; strings are taken as model names.
         gates: N x N gate names; row = receiver, column = sender, diagonal = label edge.
-        temperature: of every transfer edge.
+        temperature: of every transfer edge, 1e-15 to 1e15.
         kl_weight: every transfer edge carries this times the divergence of logits (the paper: 1),
         attention_weight: this times the attention transfer loss,
         feature_weight: and this times the feature transfer loss (`ktg_jax.stage_losses`); each
-            finite, not negative.
+            0 to 1e30.
 
     Raises:
-        InputError: a gate that does not exist, a matrix of the wrong shape, two nodes of one name,
-            a target with only cutoff gates, a frozen node with a prior or another one with a
-            projection, an option of a node that is out of range, a temperature that is not a finite
-            number above 0, or a bad weight.
+        InputError: no node or more than 100, a gate that does not exist, a matrix of the wrong
+            shape, two nodes of one name, a target with only cutoff gates, a frozen node with a
+            prior or another one with a projection, an option of a node that is out of range, a
+            temperature that is not a finite number above 0, or a bad weight.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", "correct"], ["cutoff", "cutoff"]])
@@ -58,9 +65,9 @@ class Graph:
         set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
         set_field(self, "nodes", checked_nodes(self.nodes))
         set_field(self, "gates", _checked_gates(self.gates, len(self.nodes)))
-        set_field(self, "temperature", _checked_temperature(self.temperature))
+        set_field(self, "temperature", checked_temperature("temperature", self.temperature))
         for field in _EDGE_WEIGHTS:
-            set_field(self, field, _checked_weight(field, getattr(self, field)))
+            set_field(self, field, checked_number(field, getattr(self, field)))
         if 0 in self.frozen:
             raise InputError(
                 "gates[0]",
@@ -141,6 +148,9 @@ class Graph:
         Returns:
             The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
 
+        Raises:
+            InputError: so many nodes look alike that it would take too long; never of up to 8.
+
         >>> graph = Graph(["resnet32", "wrn28_2", "cnn"], [["correct", "cutoff", "linear"],
         ...               ["through", "through", "through"], ["cutoff", "cutoff", "cutoff"]])
         >>> canonical = graph.canonical()  # the target hears node 2 alone; node 1 is left out
@@ -197,13 +207,15 @@ class Graph:
         """A graph from JSON text, or from what it decodes to.
 
         Raises:
-            InputError: not JSON, an unknown or a missing field, or what `Graph` itself refuses.
+            InputError: not JSON or too much of it, an unknown field, one that is missing or there
+                twice, or what `Graph` itself refuses.
         """
-        fields = _decoded(text)
+        fields = decoded("graph", text) if isinstance(text, str) else text
         optional = {"temperature", *_EDGE_WEIGHTS}
-        _check_fields("graph", fields, required={"nodes", "gates"}, optional=optional)
+        check_fields("graph", fields, required={"nodes", "gates"}, optional=optional)
         if not isinstance(fields["nodes"], list):
             raise InputError("nodes", fields["nodes"], "a list of nodes")
+        check_number_of_nodes(len(fields["nodes"]))
         return cls(
             nodes=tuple(_node(f"nodes[{i}]", node) for i, node in enumerate(fields["nodes"])),
             gates=fields["gates"],
@@ -216,16 +228,12 @@ class Graph:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Graph":
-        """Reads a graph from a JSON file.
+        """Reads a graph from a JSON file, UTF-8 with or without a byte order mark.
 
         Raises:
             InputError: as `from_json`, and where the file is missing or unreadable.
         """
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError("graph", str(path), f"a readable JSON file ({error})") from None
-        return cls.from_json(text)
+        return cls.from_json(read("graph", path))
 
 
 def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
@@ -246,44 +254,12 @@ def _checked_gates(gates: Any, num_nodes: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(str(gate) for gate in row) for row in gates)
 
 
-def _checked_temperature(temperature: Any) -> float:
-    if not is_number(temperature) or not 0 < temperature <= sys.float_info.max:
-        raise InputError("temperature", temperature, "a finite number above 0")
-    return float(temperature)
-
-
-def _checked_weight(field: str, weight: Any) -> float:
-    if not is_number(weight) or not 0 <= weight <= sys.float_info.max:
-        raise InputError(field, weight, "a finite number, at least 0")
-    return float(weight)
-
-
-def _decoded(text: str | Mapping[str, Any]) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        shown = text if len(text) <= 40 else text[:40] + "..."
-        raise InputError("graph", shown, f"JSON ({error})") from None
-
-
 def _node(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
     optional = {"name", "weights", "prior", "projection", *PRIOR_DEFAULTS}
-    _check_fields(where, fields, required={"model"}, optional=optional)
+    check_fields(where, fields, required={"model"}, optional=optional)
     if fields.get("prior") is None:
         for field in PRIOR_DEFAULTS:
             if field in fields:
                 raise InputError(f"{where}.{field}", fields[field], NO_PRIOR)
     return Node(**fields)
-
-
-def _check_fields(where: str, fields: Any, required: set[str], optional: set[str]) -> None:
-    allowed = f"an object with {', '.join(sorted(required))} (and {', '.join(sorted(optional))})"
-    if not isinstance(fields, Mapping):
-        raise InputError(where, fields, allowed)
-    for field in sorted(required - fields.keys()):
-        raise InputError(f"{where}.{field}", None, allowed)
-    for field in sorted(fields.keys() - required - optional):
-        raise InputError(f"{where}.{field}", fields[field], allowed)

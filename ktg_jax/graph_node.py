@@ -1,9 +1,11 @@
 """The description of a node of a graph: its fields, their checks, and how they are written."""
 
 import dataclasses
-import math
+import itertools
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,17 @@ SCHEDULES = ("linear", "constant")
 
 NO_PRIOR = "nothing: the node has no prior"
 
+MOST_NODES = 100
+"""Of a graph. The published ones have up to 7."""
+
+MOST_WEIGHT = 1e30
+"""Of a loss."""
+
+TEMPERATURES = 1e-15, 1e15
+"""The lowest and the highest."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,9 @@ class Node:
 
     Attributes:
         model: name of a registered model, such as `resnet32`.
-        name: unique within its graph: letters, digits, `_`, `.` and `-`. A node's initial weights
-            depend on its name and the seed alone. None: the graph names it `<model>-<index>`.
+        name: unique within its graph: up to 255 letters, digits, `_`, `.` and `-`. A node's initial
+            weights depend on its name and the seed alone. None: the graph names it
+            `<model>-<index>`.
         weights: where its initial weights come from (a run's folder, or one node of it as
             `DIR:name`); None: random initialisation.
         prior: where a prior for its kernels is (a file of `save_prior`, or its folder); None: it
@@ -89,26 +102,52 @@ def checked_nodes(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
     """
     if isinstance(nodes, str) or not isinstance(nodes, Iterable):
         raise InputError("nodes", nodes, "a sequence of nodes")
-    named: list[Node] = []
+    if isinstance(nodes, Sized):
+        check_number_of_nodes(len(nodes))
+    nodes = list(itertools.islice(nodes, MOST_NODES + 1))
+    check_number_of_nodes(len(nodes))
+    named: dict[str, Node] = {}
     for i, given in enumerate(nodes):
-        node = Node(given) if isinstance(given, str) else given
-        if not isinstance(node, Node):
-            raise InputError(f"nodes[{i}]", given, "a Node or a model's name")
-        if not isinstance(node.model, str) or not node.model:
-            raise InputError(f"nodes[{i}].model", node.model, "a model's name")
-        if node.weights is not None and not isinstance(node.weights, str):
-            raise InputError(f"nodes[{i}].weights", node.weights, "a path, or null")
-        if not (node.projection is None or (isinstance(node.projection, str) and node.projection)):
-            raise InputError(f"nodes[{i}].projection", node.projection, "a path, or null")
+        node = _with_checked_prior(f"nodes[{i}]", _checked_node(f"nodes[{i}]", given))
         name = f"{node.model}-{i}" if node.name is None else node.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(f"nodes[{i}].name", name, "letters, digits, '_', '.' and '-'")
-        if name in (other.name for other in named):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+            allowed = f"letters, digits, '_', '.' and '-', at most {_LONGEST_NAME}"
+            raise InputError(f"nodes[{i}].name", name, allowed)
+        if name in named:
             raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
-        named.append(dataclasses.replace(_with_checked_prior(f"nodes[{i}]", node), name=name))
-    if not named:
-        raise InputError("nodes", nodes, "at least one node")
-    return tuple(named)
+        named[name] = dataclasses.replace(node, name=name)
+    return tuple(named.values())
+
+
+def check_number_of_nodes(number: int) -> None:
+    """Raises InputError unless a graph can have so many nodes."""
+    if number < 1:
+        raise InputError("nodes", [], "at least one node")
+    if number > MOST_NODES:
+        raise InputError("nodes", number, f"at most {MOST_NODES} nodes")
+
+
+def _checked_node(where: str, given: Any) -> Node:
+    node = Node(given) if isinstance(given, str) else given
+    if not isinstance(node, Node):
+        raise InputError(where, given, "a Node or a model's name")
+    if not isinstance(node.model, str) or not node.model:
+        raise InputError(f"{where}.model", node.model, "a model's name")
+    for field in ("weights", "prior", "projection"):
+        value = getattr(node, field)
+        if field == "weights" and value == "":
+            continue  # another way to write that there are none
+        if value is not None and not _is_path(value):
+            raise InputError(f"{where}.{field}", value, "a path, or null")
+    return node
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a file could have this name."""
+    try:
+        return isinstance(value, str) and 0 < len(os.fsencode(value)) <= 4096 and "\0" not in value
+    except UnicodeEncodeError:
+        return False
 
 
 def _with_checked_prior(where: str, node: Node) -> Node:
@@ -117,19 +156,44 @@ def _with_checked_prior(where: str, node: Node) -> Node:
             if getattr(node, field) != default:
                 raise InputError(f"{where}.{field}", getattr(node, field), NO_PRIOR)
         return node
-    if not isinstance(node.prior, str) or not node.prior:
-        raise InputError(f"{where}.prior", node.prior, "a path, or null")
-    if not is_number(node.prior_weight) or not 0 <= node.prior_weight < math.inf:
-        raise InputError(f"{where}.prior_weight", node.prior_weight, "a finite number, at least 0")
-    if not is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
+    weight = checked_number(f"{where}.prior_weight", node.prior_weight)
+    if not _is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
         raise InputError(f"{where}.prior_quantile", node.prior_quantile, "a number from 0 to 1")
     for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
         if getattr(node, field) not in names:
             raise InputError(f"{where}.{field}", getattr(node, field), ", ".join(names))
-    weight, quantile = float(node.prior_weight), float(node.prior_quantile)
+    quantile = float(node.prior_quantile)
     return dataclasses.replace(node, prior_weight=weight, prior_quantile=quantile)
 
 
-def is_number(value: Any) -> bool:
+def checked_number(field: str, value: Any) -> float:
+    """A weight: a finite number, not negative, and not so large that float32 cannot hold losses.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        raise InputError(field, value, "a finite number, at least 0")
+    if value > MOST_WEIGHT:
+        raise InputError(field, value, f"at most {MOST_WEIGHT:g}: float32 must hold the loss")
+    return float(value)
+
+
+def checked_temperature(field: str, value: Any) -> float:
+    """A temperature: a number above 0 whose square, and what it divides, float32 can hold.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
+        raise InputError(field, value, "a finite number above 0")
+    low, high = TEMPERATURES
+    if not low <= value <= high:
+        allowed = f"{low:g} to {high:g}: float32 must hold its square"
+        raise InputError(field, value, allowed)
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
     """Whether it is a number as JSON knows them: no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ktg_jax.errors import InputError
 from ktg_jax.graph import Graph
-from ktg_jax.graph_node import Node
+from ktg_jax.graph_node import Node, check_number_of_nodes
 
 Model = Node | str
 GateOf = Callable[[int, int], bool]
@@ -14,7 +14,7 @@ def independent(models: Sequence[Model]) -> Graph:
     """Every node learns from the label alone.
 
     Args:
-        models: nodes, or names of models.
+        models: up to 100 nodes, or names of models.
 
     >>> independent(["resnet32", "resnet32"]).gates
     (('through', 'cutoff'), ('cutoff', 'through'))
@@ -60,6 +60,7 @@ def _graph(models: Sequence[Model], is_through: GateOf, temperature: float = 1.0
     if isinstance(models, Node | str):
         raise InputError("models", models, "a sequence of nodes or model names")
     n = len(models)
+    check_number_of_nodes(n)
     gates = [["through" if is_through(t, s) else "cutoff" for s in range(n)] for t in range(n)]
     nodes = tuple(Node(model) if isinstance(model, str) else model for model in models)
     return Graph(nodes, tuple(tuple(row) for row in gates), temperature)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
+from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch
 from ktg_jax.errors import RunError
 from ktg_jax.node_terms import Priors
 from ktg_jax.nodes import NodeFns
 from ktg_jax.parallel import Parallel
+from ktg_jax.pixels import to_float
 from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.state import GraphState
 from ktg_jax.step import KL_ALONE, Metrics, eval_step, train_step
@@ -206,7 +207,9 @@ def train_epochs(
         on_step: called with the number of each update (from 1) and its metrics, on the host.
 
     Yields:
-        After each epoch a record (`epoch`, `step`, `seconds`, `images_per_second`, and for each of
+        After each epoch a record (`epoch`, `step`, `seconds` from its beginning to its last update,
+        `images_per_second` of this time, in the first one that is trained without its first call,
+        which compiles, if there are others; and for each of
         `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` and `edge_losses`
         (one a sender), `val_loss` and `val_accuracy` or None, and of nodes with a prior
         `prior_distance`, one a stage), and the state, which must be copied or saved before the next
@@ -215,7 +218,8 @@ def train_epochs(
     Raises:
         RunError: a loss or a parameter that is not finite; names the step and the node.
     """
-    for epoch in range(int(state.step) // steps_per_epoch + 1, epochs + 1):
+    epoch_of_first = int(state.step) // steps_per_epoch + 1
+    for epoch in range(epoch_of_first, epochs + 1):
         first = (epoch - 1) * steps_per_epoch + 1
         clock = _Clock()
         means = _Means()
@@ -237,6 +241,9 @@ def train_epochs(
             state, metrics = step(state, len(numbers))
             if pending is not None:
                 read(*pending)
+            elif epoch == epoch_of_first:
+                jax.block_until_ready(metrics)
+                clock.compiled(len(numbers))
             pending = numbers, metrics
         assert pending is not None
         read(*pending)
@@ -269,7 +276,7 @@ def _node_records(
         for i, name in enumerate(names)
     ]
     for record, distances in zip(records, means.get("prior_distance", ()), strict=False):
-        if there := distances[~np.isnan(distances)].tolist():
+        if there := distances[distances >= 0].tolist():  # NaN or -1: not there
             record["prior_distance"] = there
     return records
 
@@ -284,7 +291,7 @@ def _calls(first: int, steps: int, steps_per_call: int) -> Iterator[range]:
 @jax.jit
 def _largest(params: Any) -> jax.Array:
     """The largest magnitude among a node's parameters; not finite if any of them is not."""
-    largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)]
+    largest = [jnp.max(jnp.abs(leaf)).astype(float) for leaf in jax.tree.leaves(params)]
     return jnp.max(jnp.stack([jnp.zeros(()), *largest]))
 
 
@@ -314,19 +321,20 @@ class _Means:
 
 
 class _Clock:
-    """Seconds of an epoch, and steps a second without the epoch's first call, which may compile."""
+    """Seconds of an epoch, and its steps a second, without those of a call that compiled."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first: tuple[float, int] | None = None
-        self._last = self._start
+        self._start = self._last = time.perf_counter()
         self._steps = 0
+        self._compiled = self._start, 0
+
+    def compiled(self, steps: int) -> None:
+        """So many steps, which compiled, are computed."""
+        self._compiled = time.perf_counter(), steps
 
     def steps_done(self, count: int) -> None:
         self._last = time.perf_counter()
         self._steps += count
-        if self._first is None:
-            self._first = self._last, self._steps
 
     @property
     def seconds(self) -> float:
@@ -334,7 +342,7 @@ class _Clock:
 
     @property
     def rate(self) -> float:
-        if self._first is None or self._first[1] == self._steps:
+        since, before = self._compiled
+        if before == self._steps:
             return self._steps / self.seconds
-        time_of_first, steps_of_first = self._first
-        return (self._steps - steps_of_first) / (self._last - time_of_first)
+        return (self._steps - before) / (self._last - since)

@@ -3,6 +3,10 @@
 Node t learns from L_t = sum over s of L[t, s]: the cross-entropy with the label on the diagonal,
 the divergence from node s elsewhere, each through its gate. Senders are detached, so one backward
 pass of sum_t L_t gives every node exactly the gradient of its own loss.
+
+A logit of -inf excludes its class: probability 0. Labels that are no class are never taken for one:
+their loss and its gradient are NaN, under `jax.jit` too. Shapes and dtypes that do not fit raise
+chex's AssertionError.
 """
 
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from typing import TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -27,15 +32,23 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
         labels: int `[B]`, classes in 0..C-1.
 
     Returns:
-        float32 `[B]`.
+        float32 `[B]`; +inf where the logits exclude the label, and NaN, as the gradient then is,
+        where the label is no class.
 
-    >>> bool(cross_entropy(jnp.zeros((1, 2)), jnp.array([1]))[0] == jnp.log(2.0))
-    True
+    Raises:
+        AssertionError: another rank or dtype, or not one label a sample.
+
+    >>> cross_entropy(jnp.zeros((2, 2)), jnp.array([1, 2])).round(3).tolist()
+    [0.6930000185966492, nan]
     """
-    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
-    chex.assert_rank([logits, labels], [2, 1])
-    chex.assert_type(labels, int)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    logits = jnp.asarray(logits, jnp.float32)
+    chex.assert_rank(logits, 2)
+    labels = _checked_labels(logits, labels)
+    is_class = (labels >= 0) & (labels < logits.shape[1])
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(is_class, labels, 0)
+    )
+    return losses * jnp.where(is_class, 1.0, jnp.nan)
 
 
 def kl_divergence(
@@ -48,7 +61,7 @@ def kl_divergence(
 
     The factor T^2 keeps the gradient's size independent of the temperature. Exact: unlike the
     authors' code there is no constant inside the logarithm, and values and gradients stay finite
-    for logits far beyond any network's (1e30).
+    for logits far beyond any network's (1e30). A term with p_s = 0 is 0, also where p_t = 0.
 
     Args:
         receiver_logits: float `[B, C]`, z_t, the node that learns.
@@ -57,10 +70,15 @@ def kl_divergence(
         stop_sender_gradient: whether the sender is detached, as it is in a graph.
 
     Returns:
-        float32 `[B]`.
+        float32 `[B]`; +inf where the sender gives weight to a class that the receiver excludes.
 
-    >>> kl_divergence(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0]]), 4.0).tolist()
-    [0.0]
+    Raises:
+        AssertionError: shapes other than `[B, C]`, or two of them.
+
+    >>> masked = jnp.array([[0.0, 0.0, -jnp.inf]])
+    >>> all_classes = jnp.zeros((1, 3))
+    >>> [float(kl_divergence(masked, sender, 4.0)[0]) for sender in (masked, all_classes)]
+    [0.0, inf]
     """
     receiver_logits = jnp.asarray(receiver_logits, jnp.float32)
     sender_logits = jnp.asarray(sender_logits, jnp.float32)
@@ -68,11 +86,15 @@ def kl_divergence(
     chex.assert_equal_shape([receiver_logits, sender_logits])
     if stop_sender_gradient:
         sender_logits = jax.lax.stop_gradient(sender_logits)
+    scale = jnp.asarray(temperature, jnp.float32)
+    log_sender = jax.nn.log_softmax(sender_logits / scale)
+    # Elsewhere both are taken as 0 before they meet: -inf minus -inf is NaN, in gradients too.
+    has_weight = jnp.exp(log_sender) != 0  # true for NaN, which is to be seen
     divergence = optax.losses.kl_divergence_with_log_targets(
-        jax.nn.log_softmax(receiver_logits / temperature),
-        jax.nn.log_softmax(sender_logits / temperature),
+        jnp.where(has_weight, jax.nn.log_softmax(receiver_logits / scale), 0.0),
+        jnp.where(has_weight, log_sender, 0.0),
     )
-    return divergence * temperature**2
+    return divergence * jnp.asarray(temperature**2, jnp.float32)
 
 
 def edge_losses(
@@ -96,7 +118,11 @@ def edge_losses(
     Returns:
         float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over the *whole* batch
         (also for `correct`: divided by B, not by the number of samples kept). Only node t's
-        logits receive a gradient from row t.
+        logits receive a gradient from row t. Samples that a gate weighs 0 add 0 where their loss
+        is infinite, and a cut edge sees neither its sender nor its label.
+
+    Raises:
+        AssertionError: other ranks, shapes or dtypes.
 
     >>> logits = jnp.zeros((2, 4, 10))  # two undecided nodes: they agree, and know nothing
     >>> gates = jnp.zeros((2, 2), int)  # all through
@@ -104,26 +130,51 @@ def edge_losses(
     ...     [jnp.log(10.0).round(3), 0.0], [0.0, jnp.log(10.0).round(3)]]
     True
     """
-    logits, labels, gates = _stack(logits), jnp.asarray(labels), jnp.asarray(gates)
+    logits, gates = _stack(logits), jnp.asarray(gates)
     num_nodes = logits.shape[0]
-    chex.assert_rank([logits, labels], [3, 1])
+    chex.assert_rank(logits, 3)
     chex.assert_shape(gates, (num_nodes, num_nodes))
 
     senders = jax.lax.stop_gradient(logits)
-    weights = gate_weights(gates, progress, jnp.argmax(senders, axis=-1) == labels)
+    weights = gate_weights(gates, progress, is_correct(logits, labels))
+    is_cut = gates == CUTOFF
 
-    def row_losses(receiver: jax.Array, row_gates: jax.Array) -> jax.Array:
-        # A cut edge compares the receiver with itself, not with its sender: 0 times the loss of a
-        # sender that has diverged would be NaN, and a cut edge must be as good as none.
-        is_cut = (row_gates == CUTOFF)[:, None, None]
-        seen = jnp.where(is_cut, jax.lax.stop_gradient(receiver), senders)
+    # What a cut edge compares the receiver with is the receiver itself, not the sender or label: 0
+    # times the loss from a sender that has diverged would be NaN, and cut must be as good as none.
+    def row_losses(receiver: jax.Array, row_is_cut: jax.Array) -> jax.Array:
+        itself = jax.lax.stop_gradient(receiver)[None]
+        seen = jnp.where(row_is_cut[:, None, None], itself, senders)
         return jax.vmap(lambda sender: kl_divergence(receiver, sender, temperature))(seen)
 
-    transfer = jax.vmap(row_losses)(logits, gates)
-    label = jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
+    transfer = jax.vmap(row_losses)(logits, is_cut)
+    labels = _checked_labels(logits[0], labels)[None]
+    seen_labels = jnp.where(jnp.diagonal(is_cut)[:, None], jnp.argmax(senders, axis=-1), labels)
+    label = jax.vmap(cross_entropy)(logits, seen_labels)
     on_diagonal = jnp.eye(num_nodes, dtype=bool)[:, :, None]
     losses = jnp.where(on_diagonal, label[:, None, :], transfer)
+    losses = jnp.where((weights == 0) & (losses == jnp.inf), 0.0, losses)
     return jnp.mean(weights * losses, axis=-1)
+
+
+def is_correct(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Whether the largest logit is the label's: never where the label is no class.
+
+    Args:
+        logits: float `[..., B, C]`.
+        labels: int `[B]`.
+
+    Returns:
+        bool `[..., B]`.
+
+    Raises:
+        AssertionError: another dtype, or not one label a sample.
+
+    >>> is_correct(jnp.array([[0.0, 2.0], [0.0, 2.0]]), jnp.array([1, -1])).tolist()
+    [True, False]
+    """
+    logits = jnp.asarray(logits)
+    labels = _checked_labels(logits, labels)
+    return jnp.argmax(logits, axis=-1) == jnp.broadcast_to(labels, logits.shape[:-1])
 
 
 def node_losses(
@@ -167,8 +218,19 @@ def graph_loss(
     return jnp.sum(node_losses(logits, labels, gates, progress, temperature))
 
 
+def _checked_labels(logits: jax.Array, labels: ArrayLike) -> jax.Array:
+    """Labels as JAX's own integers, in which no class number wraps around, one a sample."""
+    if isinstance(labels, np.ndarray) and labels.dtype == np.int64:
+        # JAX may keep the lower half alone, in which the least int64 is class 0.
+        labels = np.clip(labels, -1, np.iinfo(np.int32).max)
+    labels = jnp.asarray(labels)
+    chex.assert_type(labels, int)
+    chex.assert_shape(labels, logits.shape[-2:-1])
+    return labels.astype(int)
+
+
 def _stack(logits: Logits) -> jax.Array:
     """Stacks N arrays `[B, C]` to float32 `[N, B, C]`: losses are computed in float32."""
     if isinstance(logits, list | tuple):
-        logits = jnp.stack([jnp.asarray(z) for z in logits])
+        return jnp.stack([jnp.asarray(z, jnp.float32) for z in logits])
     return jnp.asarray(logits, jnp.float32)

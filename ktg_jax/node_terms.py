@@ -39,15 +39,18 @@ def checked_priors(priors: Priors | None, state: GraphState) -> Priors:
 def distance_metrics(distances: Sequence[jax.Array | None]) -> dict[str, jax.Array]:
     """The metric `prior_distance` from each node's distances; none where no node has any.
 
+    NaN stands for what is not there; -1 where `jax_debug_nans` bars NaN.
+
     >>> distance_metrics([None, jnp.array([1.0, 2.0])])["prior_distance"].tolist()
     [[nan, nan], [1.0, 2.0]]
     """
     stages = max((len(distance) for distance in distances if distance is not None), default=0)
     if not stages:
         return {}
-    rows = [jnp.full(stages, jnp.nan) if row is None else _padded(row, stages) for row in distances]
-    return {"prior_distance": jnp.stack(rows)}
+    filler = -1.0 if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined]
 
+    def padded(row: jax.Array) -> jax.Array:
+        return jnp.pad(row, (0, stages - len(row)), constant_values=filler)
 
-def _padded(row: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(row, (0, length - len(row)), constant_values=jnp.nan)
+    none = jnp.zeros(0, jnp.float32)
+    return {"prior_distance": jnp.stack([padded(none if d is None else d) for d in distances])}

@@ -30,17 +30,18 @@ def normalize_relu(
         moments: mean and variance, float32 `[C]`.
         shortcut: float, as x; None: nothing is added.
         epsilon: added to the variance.
-        dtype: of the result; the normalisation itself is computed in float32.
+        dtype: of the result; the normalisation itself is computed in float32, or in float64 where
+            x is.
 
     >>> x = jnp.array([[1.0], [3.0]])
     >>> normalize_relu(x, jnp.ones(1), jnp.zeros(1), (jnp.ones(1), jnp.ones(1)), epsilon=0).tolist()
     [[0.0], [2.0]]
     """
-    mean, variance = moments
-    x = x.astype(jnp.float32)
+    x = _wide(x)
+    mean, variance, scale, bias = (_along(x, vector) for vector in (*moments, scale, bias))
     y = (x - mean) * (scale * jax.lax.rsqrt(variance + epsilon)) + bias
     y = y.astype(dtype)
-    return jax.nn.relu(y if shortcut is None else shortcut + y)
+    return jax.nn.relu(y if shortcut is None else shortcut.astype(dtype) + y)
 
 
 def batch_norm_relu(
@@ -68,8 +69,8 @@ def batch_norm_relu(
         dtype: of the result.
 
     Returns:
-        The result, and the mean and biased variance of the batch, float32 `[C]`, which carry no
-        gradient.
+        The result, and the mean and biased variance of the batch, float32 `[C]` (float64 where x
+        is), which carry no gradient.
 
     >>> y, (mean, variance) = batch_norm_relu(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.zeros(1))
     >>> y.round(3).tolist(), mean.tolist(), variance.tolist()
@@ -77,9 +78,10 @@ def batch_norm_relu(
     """
     arrays = (x,) if shortcut is None else (x, shortcut)
     if dtype == jnp.float32 and uses_native_operations(*arrays):
+        scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
         y, moments = _native(x, scale, bias, shortcut, epsilon, axis_name)
     else:
-        moments = _one_pass_moments(x.astype(jnp.float32), shift, axis_name)
+        moments = _one_pass_moments(_wide(x), shift, axis_name)
         y = normalize_relu(x, scale, bias, moments, shortcut, epsilon=epsilon, dtype=dtype)
     return y, jax.lax.stop_gradient(moments)
 
@@ -87,12 +89,23 @@ def batch_norm_relu(
 def _one_pass_moments(x: jax.Array, shift: jax.Array | None, axis_name: str | None) -> Moments:
     axes = tuple(range(x.ndim - 1))
     if shift is None:
-        shift = jnp.zeros(x.shape[-1])
-    shift = jax.lax.stop_gradient(shift)
-    mean, square = jnp.mean(x - shift, axes), jnp.mean(jnp.square(x - shift), axes)
+        shift = jnp.zeros(x.shape[-1], x.dtype)
+    shift = jax.lax.stop_gradient(shift.astype(x.dtype))
+    shifted = x - _along(x, shift)
+    mean, square = jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)
     if axis_name is not None:
         mean, square = jax.lax.pmean((mean, square), axis_name)
     return mean + shift, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """In float32, or in float64 as it is."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _along(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """A value for each of x's channels `[C]`, in x's rank and dtype."""
+    return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -123,7 +136,7 @@ def _native_forward(
     slope = scale * inverse
     y = operations.normalize(x, slope, bias - mean * slope, shortcut)
     # What the relu lets through is seen in y: the shortcut itself is not needed again.
-    with_shortcut = None if shortcut is None else jnp.zeros(())
+    with_shortcut = None if shortcut is None else jnp.zeros((), jnp.float32)
     return (y, moments), (x, y, mean, inverse, scale, with_shortcut)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -64,7 +65,7 @@ def cosine_schedule(
 def _warmed_up(schedule: optax.Schedule, learning_rate: float, warmup_steps: int) -> optax.Schedule:
     """The schedule, but with the first steps rising linearly to the learning rate."""
     if warmup_steps == 0:
-        return schedule
+        return _of_floats(schedule)
     ramp = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
 
     def warmed_up(count: ArrayLike) -> ArrayLike:
@@ -72,4 +73,16 @@ def _warmed_up(schedule: optax.Schedule, learning_rate: float, warmup_steps: int
             count
         )
 
-    return warmed_up
+    return _of_floats(warmed_up)
+
+
+def _of_floats(schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule of a float count: optax's mix integers and floats, which JAX can be told to bar.
+
+    A float32 counts exactly to 16 million.
+    """
+
+    def of_float(count: ArrayLike) -> ArrayLike:
+        return schedule(count if isinstance(count, int) else jnp.asarray(count, jnp.float32))
+
+    return of_float

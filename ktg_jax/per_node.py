@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from ktg_jax.convolution import formulation
 from ktg_jax.node_terms import NodeTerm, Priors, checked_priors, distance_metrics
 from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.outputs import errors_of
 from ktg_jax.stage_losses import EdgeWeights
 from ktg_jax.state import GraphState
 from ktg_jax.step import (
@@ -28,9 +29,9 @@ from ktg_jax.step import (
     eval_sums,
     graph_gradients,
     node_forward,
-    node_update,
     split_outputs,
 )
+from ktg_jax.updates import check_states, node_update
 
 Placement = tuple[jax.Device, ...]
 
@@ -108,7 +109,7 @@ def per_node_step(
 
     Args:
         state: as `place` returns it; its optimiser states are consumed.
-        images: float `[B, H, W, C]`, on each device that has nodes.
+        images: float `[B, H, W, C]`, as for `node_forward`, on each device that has nodes.
         labels: int `[B]`, on the first node's device.
         gates: int `[N, N]`.
         progress: scalar in (0, 1].
@@ -141,20 +142,22 @@ def per_node_step(
     home = placement[0]
     frozen = state.frozen
     priors = checked_priors(priors, state)
+    check_states(state.opt_state, state.params, optimizer)
     with_stages = edge_weights.needs_stages
     outputs, pullbacks, model_state = [], [], list(state.model_state)
     for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
-        variables = state.params[i], state.model_state[i]
-        if i in frozen:
-            output, pullback = _frozen_forward(fns, with_stages)(*variables, images[device]), None
-        else:
-            forward = _forward_with_pullback(fns, with_stages)
-            output, pullback, model_state[i] = forward(*variables, images[device])
+        inputs = state.params[i], state.model_state[i], images[device]
+        with errors_of(f"node {i}"):
+            if i in frozen:
+                output, pullback = _frozen_forward(fns, with_stages)(*inputs), None
+            else:
+                forward = _forward_with_pullback(fns, with_stages)
+                output, pullback, model_state[i] = forward(*inputs)
         outputs.append(jax.device_put(output, home))
         pullbacks.append(pullback)
 
     logits, stages = split_outputs(outputs, edge_weights)
-    output_gradients, metrics = _graph_gradients(
+    output_gradients, metrics, losses = _graph_gradients(
         logits, labels, gates, progress, temperature, stages, edge_weights=edge_weights
     )
 
@@ -163,13 +166,13 @@ def per_node_step(
     for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
         if pullback is None:
             continue
-        gradient = jax.device_put(output_gradients[i], device)
-        inputs = pullback, gradient, params[i], opt_state[i]
+        gradient, loss = jax.device_put((output_gradients[i], losses[i]), device)
+        update = pullback, gradient, params[i], opt_state[i], loss
         if prior is None:
-            params[i], opt_state[i] = _backward_and_update(optimizer)(*inputs)
+            params[i], opt_state[i] = _backward_and_update(optimizer)(*update)
         else:
             extra = jax.device_put((prior, progress), device)
-            params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*inputs, *extra)
+            params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*update, *extra)
             distances[i] = jax.device_put(distance, home)
     if any(distance is not None for distance in distances):
         metrics |= _distance_metrics(distances)
@@ -187,17 +190,22 @@ def per_node_eval(
     placement: Placement,
 ) -> Metrics:
     """`eval_step` node by node: the same sums."""
-    logits = [
-        jax.device_put(
-            _frozen_forward(fns, False)(state.params[i], state.model_state[i], images[device]),
-            placement[0],
-        )
-        for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True))
-    ]
+    logits = []
+    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        inputs = state.params[i], state.model_state[i], images[device]
+        with errors_of(f"node {i}"):
+            logits.append(jax.device_put(_frozen_forward(fns, False)(*inputs), placement[0]))
     return _eval_sums(tuple(logits), labels, mask)
 
 
-_graph_gradients = jax.jit(graph_gradients, static_argnames="edge_weights")
+@functools.partial(jax.jit, static_argnames="edge_weights")
+@functools.wraps(graph_gradients)
+def _graph_gradients(*inputs: Any, **options: Any) -> Any:
+    """What `graph_gradients` returns, and each node's loss apart: a scalar for its device."""
+    gradients, metrics = graph_gradients(*inputs, **options)
+    return gradients, metrics, tuple(metrics["loss"])
+
+
 _distance_metrics = jax.jit(distance_metrics)
 _eval_sums = jax.jit(eval_sums)
 _next = jax.jit(lambda step: step + 1)
@@ -225,9 +233,11 @@ def _frozen_forward(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=256)
 def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def update(pullback: Any, gradient: jax.Array, params: PyTree, opt_state: Any) -> Any:
+    def update(
+        pullback: Any, gradient: Any, params: PyTree, opt_state: Any, loss: jax.Array
+    ) -> Any:
         (gradients,) = pullback(gradient)
-        return node_update(params, opt_state, gradients, optimizer=optimizer)
+        return node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
 
     # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
     return jax.jit(update, donate_argnums=3)
@@ -237,14 +247,16 @@ def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..
 def _backward_with_prior(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     def update(
         pullback: Any,
-        gradient: jax.Array,
+        gradient: Any,
         params: PyTree,
         opt_state: Any,
+        loss: jax.Array,
         prior: NodeTerm,
         progress: jax.Array,
     ) -> Any:
         (gradients,) = pullback(gradient)
         gradients, distance = prior.add_to(gradients, params, progress)
-        return *node_update(params, opt_state, gradients, optimizer=optimizer), distance
+        updated = node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
+        return *updated, distance
 
     return jax.jit(update, donate_argnums=3)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.gates import CUTOFF, gate_weights
+from ktg_jax.losses import is_correct
 
 Stages: TypeAlias = Sequence[ArrayLike]
 """The output of each stage of a network, float `[B, h, w, C]`."""
@@ -110,7 +111,7 @@ def stage_edge_losses(
     Args:
         stages: the stage outputs of each of the N nodes, from one simultaneous forward pass.
         logits: N arrays, float `[B, C]`, which say whether a sender is right.
-        labels: int `[B]`.
+        labels: int `[B]`; where one is no class, no sender is right.
         gates: int `[N, N]`, as for `edge_losses`.
         progress: scalar in [0, 1], as for `edge_losses`.
         edge_weights: Python numbers; what has weight 0 is not computed.
@@ -121,17 +122,20 @@ def stage_edge_losses(
 
     Raises:
         InputError: nodes whose stages do not fit each other's, as the losses say.
+        AssertionError: other ranks, shapes or dtypes.
     """
-    gates, labels = jnp.asarray(gates), jnp.asarray(labels)
-    correct = jnp.stack([jnp.argmax(z, axis=-1) == labels for z in logits])
+    gates = jnp.asarray(gates)
+    chex.assert_shape(gates, (len(stages), len(stages)))
+    correct = jnp.stack([is_correct(z, labels) for z in logits])
     weights = gate_weights(gates, progress, correct)
     senders = [_detached(outputs) for outputs in stages]
+    chex.assert_tree_shape_prefix(senders, correct.shape[1:])
 
     def loss_of(receiver: int, sender: int) -> jax.Array:
         if receiver == sender:
-            return jnp.zeros(())
+            return jnp.zeros((), jnp.float32)
         is_cut = gates[receiver, sender] == CUTOFF
-        total = jnp.zeros(labels.shape)
+        total = jnp.zeros(correct.shape[1], jnp.float32)
         try:
             if edge_weights.attention:
                 losses = _attention_losses(stages[receiver], senders[sender], is_cut)
@@ -206,12 +210,14 @@ def _compared(
 def _normalised(array: jax.Array) -> jax.Array:
     """Flattens each sample and divides it by its L2 norm: `[B, ...]` to `[B, n]`.
 
-    One with a norm below 1e-12 becomes zeros, with no gradient: it has no direction.
+    One with a norm below 1e-12 becomes zeros, with no gradient: it has no direction. One with a
+    norm that is not finite, or beyond float32's square root, becomes NaN.
     """
     flat = array.reshape(len(array), -1)
     square = jnp.sum(jnp.square(flat), axis=1, keepdims=True)
     is_nothing = square <= 1e-24  # false for NaN, which is to be seen
-    return jnp.where(is_nothing, 0, flat * jax.lax.rsqrt(jnp.where(is_nothing, 1, square)))
+    norm_square = jnp.where(is_nothing, 1.0, jnp.where(square == jnp.inf, jnp.nan, square))
+    return jnp.where(is_nothing, 0.0, flat * jax.lax.rsqrt(norm_square))
 
 
 def _detached(stages: Stages) -> list[jax.Array]:

@@ -12,6 +12,9 @@ import optax
 from ktg_jax.errors import InputError
 from ktg_jax.graph import Graph
 from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.outputs import arrays, errors_of
+from ktg_jax.pixels import has_floats
+from ktg_jax.updates import init_opt_state
 
 
 @flax.struct.dataclass
@@ -21,7 +24,8 @@ class GraphState:
     Attributes:
         params: N pytrees, what optimisers update.
         model_state: N pytrees, what forward passes update (batch statistics).
-        opt_state: N optimiser states; a frozen node has None.
+        opt_state: N optimiser states; a frozen node has None, and no other node has: where an
+            optimiser's own state is None, `init_state` puts `NoOptState()` in its place.
         step: int32 scalar, the number of updates made. With the seed it is the position in the
             data, too.
 
@@ -56,10 +60,11 @@ def init_state(
         node_fns: one a node, in the graph's order.
         optimizer: an optax transformation, applied to each node apart.
         rng: a random key.
-        sample_images: float `[B, H, W, C]`, of which only the shape matters.
+        sample_images: `[B, H, W, C]`, of which only the shape matters: integers count as floats.
 
     Raises:
-        InputError: the number of node functions is not the number of nodes.
+        InputError: the number of node functions is not the number of nodes, or a network whose
+            `init` does not return a pair of pytrees of arrays.
 
     >>> import ktg_jax as ktg
     >>> graph = ktg.graphs.distillation("cnn", "cnn")
@@ -70,15 +75,15 @@ def init_state(
     """
     if len(node_fns) != len(graph.nodes):
         raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")
-    params, model_state = zip(
-        *(
-            fns.init(node_rng(rng, str(node.name)), sample_images)
-            for node, fns in zip(graph.nodes, node_fns, strict=True)
-        ),
-        strict=True,
-    )
+    if not has_floats(sample_images):
+        sample_images = jnp.zeros(jnp.shape(sample_images), jnp.float32)
+    variables = []
+    for node, fns in zip(graph.nodes, node_fns, strict=True):
+        with errors_of(f"node {node.name}"):
+            variables.append(arrays(fns.init(node_rng(rng, str(node.name)), sample_images)))
+    params, model_state = zip(*variables, strict=True)
     opt_state = tuple(
-        None if i in graph.frozen else optimizer.init(node_params)
+        None if i in graph.frozen else init_opt_state(optimizer, node_params)
         for i, node_params in enumerate(params)
     )
     return GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,11 +18,15 @@ from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.gates import CUTOFF
-from ktg_jax.losses import cross_entropy, edge_losses
+from ktg_jax.losses import cross_entropy, edge_losses, is_correct
 from ktg_jax.node_terms import Priors, checked_priors, distance_metrics
 from ktg_jax.nodes import NodeFns, PyTree, StageOutputs
+from ktg_jax.outputs import Shown, check_logits, check_pair, errors_of
+from ktg_jax.pixels import check_floats
 from ktg_jax.stage_losses import EdgeWeights, Stages, stage_edge_losses
 from ktg_jax.state import GraphState
+from ktg_jax.streams import batch_spread_over
+from ktg_jax.updates import check_states, node_update
 
 Metrics = dict[str, jax.Array]
 
@@ -44,7 +49,8 @@ def node_forward(
     Args:
         params: the node's parameters.
         model_state: the node's model state.
-        images: float `[B, H, W, C]`.
+        images: float `[B, H, W, C]`, as the network is to see them: the experiments divide uint8
+            by 255.
         fns: the node's functions.
         frozen: run with the stored statistics and change nothing.
         with_stages: return the stages' outputs, too.
@@ -54,7 +60,8 @@ def node_forward(
         logits a pair of them and a float `[B, h, w, C]` for each stage.
 
     Raises:
-        InputError: stages of a network that does not name them.
+        InputError: images that are no floats, stages of a network that does not name them, or a
+            network that does not return logits `[B, classes]` of a float dtype.
 
     >>> import ktg_jax as ktg
     >>> fns = ktg.build_model("cnn", num_classes=10)
@@ -63,17 +70,23 @@ def node_forward(
     >>> logits.shape
     (4, 10)
     """
-    if not with_stages:
-        return fns.apply(params, model_state, images, not frozen)
-    if fns.stages is None:
+    check_floats(images)
+    if with_stages and fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
-    (logits, outputs), model_state = fns.stages(params, model_state, images, not frozen)
-    return (logits, tuple(outputs)), model_state
+    forward = fns.stages if with_stages and fns.stages is not None else fns.apply
+    made = forward(params, model_state, images, not frozen)
+    check_pair(made, "stages" if with_stages else "apply", "what it puts out and the model state")
+    output, new_model_state = made
+    if with_stages:
+        check_pair(output, "stages", "logits and stage outputs")
+        output = output[0], tuple(output[1])
+    check_logits(output[0] if with_stages else output, len(images))
+    return output, model_state if frozen else new_model_state
 
 
 def graph_gradients(
     logits: Sequence[jax.Array],
-    labels: jax.Array,
+    labels: ArrayLike,
     gates: ArrayLike,
     progress: ArrayLike,
     temperature: ArrayLike = 1.0,
@@ -94,10 +107,12 @@ def graph_gradients(
     Returns:
         N gradients in the shape and dtype of the logits, or with stages of the pairs that
         `node_forward` returns; and metrics: `loss` `[N]`, `accuracy` `[N]`, `edge_losses`
-        `[N, N]`, all float32.
+        `[N, N]`, all float32. Labels that are no class, and logits of -inf: as for `edge_losses`.
 
     Raises:
-        InputError: stages that are needed and not given, or that do not fit each other.
+        InputError: stages that are needed and not given, or that do not fit each other; logits of
+            different shapes.
+        AssertionError: other ranks, shapes or dtypes, as for `edge_losses`.
 
     >>> logits = [jnp.zeros((1, 2)), jnp.zeros((1, 2))]
     >>> gradients, metrics = graph_gradients(logits, jnp.array([0]), jnp.zeros((2, 2), int), 1.0)
@@ -106,6 +121,8 @@ def graph_gradients(
     """
     if edge_weights.needs_stages and stages is None:
         raise InputError("stages", None, "the stage outputs of each node")
+    if len({z.shape for z in logits}) > 1:
+        raise InputError("logits", list(map(Shown, logits)), "one shape, the same for all nodes")
     on_label = jnp.eye(len(logits), dtype=bool)
     # A divergence of weight 0 is cut off, not multiplied by 0: it may not be finite.
     kl_gates = gates if edge_weights.kl else jnp.where(on_label, gates, CUTOFF)
@@ -124,33 +141,15 @@ def graph_gradients(
     (gradients, of_stages), losses = jax.grad(loss_of, (0, 1), has_aux=True)(*outputs)
     if stages is not None:
         gradients = tuple(zip(gradients, of_stages, strict=True))
-    accuracy = jnp.stack([jnp.mean(jnp.argmax(z, axis=-1) == labels) for z in logits])
+    accuracy = jnp.stack([jnp.mean(is_correct(z, labels), dtype=jnp.float32) for z in logits])
     metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
     return gradients, metrics
-
-
-def node_update(
-    params: PyTree,
-    opt_state: optax.OptState,
-    gradients: PyTree,
-    *,
-    optimizer: optax.GradientTransformation,
-) -> tuple[PyTree, optax.OptState]:
-    """A node's update by its own optimiser; returns the new params and optimiser state.
-
-    >>> optimizer = optax.sgd(0.5)
-    >>> params = jnp.array([1.0])
-    >>> node_update(params, optimizer.init(params), jnp.array([1.0]), optimizer=optimizer)[0]
-    Array([0.5], dtype=float32)
-    """
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
 
 
 def train_step(
     state: GraphState,
     images: jax.Array,
-    labels: jax.Array,
+    labels: ArrayLike,
     gates: ArrayLike,
     progress: ArrayLike,
     *,
@@ -168,16 +167,18 @@ def train_step(
 
     Args:
         state: from `init_state`.
-        images: float `[B, H, W, C]`.
+        images: float `[B, H, W, C]`, as for `node_forward`.
         labels: int `[B]`.
         gates: int `[N, N]`, `Graph.gate_codes`. They gate losses; what freezes a node is the
             state alone.
         progress: scalar in (0, 1]; the k-th update of k_end has k / k_end.
         node_fns: one a node.
-        optimizer: as given to `init_state`.
+        optimizer: as given to `init_state`. One that asks for `value` is given the node's own
+            loss, that of its edges in the whole batch.
         temperature: `Graph.temperature`.
         axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
-            then that of the whole batch.
+            then that of the whole batch, of which each device's share has random numbers of its
+            own.
         priors: one a node, or None where it has none, as `with_priors` returns them; they add to
             the gradients of their own nodes, and to nothing else. None: no node has one.
         edge_weights: `Graph.edge_weights`, what transfer edges carry; Python numbers. Losses on
@@ -186,12 +187,15 @@ def train_step(
     Returns:
         The new state and the metrics of `graph_gradients`, in which the losses are those of the
         edges. With priors also `prior_distance`, float32 `[N, G]`: how far each stage of each node
-        was from its prior before the update; NaN where there is none. Nothing of a frozen node
-        changes.
+        was from its prior before the update; NaN where there is none (-1 under
+        `jax_debug_nans`). Nothing of a frozen node changes.
 
     Raises:
-        InputError: a prior of a frozen node or of another student, or not one entry a node; stages
-            that are needed and not there, or do not fit each other.
+        InputError: images that are no floats; a prior of a frozen node or of another student, or
+            not one entry a node; stages that are needed and not there, or do not fit each other; a
+            network whose logits are not float `[B, classes]`, the same for all; an optimiser that
+            asks for more than `value`, or whose state is None where the state, made by hand, has
+            None for every node.
 
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
@@ -204,6 +208,7 @@ def train_step(
     (1, (2, 2))
     """
     priors = checked_priors(priors, state)
+    check_states(state.opt_state, state.params, optimizer)
     outputs, pullbacks, model_state = [], [], []
     for i, fns in enumerate(node_fns):
         frozen = i in state.frozen
@@ -215,7 +220,8 @@ def train_step(
             frozen=frozen,
             with_stages=edge_weights.needs_stages,
         )
-        with jax.named_scope(f"node{i}_forward"):
+        scope, where = jax.named_scope(f"node{i}_forward"), errors_of(f"node {i}")
+        with scope, where, batch_spread_over(axis_name):
             if frozen:
                 output, new_model_state = forward(state.params[i])
                 pullback = None
@@ -230,6 +236,9 @@ def train_step(
         logits, labels, gates, progress, temperature, stages, edge_weights
     )
 
+    if axis_name is not None:
+        metrics = jax.lax.pmean(metrics, axis_name)
+
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
     for i, (pullback, prior) in enumerate(zip(pullbacks, priors, strict=True)):
@@ -242,10 +251,12 @@ def train_step(
             if prior is not None:
                 gradients, distances[i] = prior.add_to(gradients, params[i], progress)
             params[i], opt_state[i] = node_update(
-                params[i], opt_state[i], gradients, optimizer=optimizer
+                params[i],
+                opt_state[i],
+                gradients,
+                optimizer=optimizer,
+                value=metrics["loss"][i],
             )
-    if axis_name is not None:
-        metrics = jax.lax.pmean(metrics, axis_name)
     metrics |= distance_metrics(distances)
     new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
     return new_state, metrics
@@ -263,7 +274,7 @@ def split_outputs(
 def eval_step(
     state: GraphState,
     images: jax.Array,
-    labels: jax.Array,
+    labels: ArrayLike,
     mask: jax.Array | None = None,
     *,
     node_fns: Sequence[NodeFns],
@@ -272,7 +283,7 @@ def eval_step(
 
     Args:
         state: from `init_state` or `train_step`.
-        images: float `[B, H, W, C]`.
+        images: float `[B, H, W, C]`, as for `node_forward`.
         labels: int `[B]`.
         mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
             all.
@@ -281,7 +292,11 @@ def eval_step(
     Returns:
         Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
         `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
-        logits, and `count` `[]`; float32.
+        logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
+        losses are NaN where a label that counts is no class.
+
+    Raises:
+        InputError: images that are no floats.
 
     >>> import ktg_jax as ktg
     >>> graph, images = ktg.graphs.mutual(["cnn", "cnn"]), jnp.ones((4, 8, 8, 1))
@@ -291,15 +306,17 @@ def eval_step(
     >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
     3.0
     """
-    logits = tuple(
-        fns.apply(params, model_state, images, False)[0]
-        for fns, params, model_state in zip(node_fns, state.params, state.model_state, strict=True)
-    )
+    logits: list[Any] = []
+    nodes = zip(node_fns, state.params, state.model_state, strict=True)
+    for i, (fns, params, model_state) in enumerate(nodes):
+        with errors_of(f"node {i}"):
+            output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
+        logits.append(output)
     return eval_sums(logits, labels, mask)
 
 
 def eval_sums(
-    logits: Sequence[jax.Array], labels: jax.Array, mask: jax.Array | None = None
+    logits: ArrayLike | Sequence[ArrayLike], labels: ArrayLike, mask: ArrayLike | None = None
 ) -> Metrics:
     """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
 
@@ -308,12 +325,16 @@ def eval_sums(
     >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
     ([1.0, 0.0], 1.0)
     """
-    counts = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask, jnp.float32)
-    stacked = jnp.stack([z.astype(jnp.float32) for z in logits])
+    each = logits if isinstance(logits, list | tuple) else jnp.asarray(logits)
+    stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in each])
+    counts = jnp.ones(stacked.shape[1], jnp.float32)
+    if mask is not None:
+        counts = jnp.asarray(mask, jnp.float32)
+        chex.assert_shape(counts, stacked.shape[1:2])
 
     def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
-        return jnp.sum(loss), jnp.sum((jnp.argmax(z, axis=-1) == labels) * counts)
+        return jnp.sum(loss), jnp.sum(is_correct(z, labels).astype(jnp.float32) * counts)
 
     loss, correct = jax.vmap(sums)(stacked)
     ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))

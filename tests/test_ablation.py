@@ -102,6 +102,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_results(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(results: Any, paths: Any) -> None:
+        assert results_in(whole) == results  # they are there already
+        raise ValueError("no font")
+
+    before = (whole / "results.json").read_text()
+    monkeypatch.setattr("experiments.ablating.pictures.draw_arms", fails)
+    said = ablate(whole.parent)
+    assert said.count(f"{whole / 'curves.svg'} is not drawn: ValueError: no font\n") == 2
+    assert (whole / "results.json").read_text() == before
+
+
 # --- graphs
 
 
@@ -284,6 +298,11 @@ def test_tables_say_what_the_results_are() -> None:
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"arms": ("plain", "magic")}, "arms", "got 'magic'; allowed: plain, initialised"),
     ({"seeds": 0}, "seeds", "got 0; allowed: at least 1"),
+    ({"seeds": 10**9}, "seeds", "got 1000000000; allowed: at most 1,000"),
+    ({"seed": 2**32 - 1, "seeds": 2}, "seed", "allowed: at most 4,294,967,295, the 2 seeds from"),
+    ({"temperature": 1e300}, "temperature", "got 1e+300; allowed: 1e-15 to 1e+15"),
+    ({"feature_weight": 1e300}, "feature_weight", "got 1e+300; allowed: at most 1e+30"),
+    ({"students": ("staged", "stagd")}, "students[1]", "got 'stagd'; allowed: cnn, resnet8"),
     ({"temperature": 0.0}, "temperature", "got 0.0; allowed: a finite number above 0"),
     ({"reach": (0.5, 60.0)}, "reach", "got 60.0; allowed: accuracies"),
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),

@@ -33,7 +33,15 @@ GRAPHS: dict[str, Any] = {
     "too_few_rows": {"nodes": TINY_NODES, "gates": [["through", "through"]]},
     "idle_target": {"nodes": TINY_NODES, "gates": [["cutoff", "cutoff"], ["cutoff", "through"]]},
     "frozen": {"nodes": TINY_NODES, "gates": [["through", "through"], ["cutoff", "cutoff"]]},
-    "no_such_model": {"nodes": [{"model": "tinny"}], "gates": [["through"]]},
+    "no_such_model": {
+        "nodes": [{"model": "tiny"}, {"model": "tinny"}],
+        "gates": [["through", "through"]] * 2,
+    },
+    "no_such_prior": {
+        "nodes": [{"model": "tiny"}, {"model": "tiny", "prior": "gone"}],
+        "gates": [["through", "through"]] * 2,
+    },
+    "misspelt": {"nodes": TINY_NODES[:1], "gate": [["through"]]},
     "no_such_field": {"nodes": TINY_NODES[:1], "gates": [["through"]], "temprature": 4},
     "bad_loss": {"nodes": TINY_NODES[:1], "gates": [["through"]], "attention_weight": -1},
     "no_stages": {
@@ -41,7 +49,10 @@ GRAPHS: dict[str, Any] = {
         "gates": [["through", "through"]] * 2,
         "attention_weight": 1.0,
     },
-    "no_such_weights": {"nodes": [{"model": "tiny", "weights": "gone"}], "gates": [["through"]]},
+    "no_such_weights": {
+        "nodes": [*TINY_NODES, {"model": "tiny", "weights": "gone"}],
+        "gates": [["through", "cutoff", "through"], ["through"] * 3, ["cutoff"] * 3],
+    },
     "good": {"nodes": TINY_NODES[:1], "gates": [["through"]]},
 }
 
@@ -101,6 +112,28 @@ def assert_refused(ended: Ended, field: str, *parts: str) -> None:
 
 OPTIONS: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"epochs": 0}, "epochs", ["got 0;", "at least 1"]),
+    ({"epochs": 10**30}, "epochs", ["at most 2,147,483,647"]),
+    ({"epochs": 10**4000}, "epochs", ["an integer of about 4,000 digits;", "at most 2,147,483,64"]),
+    ({"epochs": 2**31 - 1}, "epochs", ["got 2147483647;", "at most 429,496,729, of 5 steps each"]),
+    ({"batch-size": 2**70}, "batch_size", ["at most 2,147,483,647"]),
+    ({"seed": 2**32}, "seed", ["got 4294967296;", "at most 4,294,967,295"]),
+    ({"split-seed": 2**63}, "split_seed", ["at most 9,223,372,036,854,775,807"]),
+    ({"train-limit": 10**30}, "train_limit", ["at most 2,147,483,647"]),
+    ({"warmup-epochs": 10**30}, "warmup_epochs", ["at most 2,147,483,647"]),
+    ({"image-size": 10**6}, "image_size", ["got 1000000;", "at most 4,096"]),
+    ({"learning-rate": 1e300}, "learning_rate", ["got 1e+300;", "at most 1e+30"]),
+    ({"weight-decay": 1e300}, "weight_decay", ["got 1e+300;", "at most 1e+30"]),
+    ({"steps-per-call": 10**30}, "steps_per_call", ["at most 2,147,483,647"]),
+    ({"cpu-devices": 10**6}, "cpu_devices", ["got 1000000;", "at most 1,024"]),
+    ({"temperature": 1e300}, "temperature", ["got 1e+300;", "1e-15 to 1e+15"]),
+    ({"graph": "a" * 5000, "models": None}, "graph", ["mutual, independent, distillation, chain"]),
+    (
+        {"graph": f"{{inputs}}:{'9' * 4000}", "models": None},
+        "graph",
+        ["a folder of experiments.se"],
+    ),
+    ({"models": "tiny " * 101}, "nodes", ["got 101;", "at most 100 nodes"]),
+    ({"models": "tiny resnet999999998"}, "models[1]", ["'resnet999999998'", "up to 1,202 layers"]),
     ({"batch-size": 0}, "batch_size", ["got 0;", "at least 1"]),
     ({"batch-size": 181}, "batch_size", ["got 181;", "180 training images"]),
     (
@@ -120,16 +153,21 @@ OPTIONS: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"image-size": 1}, "image_size", ["got 1;"]),
     ({"temperature": 0}, "temperature", ["got 0.0;", "above 0"]),
     ({"imports": "no_such_module"}, "imports", ["no_such_module"]),
-    ({"models": "tiny tinny"}, "model", ["'tinny'", "cnn, resnet8", "tiny"]),
+    ({"models": "tiny tinny"}, "models[1]", ["'tinny'", "cnn, resnet8", "tiny"]),
     ({"data": "digit"}, "data", ["'digit'", "digits, cifar10"]),
     ({"graph": "mutal"}, "graph", ["'mutal'", "mutual, independent, distillation, chain"]),
     ({"graph": "{inputs}/missing.json"}, "graph", ["missing.json", "JSON file"]),
     ({"graph": "distillation", "models": "tiny"}, "models", ["['tiny']", "teachers"]),
     ({"graph": "distillation"}, "nodes[1].weights", ["None", "weights for node tiny-1", "frozen"]),
     ({"weights": "none"}, "weights", ["['none']", "2 entries"]),
-    ({"weights": "none {inputs}"}, "weights", ["inputs", "DIR:name"]),
-    ({"weights": "none {inputs}/missing.safetensors"}, "weights", ["missing.safetensors"]),
-    ({"weights": "none {inputs}/truncated.safetensors"}, "weights", ["truncated.safetensors"]),
+    ({"weights": "none {inputs}"}, "weights[1]", ["inputs", "DIR:name"]),
+    ({"weights": "none {inputs}/missing.safetensors"}, "weights[1]", ["missing.safetensors"]),
+    ({"weights": "none {inputs}/truncated.safetensors"}, "weights[1]", ["truncated.safetensors"]),
+    (
+        {"graph": "distillation", "weights": "none none"},
+        "weights[1]",
+        ["None", "weights for node tiny-1", "frozen"],
+    ),
     ({"weights": "none {inputs}/cnn.safetensors"}, "weights of node 1", ["cnn.safetensors, a cnn"]),
     (
         {"weights": "none {inputs}/seven.safetensors"},
@@ -156,10 +194,12 @@ FILES: list[tuple[str, str, list[str]]] = [
     ("too_few_rows.json", "gates", ["2 rows of 2 gates"]),
     ("idle_target.json", "gates[0]", ["['cutoff', 'cutoff']", "target", "not cutoff"]),
     ("frozen.json", "nodes[1].weights", ["None", "tiny-1", "frozen"]),
-    ("no_such_model.json", "model", ["'tinny'", "cnn, resnet8"]),
+    ("no_such_model.json", "nodes[1].model", ["'tinny'", "cnn, resnet8"]),
+    ("no_such_prior.json", "nodes[1].prior", ["'gone'", "prior.safetensors"]),
+    ("misspelt.json", "graph.gate", ["[['through']]", "did you mean 'gates'?"]),
     ("no_such_field.json", "graph.temprature", ["got 4;", "temperature"]),
     ("bad_loss.json", "attention_weight", ["got -1;", "a finite number, at least 0"]),
-    ("no_such_weights.json", "weights", ["'gone'", "DIR:name"]),
+    ("no_such_weights.json", "nodes[2].weights", ["'gone'", "DIR:name"]),
     ("truncated.json", "graph", ["JSON"]),
     ("truncated.npz", "data", ["truncated.npz", "undamaged"]),
     ("missing.npz", "data", ["missing.npz", "a file that exists"]),
@@ -186,12 +226,19 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_node_is_counted_with_those_that_were_left_out(inputs: Path, tmp_path: Path) -> None:
+    """Node 1 of this graph is one that its target does not need."""
+    options = {"graph": inputs / "no_such_weights.json", "models": None, "prune": ""}
+    ended = in_process(train_module.main, *words(SMALL | options), "--workdir", tmp_path / "run")
+    assert_refused(ended, "nodes[2].weights", "'gone'")
+
+
 def test_a_network_without_the_stages_that_its_edges_need_is_refused(
     inputs: Path, tmp_path: Path
 ) -> None:
     options = {"graph": inputs / "no_stages.json", "models": None, "workdir": tmp_path / "run"}
     ended = in_process(train_module.main, *words(SMALL | options))
-    assert_refused(ended, "stages", "'Tiny'", "stage1_")
+    assert_refused(ended, "stages of nodes[0]", "'Tiny'", "stage1_")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,8 +1,10 @@
 """How commands end."""
 
+import logging
 import subprocess
 import sys
 
+import pytest
 from runs import in_process
 
 SECONDS = 60
@@ -49,3 +51,14 @@ def test_what_the_system_refuses_is_one_line() -> None:
     ended = in_process(main)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == "failed: [Errno 28] No space left on device: 'run/metrics.jsonl'\n"
+
+
+def test_a_warning_of_the_library_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("ktg_jax.data.npz")
+    ended = in_process(lambda: logger.warning("arrays that are not used: %s", "mean\nof all"))
+    assert (ended.code, ended.out) == (0, "")
+    assert ended.err == "warning: arrays that are not used: mean of all\n"
+    logger.warning("said to whom the program has chosen")
+    assert [record.getMessage() for record in caplog.records] == [
+        "said to whom the program has chosen"
+    ]

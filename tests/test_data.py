@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_files import assert_input_error, random_images, save_image
 from PIL import Image
 
 from ktg_jax.data import tfds
@@ -32,10 +33,6 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def random_images(count: int, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
 def random_split(labels: Any, *shape: int) -> Split:
     labels = np.asarray(labels, np.int32)
     return Split(random_images(len(labels), *(shape or (2, 2, 1))), labels)
@@ -46,13 +43,6 @@ def assert_same_split(a: Split | None, b: Split | None) -> None:
     assert b is not None
     np.testing.assert_array_equal(a.images, b.images)
     np.testing.assert_array_equal(a.labels, b.labels)
-
-
-def assert_input_error(error: InputError, field: str, *parts: str) -> None:
-    assert error.field == field
-    assert "\n" not in str(error)
-    for part in parts:
-        assert part in str(error)
 
 
 def damage(path: Path) -> None:
@@ -386,11 +376,6 @@ def test_an_unreadable_npz_file_is_named(tmp_path: Path, kind: str) -> None:
 # --- folders of images
 
 
-def save_image(path: Path, pixels: np.ndarray, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Train: 3 cats and 3 dogs, test: 1 dog; 6x5 RGB; image values tell the class and number."""
@@ -417,14 +402,15 @@ def test_a_folder_gives_sorted_classes_and_its_images(folder: Path) -> None:
     assert (dataset.flip, dataset.val) == (True, None)
 
 
-def test_a_folder_val_is_the_validation_split_and_excludes_a_fraction(folder: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_a_folder_val_is_the_validation_split_whatever_the_fraction(
+    folder: Path, fraction: float
+) -> None:
     save_image(folder / "val" / "cat" / "v.jpg", np.full((6, 5, 3), 7, np.uint8))
-    dataset = load_dataset(f"folder:{folder}")
+    dataset = load_dataset(f"folder:{folder}", val_fraction=fraction)
     assert dataset.val is not None
     assert dataset.val.labels.tolist() == [0]
-    with pytest.raises(InputError) as caught:
-        load_dataset(f"folder:{folder}", val_fraction=0.5)
-    assert_input_error(caught.value, "val_fraction", "0.5")
+    assert (len(dataset.train), dataset.own_val) == (6, True)
 
 
 def test_greyscale_folders_keep_one_channel_and_mixed_ones_become_rgb(tmp_path: Path) -> None:
@@ -472,7 +458,7 @@ def without_classes(folder: Path) -> None:
     ("spoil", "part"),
     [
         (lambda f: shutil.rmtree(f), "train"),
-        (lambda f: (f / "train").replace(f / "training"), "train"),
+        (lambda f: (f / "train").replace(f / "learning"), "train"),
         (without_classes, "one folder of images per class"),
         (lambda f: (f / "train" / "eel").mkdir(), "eel"),
         (lambda f: (f / "test" / "dog").rename(f / "test" / "wolf"), "wolf"),
@@ -571,6 +557,62 @@ def test_without_test_tiny_imagenet_val_is_not_opened(tiny: Path) -> None:
     (tiny / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe")
     dataset = load_dataset("tiny_imagenet", tiny, with_test=False)
     assert (len(dataset.train), dataset.test) == (3, None)
+
+
+def test_index_files_may_be_written_by_windows(tiny: Path) -> None:
+    expected = load_dataset("tiny_imagenet", tiny)
+    for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+        lines = (tiny / name).read_text().splitlines()
+        (tiny / name).write_bytes(b"\xef\xbb\xbf" + " \r\n".join(lines).encode())
+    dataset = load_dataset("tiny_imagenet", tiny)
+    assert dataset.class_names == ("lion", "goldfish")
+    assert_same_split(dataset.train, expected.train)
+    assert_same_split(dataset.test, expected.test)
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 2**32)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [sparse, pipe])
+@pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])
+def test_index_files_that_would_not_end_are_refused(
+    tiny: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    spoil(tiny / name)
+    with pytest.raises(InputError) as caught:
+        load_dataset("tiny_imagenet", tiny)
+    assert_input_error(caught.value, "data_dir", str(tiny))
+
+
+def test_a_class_that_is_listed_twice_is_refused(tiny: Path) -> None:
+    (tiny / "wnids.txt").write_text("n2\nn1\nn2\n")
+    with pytest.raises(InputError) as caught:
+        load_dataset("tiny_imagenet", tiny)
+    assert_input_error(caught.value, "data_dir", "wnids.txt: n2 twice", "each class once")
+
+
+def test_all_of_a_class_is_used_and_what_is_left_over_is_told(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = np.full((64, 64, 3), 9, np.uint8)
+    save_image(tiny / "train/n1/images/more/1.webp", pixels)
+    save_image(tiny / "val/images/new.png", pixels)
+    dataset = load_dataset("tiny_imagenet", tiny)
+    assert dataset.test is not None
+    assert dataset.train.labels.tolist() == [0, 1, 1, 1]
+    assert len(dataset.test) == 2
+    (record,) = caplog.records
+    assert record.getMessage().endswith("val_annotations.txt does not speak of 1 file, new.png")
+    (tiny / "train/n2/images/0.heic").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        load_dataset("tiny_imagenet", tiny)
+    assert_input_error(caught.value, "data_dir", "n2/images: 1 file, 0.heic")
 
 
 # --- the cache, seen through Tiny-ImageNet

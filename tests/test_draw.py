@@ -257,17 +257,67 @@ def test_curves_show_train_dashed_and_validation_solid(tmp_path: Path) -> None:
         for node in (0, 1):
             assert "stroke-dasharray" in style(svg, f"train_{metric}-{node}")
             assert "stroke-dasharray" not in style(svg, f"val_{metric}-{node}")
-    assert {"net0", "net1", "train", "validation", "loss", "accuracy (%)"} <= set(texts(svg))
+    assert {"net0", "net1", "train", "validation", "accuracy (%)"} <= set(texts(svg))
 
 
-def test_the_targets_curves_are_thickest_on_top_and_first_in_the_legend(tmp_path: Path) -> None:
+def panel_of(svg: ET.Element, gid: str) -> str:
+    """The panel that a line is in."""
+    panels = [axes for axes in svg.findall(".//{*}g") if axes.get("id", "").startswith("axes_")]
+    (found,) = [p for p in panels if any(g.get("id") == gid for g in p.findall(".//{*}g"))]
+    return found.get("id", "")
+
+
+def test_the_two_losses_have_axes_of_their_own_which_say_what_they_are(tmp_path: Path) -> None:
+    svg = curves_of(tmp_path, [record(epoch, 2) for epoch in (1, 2)])
+    names = "training loss (sum over edges)", "validation loss (cross-entropy)"
+    assert {*names, "accuracy (%)"} <= set(texts(svg))
+    panels = [panel_of(svg, f"{field}-0") for field in ("train_loss", "val_loss")]
+    assert panels == [panel_of(svg, f"{field}-1") for field in ("train_loss", "val_loss")]
+    accuracy = {panel_of(svg, f"{part}_accuracy-{i}") for part in ("train", "val") for i in (0, 1)}
+    assert len({*panels, *accuracy}) == 3
+
+
+def test_a_frozen_node_has_no_training_loss(tmp_path: Path) -> None:
+    records = [record(epoch, 2) for epoch in (1, 2)]
+    for one in records:
+        one["nodes"][1]["train_loss"] = 0.0
+    svg = curves_of(tmp_path, records)
+    assert gids(svg, "train_loss-") == ["train_loss-0"]
+    assert gids(svg, "val_loss-") == ["val_loss-0", "val_loss-1"]
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("a" * 255, 1), ("net", 30)])
+def test_the_legend_leaves_room_for_the_curves(tmp_path: Path, name: str, nodes: int) -> None:
+    records = [record(epoch, nodes) for epoch in (1, 2)]
+    for i, node in enumerate(node for one in records for node in one["nodes"]):
+        node["name"] = f"{name}{i % nodes}"
+    svg = curves_of(tmp_path, records)
+    first, last = points(shapes(svg, "val_loss-0")[0])
+    assert last[0] - first[0] > 100
+    assert max(len(text) for text in texts(svg)) < 40
+    assert len([text for text in texts(svg) if text.startswith(name[:3])]) == nodes
+
+
+def test_several_files_are_written_at_once(tmp_path: Path) -> None:
+    draw_curves([record(1, 1)], [tmp_path / "a.svg", str(tmp_path / "b.png")])
+    assert (tmp_path / "a.svg").read_text() == curves_text(tmp_path, [record(1, 1)])
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.width > picture.height
+
+
+def curves_text(folder: Path, records: list[dict[str, Any]]) -> str:
+    draw_curves(records, folder / "curves.svg")
+    return (folder / "curves.svg").read_text()
+
+
+def test_the_targets_curves_are_thickest_beneath_and_first_in_the_legend(tmp_path: Path) -> None:
     svg = curves_of(tmp_path, [record(epoch, 7) for epoch in range(1, 201)])
     styles = [style(svg, f"val_loss-{i}") for i in range(7)]
     widths = [re.findall(r"stroke-width: ([\d.]+)", look) or ["1"] for look in styles]
     assert all(float(widths[0][0]) > float(width) for (width,) in widths[1:])
     assert len({re.findall(r"stroke: (#\w+)", look)[0] for look in styles}) == 7
     groups = [element.get("id", "") for element in svg.findall(".//{*}g")]
-    assert [gid for gid in groups if gid.startswith("val_loss")][-1] == "val_loss-0", "on top"
+    assert next(gid for gid in groups if gid.startswith("val_loss")) == "val_loss-0", "beneath"
     names = [text for text in texts(svg) if text.startswith("net")]
     assert names == [f"net{i}" for i in range(7)]
 
@@ -288,7 +338,7 @@ def test_one_epoch_is_shown_by_markers(tmp_path: Path) -> None:
     svg = curves_of(tmp_path, [record(1, 2)])
     for part, metric, node in itertools.product(("train", "val"), ("loss", "accuracy"), (0, 1)):
         assert len(shapes(svg, f"{part}_{metric}-{node}", "use")) == 1
-    assert len(gids(svg, "xtick_")) == 2, "one tick in each panel"
+    assert len(gids(svg, "xtick_")) == 3, "one tick in each panel"
     assert "1" in texts(svg)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
+from data_files import random_images
 from PIL import Image
 from runs import Ended, end_of, in_process, options, own_cache, start
 from searches import small_search
@@ -102,7 +103,7 @@ def spoil(path: Path, member: str) -> None:
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_without_test_images_no_fair_ending_is_begun(kind: str, tmp_path: Path) -> None:
-    images, labels = np.zeros((120, 8, 8, 1), np.uint8), np.arange(120) % 4
+    images, labels = random_images(120, 8, 8, 1), np.arange(120) % 4
     np.savez(tmp_path / "npz", images=images, labels=labels)
     for i, label in enumerate(labels):
         path = tmp_path / "folder" / "train" / str(label) / f"{i}.png"

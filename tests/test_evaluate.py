@@ -163,6 +163,32 @@ def test_an_exported_node_is_the_runs_node_without_this_library(run: Path, tmp_p
         about = opened.metadata()
     assert (about["node"], about["model"]) == ("tiny-0", "tiny")
     assert json.loads(about["epoch"]) == best["epoch"]
+    assert json.loads(about["class_names"]) == [str(digit) for digit in range(10)]
+    assert about["input"] == "float32 [B, 8, 8, 1], grey, uint8 divided by 255"
+
+
+def test_a_loaded_node_classifies_images_as_they_are_stored(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "target.safetensors"
+    ended = in_process(evaluate.main, run, "--export", file)
+    assert "It takes uint8 images divided by 255." in ended.out
+    split, (fns, params, model_state) = split_of("test"), load_node(file)
+    logits, _ = fns.apply(params, model_state, jnp.asarray(split.images), False)
+    found = loss_and_accuracy(np.asarray(logits, np.float64), split.labels)
+    target = result(run)["target"]
+    assert_close(found, (target["test_loss"], 100 * target["test_accuracy"]))
+
+
+def test_without_the_data_a_node_is_exported_all_the_same(run: Path, tmp_path: Path) -> None:
+    workdir, file = tmp_path / "run", tmp_path / "target.safetensors"
+    shutil.copytree(run, workdir)
+    content = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(content.replace('"digits"', '"npz:gone.npz"'))
+    ended = in_process(evaluate.main, workdir, "--export", file)
+    assert ended.code == 2
+    assert "gone.npz" in ended.err
+    with safe_open(file, framework="numpy") as opened:
+        assert opened.metadata()["node"] == "tiny-0"
+        assert "class_names" not in opened.metadata()
 
 
 def test_the_command_finds_models_of_imported_modules(run: Path, tmp_path: Path) -> None:

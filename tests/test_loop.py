@@ -91,6 +91,48 @@ def test_a_record_has_the_times_of_its_epoch() -> None:
         assert record["images_per_second"] > 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "steps_per_call", "first", "later"),
+    [
+        (2, 1, 32 / 2, 64 / 4),  # of the first epoch only the second step
+        (4, 1, 32 / 2, 128 / 8),
+        (5, 2, 96 / 6, 160 / 10),  # calls of 2, 2 and 1
+        (2, 2, 64 / 14, 64 / 4),  # one call, which is all that is known
+        (1, 1, 32 / 12, 32 / 2),
+    ],
+)
+def test_images_per_second_are_those_of_the_epoch_without_what_compiled(
+    monkeypatch: pytest.MonkeyPatch, steps: int, steps_per_call: int, first: float, later: float
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
+        """Takes 2 seconds an update, and 10 more to compile; the call waits for it, as on a CPU."""
+        nonlocal now
+        now += 2.0 * count + (10 if now == 100 else 0)
+        for _ in range(count):
+            state, metrics = counting_step()(state, 1)
+        several = {key: np.stack([value] * count) for key, value in metrics.items()}
+        return state, metrics if count == 1 else several
+
+    epochs = train_epochs(
+        start(),
+        step,
+        NAMES,
+        epochs=3,
+        steps_per_epoch=steps,
+        batch_size=32,
+        steps_per_call=steps_per_call,
+    )
+    rates = [(record["images_per_second"], record["seconds"]) for record, _ in epochs]
+    assert rates == [
+        (round(first, 1), 10 + 2 * steps),
+        (round(later, 1), 2 * steps),
+        (round(later, 1), 2 * steps),
+    ]
+
+
 def test_states_are_validated_once_an_epoch_after_its_last_step() -> None:
     calls: list[Any] = []
 

@@ -103,8 +103,8 @@ def test_a_small_batch_by_hand(name: str) -> None:
     if name == "onednn":
         require_onednn()
     # Each channel has the values 1, 3, 5, 7: mean 4, variance 5.
-    x = jnp.array([[1.0], [3.0], [5.0], [7.0]]) * jnp.ones(16)
-    shortcut = jnp.array([[0.0], [2.0], [-2.0], [1.0]]) * jnp.ones(16)
+    x = jnp.repeat(jnp.array([[1.0], [3.0], [5.0], [7.0]]), 16, axis=1)
+    shortcut = jnp.repeat(jnp.array([[0.0], [2.0], [-2.0], [1.0]]), 16, axis=1)
     with formulation(name):
         scale, bias = jnp.full(16, np.sqrt(5.0)), jnp.full(16, 0.5)
         y, (mean, variance) = batch_norm_relu(x, scale, bias, shortcut, epsilon=0)
@@ -258,8 +258,11 @@ def test_a_batch_spread_by_pmap_is_normalised_as_a_whole(name: str, with_shortcu
 
 
 def test_given_moments_are_used_as_they_are() -> None:
-    x, scale, bias, _, shortcut = map(jnp.asarray, inputs(4, 5, 5, 16))
+    x, scale, bias, _, shortcut = inputs(4, 5, 5, 16)
     moments = jnp.linspace(-1, 1, 16), jnp.linspace(0.5, 2, 16)
-    y = normalize_relu(x, scale, bias, moments, shortcut)
-    expected = (x - moments[0]) / jnp.sqrt(moments[1] + 1e-5) * scale + bias + shortcut
+    y = normalize_relu(
+        jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), moments, jnp.asarray(shortcut)
+    )
+    mean, variance = map(np.asarray, moments)
+    expected = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias + shortcut
     assert_close([y], [np.maximum(expected, 0)])

@@ -20,7 +20,6 @@ import ktg_jax as ktg
 from experiments.searching.pictures import Pictures, announce
 from experiments.searching.storage import open_storage
 from experiments.searching.study import run_again
-from ktg_jax.errors import RunError
 from ktg_jax.search.engine import optuna
 
 pytestmark = [
@@ -179,15 +178,40 @@ def test_a_trial_that_is_run_again_keeps_its_artifact(tmp_path: Path) -> None:
     assert meta.artifact_id in drawn(tmp_path)
 
 
-def test_a_picture_that_cannot_be_written_is_an_error(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("no font [a/b]")]
+)
+def test_a_picture_that_cannot_be_drawn_costs_one_line(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
 ) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
+    tried: list[Any] = []
 
-    monkeypatch.setattr("ktg_jax.draw.draw_graph", full)
-    with pytest.raises(RunError, match=r"artifacts.*No space left"):
+    def fails(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ktg_jax.draw.draw_graph", fails)
         draw_all(folder)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(folder / "artifacts") in line
+    assert str(error) in line
+    assert (len(tried), drawn(folder)) == (1, {})
+    draw_all(folder)  # as the next command does
+    assert drawn(folder)
+
+
+def test_where_no_picture_can_be_announced_there_is_still_a_trial(tmp_path: Path) -> None:
+    url, config = study_url(tmp_path), small_search(trials=1, pruner="none")
+    begin(url, config)
+    (tmp_path / "artifacts").write_text("a file where the folder should be")
+    artifacts = str(tmp_path / "artifacts")
+    worker(url, config, PretendedTrainer(values), artifacts=artifacts).search()
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(url, 60))
+    assert [t.value for t in study.trials if t.state.is_finished()] == [0.75]
 
 
 def test_matplotlib_is_imported_with_the_first_picture() -> None:

@@ -1,6 +1,7 @@
 """Priors: distances by hand, gradients, matching, files."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ktg_jax.errors import InputError
 from ktg_jax.representing import (
@@ -28,6 +29,7 @@ from ktg_jax.representing import (
     save_prior,
     soft_threshold,
 )
+from ktg_jax.trees import digest
 
 RNG = np.random.default_rng(0)
 PATHS = ("stage1_block1.conv2.kernel", "stage2_block1.conv2.kernel")
@@ -289,6 +291,29 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(e.value)
     path.write_bytes(whole)
     chex.assert_trees_all_equal(load_prior(path), PRIOR)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("paths", "[" * 100_000),
+        ("paths", '["gone.kernel"]'),
+        ("paths", "3"),
+        ("accuracy", "9" * 5000),
+        ("accuracy", '["high"]'),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_file_whose_texts_say_nothing_is_refused(tmp_path: Path, field: str, text: str) -> None:
+    """Also where the checksum is right."""
+    path = tmp_path / PRIOR_FILE
+    save_prior(path, PRIOR, **MADE_FOR)
+    texts, tensors = about_prior(path) | {field: text}, load_file(path)
+    described = f"{texts['paths']} {texts['accuracy']}"
+    texts["checksum"] = str(zlib.crc32(described.encode(), digest(tensors)))
+    save_file(tensors, path, metadata=texts)
+    with pytest.raises(InputError, match=r"^prior: got '.*a file that save_prior wrote \("):
+        load_prior(path)
 
 
 def test_another_prior_has_another_checksum(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
@@ -108,6 +110,30 @@ def test_files_without_whole_readers_are_refused(readers: Readers, tmp_path: Pat
         load_readers(tmp_path)
     with pytest.raises(InputError, match=r"^readers: got .*a file that can be written"):
         save_readers(tmp_path / "gone" / READERS_FILE, readers)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("modules", "[[[3, 3"),
+        ("modules", "7"),
+        ("modules", "[[[1, 1, 3, 5], 4, 1, 9, 9, 9, 9]]"),
+        ("modules", "[" * 100_000),
+        ("accuracy", "9" * 5000),
+        ("accuracy", None),
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_files_whose_texts_say_nothing_are_refused(
+    readers: Readers, tmp_path: Path, field: str, text: str | None
+) -> None:
+    path = tmp_path / READERS_FILE
+    save_readers(path, readers)
+    with safe_open(path, framework="numpy") as file:
+        texts = {k: v for k, v in (file.metadata() | {field: text}).items() if v is not None}
+    save_file(load_file(path), path, metadata=texts)
+    with pytest.raises(InputError, match=r"^projection: got '.*a file that save_readers wrote \("):
+        load_readers(path)
 
 
 def test_readers_of_another_teacher_are_refused(readers: Readers) -> None:

@@ -9,9 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -399,6 +401,39 @@ def test_chromium_shows_the_page_on_a_phone(tmp_path: Path) -> None:
         assert page.run(BROKEN) == []
 
 
+SCROLLED = """[...document.querySelectorAll(".chart, .table")].map(box => ({
+  cut: box.scrollWidth > box.clientWidth + 1,
+  hinted: getComputedStyle(box.previousElementSibling).display !== "none",
+  faded: getComputedStyle(box).maskImage !== "none",
+  sides: [box.classList.contains("cut-left"), box.classList.contains("cut-right")],
+}))"""
+"""What a reader sees of what is wider than its box."""
+SETTLED = "new Promise(done => requestAnimationFrame(() => setTimeout(done, 100)))"
+TO_THE_END = """for (const box of document.querySelectorAll(".chart, .table"))
+  box.scrollLeft = box.scrollWidth"""
+
+
+def test_chromium_shows_what_can_be_scrolled(tmp_path: Path) -> None:
+    path = write_report(ended_study(), tmp_path / "report.html")
+    with chromium(tmp_path) as page:
+        page.open(path)
+        wide = page.run(SCROLLED)
+        page.run(NARROW)
+        page.run(SETTLED)
+        narrow = page.run(SCROLLED)
+        page.run(TO_THE_END)
+        page.run(SETTLED)
+        at_the_end = page.run(SCROLLED)
+    assert len(wide) == len(narrow) == 7
+    assert not any(box["cut"] or box["hinted"] or box["faded"] for box in wide)
+    assert sum(box["cut"] for box in narrow) >= 5
+    for box, later in zip(narrow, at_the_end, strict=True):
+        assert box["hinted"] == box["faded"] == box["cut"]
+        assert box["sides"] == [False, box["cut"]]
+        assert later["sides"] == [later["cut"], False]
+    assert page.problems == []
+
+
 def test_chromium_tells_of_a_broken_page(tmp_path: Path) -> None:
     """The check above can fail."""
     path = tmp_path / "broken.html"
@@ -420,8 +455,8 @@ def begin_folder(path: Path, config: SearchConfig, *words: str, study: str = STU
     """What the command notes when it starts."""
     folder = SearchFolder(path)
     fields = resolved(config, config.space())
-    folder.begin_search(fields, study, None, config.data_dir, words)
-    return folder
+    with folder.begun_search(fields, study, None, config.data_dir, words):
+        return folder
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +536,17 @@ def test_a_command_that_cannot_be_noted_is_one_line(
     begin_folder(folder, SEARCHED, "--imports", "tiny_models", "--data", "a b")  # noted already
 
 
+def result_of(names: Sequence[str], accuracies: Sequence[float]) -> dict[str, Any]:
+    """The result of a run whose nodes have these accuracies on the test images."""
+    others = dict.fromkeys(("val_accuracy", "val_loss", "test_loss"))
+    nodes = [
+        {"name": name, "model": "tiny", "frozen": False, "test_accuracy": accuracy, **others}
+        for name, accuracy in zip(names, accuracies, strict=True)
+    ]
+    ends = {"ensemble": nodes[0], "epochs": 2, "seconds": 1.0}
+    return {"target": nodes[0], "nodes": nodes, **ends}
+
+
 def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
     best = next(t for t in load_search(folder).best(9) if t.baseline == "mutual")
     listed = contenders([best])
@@ -514,10 +560,7 @@ def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
         run = of_best / f"seed-{seed}"
         run.mkdir(parents=True)
         names = ("tiny-0", "tiny-1")
-        nodes = [
-            {"name": n, "test_accuracy": value} for n, value in zip(names, values, strict=True)
-        ]
-        (run / "result.json").write_text(json.dumps({"target": nodes[0], "nodes": nodes}))
+        (run / "result.json").write_text(json.dumps(result_of(names, values)))
     assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
     end = in_process(experiments.report.main, folder)
     assert end.code == 0, end.err

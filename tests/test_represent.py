@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import time
@@ -97,6 +98,29 @@ def test_the_student_is_trained_with_the_teachers_prior(
     for path, share, first, last in zip(PATHS, prior.accuracy.tolist(), *distances, strict=True):
         (line,) = (line.split() for line in said.splitlines() if f" {path} " in line)
         assert line[2:6] == [f"{100 * share:.1f}", "%", f"{first:.3f}", f"{last:.3f}"]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line(
+    whole: tuple[Path, str], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(account: Account, folder: Path, after: Any = None) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Account, "draw", fails)
+    said = represent(whole[0], teacher=str(teacher))
+    assert f"{whole[0] / 'stages'} is not drawn: OSError: " in said
+    assert "Pictures of the stages" not in said
+    assert PATHS[0] in said  # the table is shown nevertheless
+
+
+def test_a_fit_says_how_far_it_is(whole: tuple[Path, str]) -> None:
+    lines = [line for line in whole[1].splitlines() if line.startswith("fitting the prior: step ")]
+    steps = [line.removeprefix("fitting the prior: step ").partition("/")[0] for line in lines]
+    assert steps == [str(step) for step in range(1, 13)]  # of 12 steps all
+    assert lines[0].endswith("; time left -")
+    for line in lines[1:]:
+        assert re.search(r"/12, heads \d+ \d+ %; time left \d:\d\d:\d\d$", line)
+    assert "epoch 2/2, student: train " in whole[1]
 
 
 def test_each_stage_has_its_pictures(whole: tuple[Path, str]) -> None:
@@ -285,7 +309,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"teacher_model": "cnn", "aggregation": "svd"}, "teacher's model", "got 'cnn'; allowed: one"),
     ({"teacher_model": "tiny"}, "stages", "allowed: a module with submodules stage1_"),
     ({"student": "tiny"}, "student", "got 'tiny'; allowed: a model with convolutions in stage1_"),
-    ({"student": "no"}, "model", "got 'no'; allowed: cnn"),
+    ({"student": "no"}, "student", "got 'no'; allowed: cnn"),
+    ({"teacher_model": "no"}, "teacher_model", "got 'no'; allowed: cnn"),
+    ({"student": "resnet999999998"}, "student", "got 'resnet999999998'; allowed: cnn"),
+    ({"prior_weight": 1e300}, "prior_weight", "got 1e+300; allowed: at most 1e+30"),
+    ({"fit_steps": 10**30}, "fit_steps", "allowed: at most 2,147,483,647"),
+    ({"fit_learning_rate": 1e300}, "fit_learning_rate", "got 1e+300; allowed: at most 1e+30"),
+    ({"epochs": 2**31 - 1}, "epochs", "got 2147483647; allowed: at most "),
     ({"student_layers": ("stem.kernel",)}, "student_layers", "got 'stem.kernel'; allowed: a conv"),
     ({"prior_quantile": 1.5}, "prior_quantile", "got 1.5; allowed: a number from 0 to 1"),
     ({"prior_quantile": -0.1}, "prior_quantile", "got -0.1; allowed: a number from 0 to 1"),
@@ -339,7 +369,7 @@ def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
     name = f"npz:{npz(path, 8, 4)}"
     train(run, data=name, train_limit=None, models=("staged_wide",), epochs=1)
     for data, size, classes, message in (
-        ("digits", 8, 4, f"(data: digits, not {name})"),
+        ("digits", 8, 4, "(data: digits, not npz)"),
         (name, 8, 5, "(classes: 5, not 4)"),
         (name, 6, 4, "(image_shape: [6, 6, 1], not [8, 8, 1])"),
     ):

@@ -53,7 +53,7 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
     """That run as it is when it is killed before it writes its result."""
     workdir = tmp_path / "stopped"
     shutil.copytree(whole, workdir)
-    for name in ("result.json", "curves.png", "graph.png", "graph.svg"):
+    for name in ("result.json", "curves.png", "curves.svg", "graph.png", "graph.svg"):
         (workdir / name).unlink()
     return workdir
 

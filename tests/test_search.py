@@ -247,18 +247,22 @@ def test_all_are_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     check_whole(workdir, before)
 
 
-def test_ctrl_c_ends_all_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_and_leaves_nothing_running(
+    tmp_path: Path, number: int, code: int
+) -> None:
     workdir = tmp_path / "search"
     config = small_search(workdir, **LONG)
     process = begin(config)
     before = wait_until(lambda: ended(workdir))
     workers = workers_of(process)
     assert workers
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     end = end_of(process)
-    assert end.code == 130
-    assert "goes on where it stopped" in end.err
-    assert "Traceback" not in end.err
+    assert end.code == code
+    assert end.err.startswith("interrupted")
+    assert end.err.endswith("; the same command goes on where it stopped\n")
+    assert end.err.count("\n") == 1
     psutil.wait_procs(workers, timeout=SECONDS)
     assert not any(worker.is_running() for worker in workers)
     assert not any(trial.state == "running" for trial in trials(workdir))

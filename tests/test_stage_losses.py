@@ -314,7 +314,13 @@ def test_a_receivers_gradient_is_that_of_its_own_loss(on_three_nodes: Any, recei
     def own_loss(ours: Any) -> Any:
         losses: Any = 0.0
         for sender, gate in enumerate(ROWS[receiver]):
-            weight = {"t": 1.0, "c": 0.0, "l": 0.25, "n": 0.75, "r": RIGHT[sender]}[gate]
+            weight = {
+                "t": 1.0,
+                "c": 0.0,
+                "l": 0.25,
+                "n": 0.75,
+                "r": RIGHT[sender].astype(np.float32),
+            }[gate]
             if sender != receiver:
                 losses += weight * attention_by_hand(ours, stages[sender])
         return 10 * jnp.mean(losses)

@@ -374,7 +374,7 @@ def test_eval_step_sums_over_samples_by_hand() -> None:
     # Node i's logits are its own multiple of the pixels; 2 classes, 3 samples.
     fns = NodeFns(
         init=lambda rng, images: (jnp.zeros(2), ()),
-        apply=lambda scale, none, images, train: (images[:, 0, 0, :] * scale, none),
+        apply=lambda scale, none, images, train: (images[:, 0, 0, :] * scale[None], none),
     )
     scales = (jnp.array([1.0, 1.0]), jnp.array([1.0, -2.0]))
     state = GraphState(scales, ((), ()), (None, None), jnp.zeros((), jnp.int32))

@@ -1,6 +1,7 @@
 """One node's weights: read from runs and files, put into a state, exported and loaded."""
 
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,9 @@ def test_a_truncated_file_is_refused_in_one_line(exported: Path, size: int) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.safetensors", tmp_path / "folder.safetensors"):
-        if path.stem == "folder":
-            path.mkdir()
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    for path in (tmp_path / f"{name}.safetensors" for name in ("missing", "folder", "fifo")):
         with refused("weights") as error:
             load_weights(str(path))
         assert path.name in str(error.value)
@@ -200,6 +201,88 @@ def test_an_exported_file_says_what_it_is(tmp_path: Path) -> None:
     assert json.loads(texts["num_classes"]) == 10
     assert json.loads(texts["image_shape"]) == [8, 8, 1]
     assert {key: texts[key] for key in about} == about
+
+
+def test_an_exported_file_says_what_images_it_takes(exported: Path, tmp_path: Path) -> None:
+    with safe_open(exported, framework="numpy") as file:
+        texts = file.metadata()
+    assert texts["input"] == "float32 [B, 8, 8, 1], grey, uint8 divided by 255"
+    assert json.loads(texts["input_divisor"]) == 255
+    path = tmp_path / "colour.safetensors"
+    fixed: dict[str, Any] = {"model": "tiny", "num_classes": 10, "image_shape": (32, 30, 3)}
+    save_node(path, *TINY_WEIGHTS, **fixed, input_divisor=1.0)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata()["input"] == "float32 [B, 32, 30, 3], RGB, uint8 divided by 1"
+
+
+def rewritten(path: Path, **texts: str | None) -> Path:
+    """The same file with other texts; None: without."""
+    with safe_open(path, framework="numpy") as file:
+        known = file.metadata() | texts
+    save_file(load_file(path), path, metadata={k: v for k, v in known.items() if v is not None})
+    return path
+
+
+def test_a_loaded_node_takes_stored_images_and_divides_them_itself(exported: Path) -> None:
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8))
+    by_hand, _ = TINY.apply(*TINY_WEIGHTS, pixels / jnp.float32(255), False)
+    # Files of before say nothing of it, and mean the same.
+    for path in (exported, rewritten(exported, input=None, input_divisor=None)):
+        fns, params, model_state = load_node(path)
+        np.testing.assert_allclose(
+            fns.apply(params, model_state, pixels, False)[0], by_hand, rtol=1e-5, atol=1e-5
+        )
+    fns, params, model_state = load_node(rewritten(exported, input_divisor="1"))
+    undivided, _ = TINY.apply(*TINY_WEIGHTS, pixels.astype(jnp.float32), False)
+    logits, _ = fns.apply(params, model_state, pixels, False)
+    np.testing.assert_allclose(logits, undivided, rtol=1e-5)
+    with pytest.raises(InputError, match=r"^images: got 'int32"):
+        fns.apply(params, model_state, pixels.astype(jnp.int32), False)
+
+
+BAD_TEXTS = [
+    ("num_classes", "ten"),
+    ("num_classes", "9" * 5000),
+    ("num_classes", "2.5"),
+    ("num_classes", "0"),
+    ("num_classes", "true"),
+    ("num_classes", "1000000000000"),
+    ("num_classes", None),
+    ("image_shape", "[8, 8"),
+    ("image_shape", "8"),
+    ("image_shape", "[8, 8, 0]"),
+    ("image_shape", "[8, 8, null]"),
+    ("image_shape", "[1000000000, 1000000000, 3]"),
+    ("image_shape", "[1000000, 1000000, 3]"),
+    ("image_shape", "[" * 100_000),
+    ("input_divisor", "0"),
+    ("input_divisor", "NaN"),
+    ("input_divisor", "1e999"),
+    ("model", ""),
+    ("model", "a\nb"),
+    ("model", "x" * 1000),
+]
+
+
+@pytest.mark.parametrize(("field", "text"), BAD_TEXTS, ids=lambda x: str(x)[:20])
+def test_damaged_texts_are_refused_in_one_line(
+    exported: Path, field: str, text: str | None
+) -> None:
+    rewritten(exported, **{field: text})
+    for read in (load_weights, load_node):
+        with refused("weights") as error:
+            read(str(exported))
+        message = str(error.value)
+        assert f"({field}: {(text or '')[:60]!r})" in message
+        assert "\n" not in message
+
+
+def test_an_impossible_network_is_refused_before_it_is_built(exported: Path) -> None:
+    for model in ("resnet999999998", "wrn999999994_2", "resnet8_99999999999"):
+        with refused("model") as error:
+            load_node(rewritten(exported, model=model))
+        assert f"got '{model}'" in str(error.value)
+        assert str(error.value).endswith(f"; in {exported}")
 
 
 def test_an_nnx_node_comes_back_with_its_random_stream(tmp_path: Path) -> None:

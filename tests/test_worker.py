@@ -286,7 +286,8 @@ def test_a_full_disk_is_no_failure_of_a_graph(
     def full(graph: ktg.Graph, seed: int) -> list[float | Exception]:
         if failure is None:  # a run cannot be begun, as where a network is trained alone
             (tmp_path / "file").touch()
-            Folder(tmp_path / "file" / "run").begin({})
+            with Folder(tmp_path / "file" / "run").begun({}):
+                pass
         return [0.1, *([] if failure is None else [failure])]
 
     config = small_search(trials=4)

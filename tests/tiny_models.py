@@ -58,6 +58,21 @@ class Dropping(nnx.Module):
         return self.classifier(self.dropout(x))
 
 
+class Regularised(nn.Module):
+    """Dropout and batch statistics, as other people's networks have them."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, training: bool = False) -> jax.Array:
+        x = nn.Dense(16, dtype=self.dtype, name="hidden")(images.reshape(len(images), -1))
+        x = nn.BatchNorm(not training, axis_name=self.axis_name, dtype=self.dtype, name="norm")(x)
+        x = nn.Dropout(0.3, deterministic=not training)(nn.relu(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)
+
+
 class Failing(nn.Module):
     """As good as any in its first steps; then its logits are infinite."""
 
@@ -82,4 +97,5 @@ ktg.register_model("tiny", Tiny)
 ktg.register_model("staged", Staged)
 ktg.register_model("staged_wide", lambda num_classes: Staged(num_classes, (8, 12)))
 ktg.register_model("dropping", dropping)
+ktg.register_model("regularised", Regularised)
 ktg.register_model("failing", Failing)

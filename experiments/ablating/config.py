@@ -2,20 +2,32 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
-
+from experiments import command_line
 from experiments.ablating.arms import ARMS, chosen
 from experiments.config import TrainConfig
-from experiments.options import Training, at_least, digest, training_fields
+from experiments.folder import place_of
+from experiments.identity import data_kind, identity
+from experiments.options import (
+    DATA_AND_TRAINING,
+    MOST_SEEDS,
+    Training,
+    at_least,
+    check_seeds,
+    digest,
+    training_fields,
+)
 from experiments.representing import config as representing
 from experiments.representing.config import RepresentConfig
 from experiments.representing.options import FitOptions, TeacherOptions
 from ktg_jax.errors import InputError
+from ktg_jax.graph_node import checked_number, checked_temperature
+from ktg_jax.models import check_model
 
 VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
 """What an arm calls an aggregation, where it is one with options of its own."""
@@ -23,9 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_
 
 @dataclass(frozen=True)
 class _StudyOptions:
-    students: tuple[str, ...] = ("resnet8",)
+    students: Annotated[tuple[str, ...], "MODEL"] = ("resnet8",)
     """Models of the students; each goes through all arms."""
-    arms: tuple[str, ...] = ()
+    arms: Annotated[tuple[str, ...], "ARM"] = ()
     """Arms to run; else all of them."""
     seeds: int = 5
     """With how many seeds, --seed and those after it; arms are paired by seed, and each seed has
@@ -61,7 +73,7 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
     @property
     def folder(self) -> Path:
         """Of the study; absolute, for graphs name their priors by path."""
-        return Path(self.workdir or _default_workdir(self)).absolute()
+        return Path(os.path.expanduser(self.workdir or ".")).absolute()
 
     def folder_of(self, student: str) -> Path:
         """Of the runs of one student."""
@@ -101,17 +113,19 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
 
 def check(config: AblationConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
-    at_least(config, 1, "seeds")
+    at_least(config, 1, "seeds", most=MOST_SEEDS)
+    check_seeds(config.seed, config.seeds)
     chosen(config.arms)
     if not config.students or len(set(config.students)) < len(config.students):
         raise InputError("students", list(config.students), "different models, at least one")
-    for student in config.students:
+    for i, student in enumerate(config.students):
+        check_model(student, f"students[{i}]")
         representing.check(config.represent(student, config.seed, "fit"))
-    if not 0 < config.temperature < float("inf"):
-        raise InputError("temperature", config.temperature, "a finite number above 0")
+    checked_temperature("temperature", config.temperature)
     for field in ("attention_weight", "feature_weight"):
         if not 0 < getattr(config, field) < float("inf"):
             raise InputError(field, getattr(config, field), "a finite number above 0")
+        checked_number(field, getattr(config, field))
     for share in config.reach:
         if not 0 < share <= 1:
             raise InputError("reach", share, "accuracies above 0, at most 1")
@@ -126,22 +140,39 @@ def resolved(config: AblationConfig) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _default_workdir(config: AblationConfig) -> Path:
-    fields = resolved(config) | {"teacher": config.teacher}
-    data = config.data.partition(":")[0]
-    return Path("runs") / f"ablation-{data}-{digest(fields)}"
+def default_workdir(config: AblationConfig, facts: Mapping[str, Any]) -> Path:
+    """A folder's name from the same and the teacher: checksums in the place of paths.
+
+    Args:
+        config: without a workdir.
+        facts: `data_facts` of a user's own data, and the checksum of the `teacher` that is given.
+    """
+    fields = resolved(config)
+    data = {field: value for field, value in facts.items() if field == "data_facts"}
+    teacher = {"teacher": facts.get("teacher")}
+    keys = (digest(identity(fields | data) | teacher), digest(fields | {"teacher": config.teacher}))
+    name = f"ablation-{data_kind(config.data)}"
+    return place_of("runs", name, fields | data, keys, inner=config.students[0])
 
 
 def parse(arguments: list[str] | None = None) -> AblationConfig:
     """The configuration of a command line (default: this process's)."""
     arms = "\n".join(f"  {arm.name}: {arm.about}" for arm in ARMS.values())
-    text = f"{cleandoc(AblationConfig.__doc__ or '')}\n\nArms:\n{arms}\n\n{EXAMPLES}"
-    return tyro.cli(
-        AblationConfig, prog="python -m experiments.ablation", description=text, args=arguments
-    )
+    epilog = f"Arms:\n{arms}\n\n{EXAMPLES}"
+    return command_line.parse(AblationConfig, "experiments.ablation", GROUPS, epilog, arguments)
 
 
-EXAMPLES = """Examples:
+GROUPS = {
+    "teacher": "teacher",
+    "study": "students",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+EXAMPLES = r"""Examples:
   python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
-  python -m experiments.ablation --data cifar10 --train-limit 10000 --image-size 16
-      --teacher-model resnet20 --students resnet8 resnet8_8 --epochs 20 --reach 0.4 0.5 0.55"""
+  python -m experiments.ablation --data cifar10 --train-limit 10000 \
+      --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
+      --epochs 20 --reach 0.4 0.5 0.55"""

@@ -19,7 +19,7 @@ class AblationFolder(Folder):
     """
 
     command = "experiments.ablation"
-    keys: ClassVar = {"config.json": "config", "results.json": "entries"}
+    shapes: ClassVar = {"config.json": {"config": {}}, "results.json": {"entries": list}}
 
     def run(self, arm: str, seed: int) -> Workdir:
         """The run of an arm with a seed."""

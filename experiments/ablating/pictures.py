@@ -4,12 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from ktg_jax.draw import save_figure, style
+from ktg_jax.mpl import Axes, Figure, MaxNLocator, matplotlib
 
 
 def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:

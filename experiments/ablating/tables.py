@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+
+from experiments.console import Table
 
 Record = dict[str, Any]
 

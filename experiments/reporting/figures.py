@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 import ktg_jax as ktg
 from experiments.reporting.measures import GateCounts, compute_curve
 from experiments.searching.records import StudyRecord, TrialRecord
 from ktg_jax.draw import GATE_COLOURS, draw_graph, style
+from ktg_jax.mpl import Axes, Figure, Line2D, LineCollection, MaxNLocator
 
 _WIDTH = 9.0  # inches
 _MOST_POINTS = 100  # of a curve: more cannot be told apart in so wide a figure

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 import ktg_jax as ktg
+from experiments.console import Table
 from experiments.representing.config import STUDENT, RepresentConfig
 from experiments.representing.measures import prior_gradients, share_kept
 from experiments.representing.teacher import num_stages

@@ -8,11 +8,15 @@ from typing import Any
 import jax
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import ktg_jax as ktg
-from experiments.assemble import data_facts
+from experiments import cli
+from experiments.assemble import data_facts, without_test
+from experiments.console import is_watched, text_column
+from experiments.identity import data_kind
 from experiments.options import training_fields
+from experiments.progress import Countdown
 from experiments.representing.config import RepresentConfig
 from experiments.representing.folder import PriorFolder
 from experiments.representing.options import FitOptions
@@ -33,9 +37,13 @@ from ktg_jax.representing import (
 from ktg_jax.representing.aggregate import Metrics
 
 _SHOWN_EVERY = 20  # steps; reading a number waits for the device
+_LINES = 10  # of a fit that nobody watches
 
 PRIOR_OPTIONS = ("student", "data", "aggregation")
 """Options that determine any prior."""
+
+_OF_ANY = ("classes", "image_shape", "class_names_crc32")
+"""Facts of the data that a prior is for, if it is made without images."""
 
 _OF_FIT = ("batch_size", "seed", "augment", "mirror")
 
@@ -49,14 +57,16 @@ def prior_fields(
     fields["teacher"] = {"model": teacher.model, "checksum": teacher.checksum}
     if config.aggregation == "cluster":
         fields["seed"] = config.seed
+    facts = without_test(data_facts(dataset))
+    facts.pop("val_crc32", None)
     if config.aggregation == "fit":
-        training, facts = training_fields(config), data_facts(dataset)
-        del facts["test"]
+        training = training_fields(config)
         fields |= {field: training[field] for field in _OF_FIT}
         for field in dataclasses.fields(FitOptions):
             fields[field.name] = getattr(config, field.name)
-        fields["data_facts"] = facts
-    return fields
+    else:  # of which the images are no part
+        facts = {field: facts[field] for field in _OF_ANY}
+    return fields | {"data_facts": facts}
 
 
 def make_prior(
@@ -86,8 +96,7 @@ def make_prior(
     folder.check(fields)
     if folder.is_finished:
         return
-    folder.begin(fields, config.data_dir)
-    with folder.locked():
+    with folder.begun(fields, config.data_dir):
         if config.aggregation == "fit":
             readers = _fitted(config, teacher, kernels, dataset, console)
             save_readers(folder.path / READERS_FILE, readers)
@@ -124,8 +133,9 @@ def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
         "student": config.student,
         "num_classes": json.dumps(dataset.num_classes),
         "image_shape": json.dumps(list(dataset.image_shape)),
-        "data": config.data,
+        "data": data_kind(config.data),
     }
+    about["data"] = data_kind(about.get("data", config.data))
     for field, value in wanted.items():
         if about.get(field, value) != value:
             allowed = f"a prior fitted for this student ({field}: {about[field]}, now {value})"
@@ -139,24 +149,33 @@ def _fitted(
     dataset: Dataset,
     console: Console,
 ) -> Readers:
-    train = dataset.train
+    train, steps = dataset.train, config.fit_steps
+    watched, countdown = is_watched(console), Countdown(steps)
     rate = optax.cosine_decay_schedule(config.fit_learning_rate, config.fit_steps)
     progress = Progress(
-        TextColumn("fitting the prior: {task.fields[accuracies]}"),
+        text_column("fitting the prior: {task.fields[accuracies]}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps, left"),
+        text_column("steps, left"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not watched,
     )
     bar = progress.add_task("", total=config.fit_steps, accuracies="compiling")
 
     def show(step: int, metrics: Metrics) -> None:
-        if step % _SHOWN_EVERY == 0:
-            accuracies = " ".join(f"{100 * a:.0f}" for a in metrics["accuracy"].tolist())
-            progress.update(bar, completed=step, accuracies=f"heads {accuracies} %")
+        nonlocal countdown
+        if step == 1:  # which compiled, unlike those that are left
+            countdown = Countdown(steps, done=1)
+        if step % (_SHOWN_EVERY if watched else max(steps // _LINES, 1)):
+            return
+        numbers = " ".join(f"{100 * a:.0f}" for a in metrics["accuracy"].tolist())
+        accuracies = f"heads {numbers} %"
+        progress.update(bar, completed=step, accuracies=accuracies)
+        if not watched:
+            left = countdown.left(step)
+            cli.say(console, f"fitting the prior: step {step}/{steps}, {accuracies}; {left}")
 
     with progress:
         return fit_readers(

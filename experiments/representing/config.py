@@ -1,17 +1,25 @@
 """What `experiments.represent` is asked to do: the command line's fields, and their checks."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
+from typing import Annotated, Any, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
-from experiments.config import TrainConfig
-from experiments.options import Training, check_training, digest, training_fields
+from experiments import command_line
+from experiments.config import TrainConfig, resolved
+from experiments.folder import place_of
+from experiments.identity import data_kind, identity
+from experiments.options import (
+    DATA_AND_TRAINING,
+    Training,
+    check_training,
+    digest,
+    training_fields,
+)
 from experiments.representing.folder import PRIOR
 from experiments.representing.options import (
     FitOptions,
@@ -27,9 +35,9 @@ STUDENT = "student"
 
 @dataclass(frozen=True)
 class _PriorOptions:
-    prior: str | None = None
+    prior: Annotated[str | None, "DIR|FILE"] = None
     """Take this prior and fit none: a file, or the folder that it is in (WORKDIR/prior of another
-    run). No teacher is needed then."""
+    run). No teacher is needed then. Without it one is made."""
     aggregation: Literal["fit", "svd", "cluster", "layers"] = "fit"
     """fit: a downscaling layer for each stage of the teacher, fitted on the training images; svd,
     cluster: the teacher's own kernels, stage by stage, reduced by truncated SVD or by clustering;
@@ -70,12 +78,13 @@ class RepresentConfig(  # the last's fields come first
     @property
     def folder(self) -> Path:
         """Of the run; absolute, for a graph names its prior by its path."""
-        return Path(self.workdir or _default_workdir(self)).absolute()
+        return Path(os.path.expanduser(self.workdir or ".")).absolute()
 
     @property
     def prior_path(self) -> Path:
         """Where the student's prior is, or will be."""
-        return Path(self.prior).absolute() if self.prior else self.folder / PRIOR
+        given = os.path.expanduser(self.prior or "")
+        return Path(given).absolute() if self.prior else self.folder / PRIOR
 
     def graph(self) -> ktg.Graph:
         """The student alone, with its prior.
@@ -109,7 +118,7 @@ class RepresentConfig(  # the last's fields come first
 def check(config: RepresentConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     check_training(config)
-    ktg.models.check_model(config.student)
+    ktg.models.check_model(config.student, "student")
     config.graph()
     check_fit(config)
     default = RepresentConfig()
@@ -118,7 +127,7 @@ def check(config: RepresentConfig) -> None:
     if config.teacher is not None:
         _check_left_out(config, default, "a teacher", "teacher_model")
     elif config.prior is None:
-        ktg.models.check_model(config.teacher_model)
+        ktg.models.check_model(config.teacher_model, "teacher_model")
 
 
 def _check_left_out(
@@ -129,29 +138,44 @@ def _check_left_out(
             raise InputError(field, getattr(config, field), f"nothing, for {given} is given")
 
 
-def _default_workdir(config: RepresentConfig) -> Path:
-    """A folder's name from the options that determine the run."""
+def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
+    """A folder's name from the options that determine the run: checksums in the place of paths.
+
+    Args:
+        config: without a workdir.
+        facts: `data_facts` of a user's own data, and checksums of the `teacher` and the `prior`
+            that are given.
+    """
     fields = dataclasses.asdict(config)
     for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache"):
         del fields[field]
-    data = config.data.partition(":")[0]
-    return Path("runs") / f"represent-{data}-{config.student}-{digest(fields)}"
+    name = f"represent-{data_kind(config.data)}-{config.student}"
+    keys = (digest(identity({**fields, **facts})), digest(fields))
+    data = {field: value for field, value in facts.items() if field == "data_facts"}
+    return place_of("runs", name, resolved(config.training(), config.graph()) | data, keys)
 
 
 def parse(arguments: list[str] | None = None) -> RepresentConfig:
     """The configuration of a command line (default: this process's)."""
-    return tyro.cli(
-        RepresentConfig,
-        prog="python -m experiments.represent",
-        description=f"{cleandoc(RepresentConfig.__doc__ or '')}\n\n{EXAMPLES}",
-        args=arguments,
-    )
+    return command_line.parse(RepresentConfig, "experiments.represent", GROUPS, EXAMPLES, arguments)
 
 
-EXAMPLES = """Examples:
+GROUPS = {
+    "teacher": "teacher",
+    "student": "student",
+    "prior": "prior",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+EXAMPLES = r"""Examples:
   python -m experiments.represent
-  python -m experiments.represent --teacher runs/teacher --student resnet8 --data cifar10
-      --epochs 60 --workdir runs/student
-  python -m experiments.represent --teacher runs/dml:resnet32-1 --aggregation svd --data cifar100
-      --prior-quantile 0.9 --prior-schedule constant
-  python -m experiments.represent --prior runs/student/prior --prior-weight 0 --data cifar10"""
+  python -m experiments.represent --teacher runs/teacher --student resnet8 \
+      --data cifar10 --epochs 60 --workdir runs/student
+  python -m experiments.represent --teacher runs/dml:resnet32-1 \
+      --aggregation svd --data cifar100 --prior-quantile 0.9 \
+      --prior-schedule constant
+  python -m experiments.represent --prior runs/student/prior --prior-weight 0 \
+      --data cifar10"""

@@ -1,11 +1,13 @@
 """The folder of a student's run, and within it that of its prior."""
 
+import json
 import os
 from pathlib import Path
 
+import ktg_jax as ktg
 from experiments.folder import Folder
 from experiments.workdir import Workdir
-from ktg_jax.representing import PRIOR_FILE
+from ktg_jax.representing import PRIOR_FILE, READERS_FILE
 
 PRIOR = "prior"
 """Name of the prior's folder."""
@@ -22,6 +24,8 @@ class PriorFolder(Folder):
     """
 
     command = "experiments.represent"
+    traces = (PRIOR_FILE, READERS_FILE)
+    way_out = "--no-resume of experiments.represent starts over; else take the folder away"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
@@ -50,18 +54,18 @@ class StudentFolder(Workdir):
         return self.path / "stages"
 
     @property
-    def exists(self) -> bool:
+    def is_used(self) -> bool:
         """Whether something lives here, be it only the beginning of a prior."""
-        return self.has_run or self.prior.exists
+        return super().is_used or self.prior.is_used
 
     def set_aside(self) -> Path | None:
         """As of any folder; raises InputError also where another process makes the prior."""
-        if not self.prior.exists:
+        if not self.prior.is_used:
             return super().set_aside()
         with self.prior.locked():
             return super().set_aside()
 
-    @property
-    def has_run(self) -> bool:
-        """Whether the training of the student began."""
-        return super().exists
+    def note_graph(self, graph: ktg.Graph) -> None:
+        """Writes `graph.json`, for `--graph` of the training, unless it says the same."""
+        if self._content("graph.json") != json.loads(graph.to_json()):
+            graph.save(self.path / "graph.json")

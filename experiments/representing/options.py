@@ -1,7 +1,9 @@
 """What is asked of a teacher, a student, and the fit of a prior between them."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from experiments.options import MOST_RATE, at_least
 from ktg_jax.errors import InputError
 
 
@@ -9,12 +11,12 @@ from ktg_jax.errors import InputError
 class TeacherOptions:
     """A teacher."""
 
-    teacher: str | None = None
+    teacher: Annotated[str | None, "DIR"] = None
     """Folder of the teacher's run: its target, or DIR:node. Without it --teacher-model is trained
     first, alone, on the same data and in the same way, and kept in the cache for other runs."""
     teacher_model: str = "resnet14"
     """Model of the teacher, where --teacher is not given."""
-    imports: tuple[str, ...] = ()
+    imports: Annotated[tuple[str, ...], "MODULE"] = ()
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
 
@@ -22,9 +24,9 @@ class TeacherOptions:
 class StudentOptions:
     """Its student."""
 
-    student: str = "resnet8"
+    student: Annotated[str, "MODEL"] = "resnet8"
     """Model of the student."""
-    student_layers: tuple[str, ...] = ()
+    student_layers: Annotated[tuple[str, ...], "KERNEL"] = ()
     """The student's kernels that the prior speaks of, one for each stage of the teacher, such as
     stage1_block1.conv2.kernel; else the last of each of the student's stages, or with
     --aggregation layers all."""
@@ -45,10 +47,10 @@ class FitOptions:
 
 def check_fit(options: FitOptions) -> None:
     """Raises InputError for the first value that is out of range."""
-    if options.fit_steps < 1:
-        raise InputError("fit_steps", options.fit_steps, "at least 1")
+    at_least(options, 1, "fit_steps")
     if not 0 < options.fit_learning_rate < float("inf"):
         raise InputError("fit_learning_rate", options.fit_learning_rate, "a finite number above 0")
     if not 0 <= options.fit_weight_decay < float("inf"):
         allowed = "a finite number of at least 0"
         raise InputError("fit_weight_decay", options.fit_weight_decay, allowed)
+    at_least(options, 0, "fit_learning_rate", "fit_weight_decay", most=MOST_RATE)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.representing.measures import QUANTILES, share_kept, singular_values
 from ktg_jax.draw import save_figure, style
+from ktg_jax.mpl import Axes, Figure
 
 LOOKS: dict[str, dict[str, Any]] = {
     "teacher": {"color": "#D55E00", "linestyle": "--"},

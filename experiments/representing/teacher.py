@@ -1,5 +1,6 @@
 """The teacher of a prior: read from its run, or trained first; and whether it fits the student."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import ktg_jax as ktg
+from experiments import cli
 from experiments.assemble import data_facts
 from experiments.config import TrainConfig
+from experiments.identity import data_kind
 from experiments.options import import_modules
 from experiments.pretrained import trained_alone
 from experiments.representing.config import RepresentConfig
@@ -28,6 +31,7 @@ from ktg_jax.representing import (
     stage_kernels,
     stage_outputs,
 )
+from ktg_jax.streams import without_stream
 from ktg_jax.trees import digest, unflatten
 from ktg_jax.weights import load_weights
 
@@ -88,7 +92,7 @@ def check_teacher_run(source: str, config: RepresentConfig) -> None:
     if name is not None and name not in names:
         raise InputError("teacher", source, f"one of the run's nodes: {', '.join(names)}")
     data = workdir.config["data"]
-    if data != config.data:
+    if data_kind(data) != data_kind(config.data):
         allowed = f"a run on the student's data (data: {config.data}, not {data})"
         raise InputError("teacher", source, allowed)
 
@@ -107,8 +111,8 @@ def load_teacher(source: str, kernels: KernelShapes, dataset: Dataset, how: str)
     """
     workdir, _ = _split(source)
     was, now = workdir.config["data_facts"], data_facts(dataset)
-    for field in ("classes", "image_shape"):
-        if was[field] != now[field]:
+    for field in ("classes", "image_shape", "class_names_crc32"):
+        if was.get(field, now[field]) != now[field]:
             allowed = f"a run on the student's data ({field}: {now[field]}, not {was[field]})"
             raise InputError("teacher", source, allowed)
     try:
@@ -124,8 +128,8 @@ def load_teacher(source: str, kernels: KernelShapes, dataset: Dataset, how: str)
         digest(weights.params | weights.model_state),
         fns,
         unflatten(params, weights.params, f"weights of {source}"),
-        unflatten(model_state, weights.model_state, f"weights of {source}"),
-        was["train_crc32"] != now["train_crc32"],
+        unflatten(without_stream(model_state), weights.model_state, f"weights of {source}"),
+        was.get("train_crc32") != now["train_crc32"],
     )
 
 
@@ -142,7 +146,7 @@ def trained_teacher(
     check_stages(model, kernels, dataset, config.aggregation)
 
     def train_first(alone: TrainConfig, dataset: Dataset) -> None:
-        console.print(f"The teacher, {model}, is trained first.", highlight=False)
+        cli.say(console, f"The teacher, {model}, is trained first.")
         train(alone, console, dataset)
 
     folder = trained_alone(model, config.training(), dataset, train_first)
@@ -182,7 +186,7 @@ def num_stages(paths: Iterable[str]) -> int:
 
 def _split(source: str) -> tuple[Workdir, str | None]:
     """The folder of a run and the name of a node; None: its target."""
-    if Path(source).is_dir():
+    if Path(os.path.expanduser(source)).is_dir():
         return Workdir(source), None
     folder, _, name = source.rpartition(":")
     return (Workdir(folder), name) if folder else (Workdir(source), None)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from scipy import stats
 
 import ktg_jax as ktg
 from experiments.config import with_pretrained
+from experiments.console import Table
 from experiments.searching.records import TrialRecord
 from ktg_jax.errors import InputError
 

@@ -1,18 +1,26 @@
 """A search from its options to its results: checked, begun or resumed, run, and ended fairly."""
 
+import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.assemble import data_facts, load
+from experiments import cli
+from experiments.assemble import check_steps, data_facts, load, without_test
+from experiments.console import busy
+from experiments.identity import is_own
+from experiments.networks import check_models
 from experiments.options import import_modules
+from experiments.process import check_platform
 from experiments.searching.config import (
     SearchConfig,
     check,
@@ -42,15 +50,14 @@ from experiments.searching.study import (
 )
 from experiments.searching.team import Team, orders_for
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.data.pipeline import steps_per_epoch
 from ktg_jax.data.sources import has_test_images
 from ktg_jax.errors import InputError
 from ktg_jax.search.engine import optuna
 
 _POLL_SECONDS = 1.0
 _LEAST_FREE_BYTES = 100 * 2**20
-_BEGINNING = (".lock", "config.json", "search.json", "study.db", "study.db.lock")
-"""What there is in the folder of a search that has just begun."""
+_DATABASE = ("study.db", "study.db.lock")
+"""What a storage adds to the folder of a search."""
 
 
 def search(config: SearchConfig, console: Console) -> None:
@@ -62,55 +69,62 @@ def search(config: SearchConfig, console: Console) -> None:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     import_modules(config.imports)
+    check_platform()
     space = check(config)
-    with console.status("Preparing convolutions"):
+    with busy(console, "Preparing convolutions"):
         ktg.cpu_convolution()
     fields = resolved(config, space)
-    name = config.study or default_name(config, fields)
+    dataset = None
+    if config.workdir is None and is_own(config.data):
+        dataset = _loaded(config)  # for the folder's name
+        fields |= {"data_facts": without_test(data_facts(dataset))}
     folder = SearchFolder(config.workdir or default_workdir(config, fields))
     folder.check(fields)
-    dataset = _loaded(config)
-    facts = data_facts(dataset)
-    del facts["test"]  # which was not looked at
-    setting = fields | {"data_facts": facts}
+    dataset = dataset or _loaded(config)
+    setting = fields | {"data_facts": without_test(data_facts(dataset))}
+    name = config.study or folder.study or default_name(config, setting)
 
     url = folder.own_storage if config.storage is None else absolute(config.storage)
     kept = None if config.storage is None else without_password(url)
     _check_space_left(folder)
     opened = None if folder.exists else _opened(url, name, setting, config)
     words = [word.replace(str(config.storage), str(kept)) for word in sys.argv[1:]]
-    before = _names(folder.path)
-    folder.begin_search(setting, name, kept, config.data_dir, words)
-    with folder.locked(), explained_outage(url):
-        with _nothing_left(folder.path, before):
+    with (
+        folder.begun_search(setting, name, kept, config.data_dir, words) as added,
+        explained_outage(url),
+    ):
+        with _nothing_left(folder.path, added):
             storage = opened or open_storage(url, config.heartbeat)
             with Turn(url, name):
                 study = begin_study(storage, name, config, space, setting)
                 run_all_again(study, folder.owner)
-        console.print(
-            f"Searching in {folder.path}: {space.size()} graphs of {space.num_nodes} nodes, "
+        cli.say(
+            console,
+            f"Searching in {folder.path}: {_many(space.size())} graphs of {space.num_nodes} nodes, "
             f"{config.trials} trials of {config.epochs} epochs, {config.workers} workers on "
             f"{len(dataset.train)} training and {len(dataset.val or ())} validation images "
             f"({dataset.name}).",
-            highlight=False,
-            soft_wrap=True,
         )
         _run(config, console, folder, study, url)
         if config.retrain_top:
             from experiments.searching.ending import finish  # SciPy's tests take long to import
 
             finish(load_search(folder.path, url), folder, config, console)
-        console.print(
-            f"python -m experiments.report {folder.path} makes the report.",
-            highlight=False,
-            soft_wrap=True,
+        cli.say(
+            console,
+            f"python -m experiments.report {quote(str(folder.path))} makes the report.",
         )
 
 
 def _loaded(config: SearchConfig) -> Dataset:
     """The data, without its test images, found fit for the trials and the fair ending."""
     dataset = load(config, with_test=False)
-    steps_per_epoch(len(dataset.train), config.batch_size)
+    check_steps(config, dataset)
+    if config.retrain_epochs is not None:
+        check_steps(config, dataset, "retrain_epochs")
+    candidates = config.space().candidates
+    models = {f"candidates[{i}]": model for i, model in enumerate(candidates)}
+    check_models(config.training(), {"target": config.target, **models}, dataset)
     if config.retrain_top and not has_test_images(config.data):
         allowed = "0, for the data has no test images"
         raise InputError("retrain_top", config.retrain_top, allowed)
@@ -136,25 +150,35 @@ def _opened(
     return storage
 
 
+def _many(number: int) -> str:
+    """A number in digits, or where these are no help its magnitude.
+
+    >>> _many(2322432), _many(4**100)
+    ('2322432', 'about 10^60')
+    """
+    if number < 10**40:
+        return str(number)
+    return f"about 10^{round((number.bit_length() - 1) * math.log10(2))}"
+
+
 def _names(folder: Path) -> set[str] | None:
     """What is in a folder; None: it is not there."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else None
 
 
 @contextmanager
-def _nothing_left(folder: Path, before: set[str] | None) -> Iterator[None]:
-    """Takes away what was not in the folder before, where the search cannot be begun.
+def _nothing_left(folder: Path, added: Sequence[str]) -> Iterator[None]:
+    """Takes away what was added to the folder, which is kept, where the search cannot be begun.
 
-    Else the folder would refuse the command that was put right. It must be locked.
+    Else the folder would refuse the command that was put right.
     """
+    before = set(os.listdir(folder))
     try:
         yield
     except BaseException:
         with suppress(OSError):  # the first reason counts
-            for name in set(_BEGINNING) - (before or set()):
+            for name in (*added, *(set(_DATABASE) - before)):
                 (folder / name).unlink(missing_ok=True)
-            if before is None:
-                folder.rmdir()
         raise
 
 
@@ -170,7 +194,7 @@ def _run(
     trials, known = watched.read()
     display = SearchDisplay(config.trials, config.epochs, console)
     display.update(known)
-    pictures = Pictures(study, folder.artifacts, folder.owner)
+    pictures = Pictures(study, folder.artifacts, folder.owner, console)
     if sum(map(is_counted, trials)) < config.trials:
         deadline = None if config.timeout is None else time.time() + config.timeout
         orders = orders_for(
@@ -208,7 +232,7 @@ def _run(
     counts = count(known)
     counts.pop("running")
     numbers = ", ".join(f"{number} {state}" for state, number in counts.items())
-    console.print(f"Trials: {numbers}.", highlight=False)
+    cli.say(console, f"Trials: {numbers}.")
 
 
 class _Watched:

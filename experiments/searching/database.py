@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ktg_jax.errors import InputError
 from ktg_jax.search.engine import optuna  # first: where it is missing, so is SQLAlchemy
@@ -113,6 +114,15 @@ def parse(url: str) -> URL:
             allowed = f"{ALLOWED}, with options of SQLite ({_one_line(error)})"
             raise InputError("storage", hidden(url), allowed) from None
     return parsed
+
+
+def reading_url(url: URL) -> str:
+    """The URL by which a database is only read: a SQLite file without any journal or lock file."""
+    if url.drivername != "sqlite":
+        return url.render_as_string(hide_password=False)
+    file = quote(os.path.abspath(str(url.database)))
+    query = {**url.query, "mode": "ro", "uri": "true"}
+    return URL.create("sqlite", database=f"file:{file}", query=query).render_as_string()
 
 
 def driver_options(url: URL) -> dict[str, Any]:

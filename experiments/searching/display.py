@@ -1,15 +1,15 @@
-"""What one sees of a search: a live table in a terminal, and a line for each finished trial."""
+"""What one sees of a search: a live table on a terminal, and a line for each finished trial."""
 
-import time
 from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 import ktg_jax as ktg
+from experiments import cli
+from experiments.console import Table, Verbatim, is_watched, text_column
+from experiments.progress import Countdown
 from experiments.searching.records import STATES, TrialRecord
 
 
@@ -19,7 +19,7 @@ class SearchDisplay:
     Args:
         trials: so many in all.
         epochs: of a whole trial.
-        console: where to; the table is shown only in a terminal.
+        console: where to; the table is shown only on a terminal.
     """
 
     def __init__(self, trials: int, epochs: int, console: Console) -> None:
@@ -28,13 +28,13 @@ class SearchDisplay:
         self._console = console
         self._records: Sequence[TrialRecord] = ()
         self._said: set[int] | None = None
-        self._began = time.monotonic()
-        self._done_before = 0
+        self._countdown = Countdown(trials)
+        self._is_watched = is_watched(console)
         self._bar = Progress(
-            TextColumn("trials"),
+            text_column("trials"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
+            text_column("{task.fields[left]}"),
             console=console,
         )
         self._task = self._bar.add_task("", total=trials, left="")
@@ -44,13 +44,13 @@ class SearchDisplay:
 
     def __enter__(self) -> "SearchDisplay":
         """Begins to show."""
-        if self._console.is_terminal:
+        if self._is_watched:
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Clears the table."""
-        if self._console.is_terminal:
+        if self._is_watched:
             self._live.stop()
 
     def update(self, records: Sequence[TrialRecord]) -> None:
@@ -59,20 +59,13 @@ class SearchDisplay:
         ended = {trial.number: trial for trial in records if _is_ended(trial)}
         if self._said is None:
             self._said = set(ended)
-            self._done_before = len(ended)
+            self._countdown = Countdown(self._total, len(ended))
+        left = self._countdown.left(len(ended))
+        stands = "" if self._is_watched else f"; {len(ended)} of {self._total} trials, {left}"
         for number in sorted(set(ended) - self._said):
-            line = Text(_line(ended[number]))
-            self._console.print(line, soft_wrap=True)
+            cli.say(self._console, _line(ended[number]) + stands)
         self._said |= set(ended)
-        self._bar.update(self._task, completed=len(ended), left=self._left(len(ended)))
-
-    def _left(self, done: int) -> str:
-        here = done - self._done_before
-        if here == 0:
-            return "time left: -"
-        seconds = (self._total - done) * (time.monotonic() - self._began) / here
-        minutes, seconds = divmod(round(max(seconds, 0)), 60)
-        return f"time left: {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        self._bar.update(self._task, completed=len(ended), left=left)
 
     def _render(self) -> Group:
         counts = Table(*COUNTS, box=None)
@@ -86,7 +79,7 @@ class SearchDisplay:
                 running.add_row(str(trial.number), graph, f"{epoch}/{self._epochs}", value)
         best = best_so_far(self._records)
         text = "-" if best is None else _line(best)
-        return Group(self._bar, counts, running, f"best: {text}")
+        return Group(self._bar, counts, running, Verbatim(f"best: {text}"))
 
 
 COUNTS = (*STATES, "equivalent")
@@ -124,7 +117,7 @@ def _is_ended(trial: TrialRecord) -> bool:
 
 
 def _line(trial: TrialRecord) -> str:
-    graph = "" if trial.graph is None else short(trial.graph.pruned())
+    graph = "" if trial.graph is None else f"; {short(trial.graph.pruned())}"
     name = f"trial {trial.number}" + (f" ({trial.baseline})" if trial.baseline else "")
     if trial.equivalent is not None:
         name += f" (equivalent to trial {trial.equivalent})"
@@ -136,4 +129,4 @@ def _line(trial: TrialRecord) -> str:
         "failed": f"failed: {trial.reason}",
         "running": "running",
     }[trial.state]
-    return f"{name}: {outcome}; {graph}"
+    return f"{name}: {outcome}{graph}"

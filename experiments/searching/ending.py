@@ -1,7 +1,7 @@
 """The fair ending: the best graphs and their baselines trained from scratch, and then tested.
 
-All contenders are trained on all training images, validation images included, with the same seeds,
-and before that nobody reads the test images.
+All contenders are trained on all training images, those included that were held out for validation,
+with the same seeds, and before that nobody reads the test images.
 """
 
 import dataclasses
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from experiments import cli
 from experiments.config import TrainConfig, build_graph, resolved
+from experiments.console import is_watched, text_column
+from experiments.progress import Countdown
 from experiments.searching.comparison import Contender, compare, contenders, markdown, table
 from experiments.searching.config import SearchConfig
 from experiments.searching.folder import SearchFolder
@@ -40,7 +43,7 @@ def finish(
     """
     best = study.best(config.retrain_top)
     if not best:
-        console.print("No trial was completed: there is nothing to train again.")
+        cli.say(console, "No trial was completed: there is nothing to train again.")
         return None
     listed = contenders(best)
     seeds = [config.seed + i for i in range(config.retrain_seeds)]
@@ -99,26 +102,31 @@ def _train_all(
     done = sum(map(is_done, runs))
     if done == len(runs):
         return
-    console.print(
+    cli.say(
+        console,
         f"Training the best graphs and their baselines again: {len(runs)} runs, "
         f"{config.retrain_seeds} seeds each.",
-        highlight=False,
     )
+    watched, countdown = is_watched(console), Countdown(len(runs), done)
     progress = Progress(
-        TextColumn("training again"),
+        text_column("training again"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("runs, left"),
+        text_column("runs, left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not watched,
     )
     retrained = [dataclasses.asdict(run) for run in runs]
     orders = orders_for(config, folder.owner, retrain=retrained)
     with progress, Team(orders, folder.logs) as team:
         bar = progress.add_task("", total=len(runs), completed=done)
         while team.is_at_work():
-            progress.update(bar, completed=sum(map(is_done, runs)))
+            before, done = done, sum(map(is_done, runs))
+            progress.update(bar, completed=done)
+            if done > before and not watched:
+                left = countdown.left(done)
+                cli.say(console, f"trained again: {done} of {len(runs)} runs, {left}")
             time.sleep(_POLL_SECONDS)
 
 

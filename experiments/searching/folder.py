@@ -3,7 +3,8 @@
 import os
 import shlex
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,11 +27,27 @@ class SearchFolder(Folder):
     """
 
     command = "experiments.search"
-    keys: ClassVar = {
-        "config.json": "config",
-        "search.json": "study",
-        "results.json": "entries",
+    shapes: ClassVar = {
+        "config.json": {
+            "config": {"space": {}, "training": {"data": str}, "imports": [str]},
+            "versions": {},
+        },
+        "search.json": {
+            "study": str,
+            "storage": (str, type(None)),
+            "owner": str,
+            "command": [str],
+        },
+        "results.json": {
+            "seeds": [int],
+            "entries": [{"name": str, "kind": str, "trial": (int, type(None)), "graph": {}}],
+            "num_comparisons": int,
+            "num_tests": int,
+            "comparisons": [{"entry": str, "baseline": str, "baseline_kind": str}],
+        },
     }
+
+    mended = ("search.json", "results.json")
 
     @property
     def logs(self) -> Path:
@@ -46,6 +63,12 @@ class SearchFolder(Folder):
     def artifacts(self) -> Path:
         """Pictures for Optuna's dashboard."""
         return self.path / "artifacts"
+
+    @property
+    def study(self) -> str | None:
+        """Name of the study; None: nothing is known of one."""
+        known = self.whole("search.json")
+        return None if known is None else known["study"]
 
     @property
     def owner(self) -> str:
@@ -66,7 +89,11 @@ class SearchFolder(Folder):
 
     @property
     def results(self) -> Record | None:
-        """What came of the fair ending; None: it did not come yet."""
+        """What came of the fair ending; None: it did not come yet.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         return self.read("results.json") if (self.path / "results.json").is_file() else None
 
     def tested(self) -> dict[int, dict[str, float]]:
@@ -90,15 +117,18 @@ class SearchFolder(Folder):
                 tested[entry["trial"]] = _mean_accuracies(runs)
         return tested
 
-    def begin_search(
+    @contextmanager
+    def begun_search(
         self,
         config: Mapping[str, Any],
         study: str,
         storage: str | None,
         data_dir: str | None,
         words: Sequence[str],
-    ) -> None:
-        """Makes the folder, or checks that this search lives there and notes how it goes on.
+    ) -> Iterator[list[str]]:
+        """Keeps the folder, and begins this search in it or notes how it goes on.
+
+        The block gets the names of the files that the folder did not have before.
 
         Args:
             config: what determines the search.
@@ -111,36 +141,50 @@ class SearchFolder(Folder):
             InputError: another search, study or storage; names what differs. Or the folder cannot
                 be written, or another process works there.
         """
-        command = ["python", "-m", self.command, *words]
-        if not self.exists:
-            owner = uuid.uuid4().hex
-            about = {"study": study, "storage": storage, "owner": owner, "command": command}
+        about = {
+            "study": study,
+            "storage": storage,
+            "owner": uuid.uuid4().hex,
+            "command": ["python", "-m", self.command, *words],
+        }
+        with self.kept():
+            if known := self.whole("search.json"):
+                self._check_known(known, study, storage)
+                about = known | {field: about[field] for field in ("storage", "command")}
+            names = [n for n in ("config.json", "search.json") if not (self.path / n).exists()]
             self.begin(config, data_dir, {"search.json": about})
-            return
-        known = self.read("search.json")
-        for field, value in (("study", study), ("storage", storage)):
-            if known[field] != value:
-                raise InputError(field, value, f"{known[field]}, as in {self.path}")
-        self.check(config)
-        if known["command"] != command:  # with more trials, for example
-            self._rewrite_about(known | {"command": command})
+            if self.is_damaged("results.json"):
+                (self.path / "results.json").unlink()
+            yield names
 
-    def _rewrite_about(self, about: Record) -> None:
-        try:
-            with self.locked():
-                self.write("search.json", about)
-        except OSError as error:
-            allowed = f"a folder that can be written ({error})"
-            raise InputError("workdir", str(self.path), allowed) from None
+    def _check_known(self, known: Record, study: str, storage: str | None) -> None:
+        """Raises InputError for another study, or for a storage that is not the same one moved."""
+        if known["study"] != study:
+            raise InputError("study", study, f"{known['study']}, as in {self.path}")
+        if known["storage"] != storage and not _was_moved(known["storage"], storage):
+            raise InputError("storage", storage, f"{known['storage']}, as in {self.path}")
+
+
+def _was_moved(former: str | None, storage: str | None) -> bool:
+    """Whether a storage may be a SQLite file that was elsewhere; its study tells for sure."""
+    if former is None or storage is None:
+        return False
+    from experiments.searching.database import sqlite_file  # needs Optuna, unlike this module
+
+    files = sqlite_file(former), sqlite_file(storage)
+    if None in files:
+        return False
+    was, now = (file is not None and file.exists() for file in files)
+    return now and not was
 
 
 def is_search(path: str | os.PathLike[str]) -> bool:
     """Whether a search lives in this folder."""
-    return (Path(path) / "search.json").is_file()
+    return os.path.isfile(os.path.join(path, "search.json"))  # false for a name that is too long
 
 
 def load_search(path: str | os.PathLike[str], storage: str | None = None) -> StudyRecord:
-    """Reads a search and its trials.
+    """Reads a search and its trials, and writes nothing.
 
     Args:
         path: its folder.
@@ -150,16 +194,17 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         InputError: no search, a module that registers its models cannot be imported, or its
             storage cannot be read.
     """
-    from experiments.searching.storage import open_storage
+    from experiments.searching.storage import open_to_read
     from experiments.searching.study import records
     from ktg_jax.search.engine import optuna
 
     folder = SearchFolder(path)
     if not is_search(path):
         raise InputError("study_dir", str(path), "a folder of experiments.search")
-    about, config = folder.read("search.json"), folder.config
+    about, config = folder.read("search.json"), dict(folder.config)
+    config["training"] = config["training"] | {"data": folder.data}
     url = storage or folder.storage
-    opened = open_storage(url, heartbeat=60)
+    opened = open_to_read(url)
     if about["study"] not in optuna.get_all_study_names(opened):
         raise InputError("study_dir", str(path), f"a search whose storage has {about['study']}")
     study = optuna.load_study(study_name=about["study"], storage=opened)
@@ -169,12 +214,20 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         name=about["study"],
         config=config | {"versions": folder.read("config.json")["versions"]},
         command=shlex.join(about["command"]),
-        space=ktg.SearchSpace(**config["space"], allow_large=True),
+        space=_space(folder),
         trials=records(study.get_trials(deepcopy=False)),
         results=folder.results,
         tested=folder.tested(),
         data_dir=folder.data_dir,
     )
+
+
+def _space(folder: SearchFolder) -> ktg.SearchSpace:
+    try:
+        return ktg.SearchSpace(**folder.config["space"], allow_large=True)
+    except TypeError as error:
+        allowed = f"a search whose config.json is whole ({error})"
+        raise InputError("study_dir", str(folder.path), allowed) from None
 
 
 def _mean_accuracies(runs: Sequence[Record]) -> dict[str, float]:
@@ -214,4 +267,5 @@ def split_source(source: str) -> tuple[str, int | None]:
     (('runs/search', 12), ('runs/search', None))
     """
     path, _, number = source.rpartition(":")
-    return (path, int(number)) if path and number.isdecimal() else (source, None)
+    is_one = path and number.isdecimal() and len(number) < 10 and not is_search(source)
+    return (path, int(number)) if is_one else (source, None)

@@ -4,16 +4,22 @@ Optuna adds no artifact to a trial that has ended. So its worker adds an empty o
 and the command, which has time, draws it when the trial has ended.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 import ktg_jax as ktg
+from experiments.console import make_console
+from experiments.pictures import drawn
 from experiments.searching.study import Trials, is_counted
-from ktg_jax.errors import RunError
 from ktg_jax.search.engine import optuna
 
 _NAME = "graph.png"
+_logger = logging.getLogger(__name__)
 
 
 def announce(trial: optuna.Trial, artifacts: Path) -> None:
@@ -23,17 +29,20 @@ def announce(trial: optuna.Trial, artifacts: Path) -> None:
 
     Args:
         trial: that is running.
-        artifacts: folder of the pictures.
+        artifacts: folder of the pictures; where it cannot be written the trial has none.
     """
     if optuna.artifacts.get_all_artifact_meta(trial):
         return
-    artifacts.mkdir(exist_ok=True)
-    empty = artifacts / _NAME
-    empty.touch()
-    store = optuna.artifacts.FileSystemArtifactStore(artifacts)
-    optuna.artifacts.upload_artifact(
-        artifact_store=store, file_path=str(empty), study_or_trial=trial
-    )
+    try:
+        artifacts.mkdir(exist_ok=True)
+        empty = artifacts / _NAME
+        empty.touch()
+        store = optuna.artifacts.FileSystemArtifactStore(artifacts)
+        optuna.artifacts.upload_artifact(
+            artifact_store=store, file_path=str(empty), study_or_trial=trial
+        )
+    except OSError as error:
+        _logger.warning("trial %s has no picture: %s", trial.number, error)
 
 
 class Pictures:
@@ -43,37 +52,35 @@ class Pictures:
         study: that the trials are of.
         artifacts: folder of the pictures.
         owner: what the names of the folder's workers begin with.
+        console: where to say that one cannot be drawn; then no further one is tried (default:
+            standard output).
     """
 
-    def __init__(self, study: optuna.Study, artifacts: Path, owner: str) -> None:
+    def __init__(
+        self, study: optuna.Study, artifacts: Path, owner: str, console: Console | None = None
+    ) -> None:
         self._storage = study._storage  # knows trials that have ended without asking the database
         self._artifacts = artifacts
         self._prefix = f"{owner}/"
+        self._console = console or make_console()
+        self._is_possible = True
         self._drawn: set[int] = set()
 
     def draw_one(self, trials: Trials) -> None:
-        """Draws the first graph that has no picture, if there is one.
-
-        Raises:
-            RunError: the file cannot be written.
-        """
+        """Draws the first graph that has no picture, if there is one."""
         next(self._draw(trials), None)
 
     def draw_all(self, trials: Trials) -> None:
-        """Draws all graphs that have no picture.
-
-        Raises:
-            RunError: a file cannot be written.
-        """
+        """Draws all graphs that have no picture."""
         for _ in self._draw(trials):
             pass
 
     def _draw(self, trials: Trials) -> Iterator[int]:
-        for trial, path in self._missing(trials):
-            try:
-                self._draw_trial(trial, path)
-            except OSError as error:
-                raise RunError(f"{path}: no picture can be written ({error})") from None
+        for trial, path in self._missing(trials) if self._is_possible else ():
+            draw = partial(self._draw_trial, trial, path)
+            self._is_possible = drawn(self._console, path, draw)
+            if not self._is_possible:
+                return
             yield trial.number
 
     def _missing(self, trials: Trials) -> Iterable[tuple[optuna.trial.FrozenTrial, Path]]:

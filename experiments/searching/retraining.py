@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from experiments.assemble import load
 from experiments.config import TrainConfig
+from experiments.console import make_console
 from experiments.folder import FolderBusyError
 from experiments.options import with_tuples
 from experiments.train import train
@@ -32,7 +32,7 @@ def retrain(runs: Sequence[dict[str, Any]], device: jax.Device) -> None:
     while left := [config for config in configs if not is_done(config)]:
         for config in left:
             try:
-                train(config, Console(), dataset, [device])
+                train(config, make_console(), dataset, [device])
             except FolderBusyError:
                 time.sleep(_POLL_SECONDS)  # another worker makes it, or did until it was killed
 

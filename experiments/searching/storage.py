@@ -4,7 +4,6 @@ The storage is Optuna's, with heartbeats: while a worker trains it says so every
 the trial of one that fell silent is run again by whoever asks for a trial next.
 """
 
-import fcntl
 import hashlib
 import math
 import warnings
@@ -12,7 +11,14 @@ import weakref
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.searching.database import driver_options, explained, parse
+from experiments.locks import lock
+from experiments.searching.database import (
+    driver_options,
+    explained,
+    parse,
+    reading_url,
+    sqlite_file,
+)
 from ktg_jax.errors import InputError
 from ktg_jax.search.engine import optuna  # first: where it is missing, so is SQLAlchemy
 
@@ -101,6 +107,39 @@ def open_storage(url: str, heartbeat: float) -> Storage:
         )
 
 
+def open_to_read(url: str) -> optuna.storages.RDBStorage:
+    """Opens a storage only to read from: nothing is locked or written, no table is made.
+
+    A SQLite file in the midst of whose change its process was killed must first be put right, and
+    is then opened as by `open_storage`.
+
+    Args:
+        url: as of `open_storage`.
+
+    Raises:
+        InputError: as `open_storage`, and where there is no such database yet.
+    """
+    try:
+        return _opened_to_read(url)
+    except InputError:
+        file = sqlite_file(url)
+        if file is None or not Path(f"{file}-journal").exists():
+            raise
+    return open_storage(url, heartbeat=60)
+
+
+def _opened_to_read(url: str) -> optuna.storages.RDBStorage:
+    parsed = parse(url)
+    with explained(url):
+        storage = optuna.storages.RDBStorage(
+            reading_url(parsed),
+            engine_kwargs={"connect_args": driver_options(parsed), "pool_pre_ping": True},
+            skip_table_creation=True,
+        )
+        weakref.finalize(storage, storage.engine.dispose)
+        return storage
+
+
 def enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Enqueues a trial that was given up anew, with its parameters and attributes."""
     with warnings.catch_warnings():
@@ -183,7 +222,7 @@ class Turn:
 def _locked(path: Path) -> TextIO:
     file = path.open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
     except BaseException:
         file.close()
         raise

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ktg_jax as ktg
-from experiments.folder import differences
+from experiments.identity import differences
 from experiments.searching.config import SearchConfig
 from experiments.searching.records import TrialRecord
 from experiments.searching.storage import enqueue_again

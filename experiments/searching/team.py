@@ -104,11 +104,12 @@ class Team:
         at_work = False
         for i, orders in enumerate(self._orders):
             code = self._processes[i].poll()
-            if code is not None and code > 0:
-                self._raise(orders, code)
-            if code is not None and code < 0:
-                self._count_death(i, -code)
+            signal = None if code is None else _signal_of(code)
+            if signal is not None:
+                self._count_death(i, signal)
                 self._processes[i] = self._start(orders)
+            elif code:
+                self._raise(orders, code)
             at_work |= self._processes[i].poll() is None
         return at_work
 
@@ -150,6 +151,17 @@ class Team:
         for prefix in ("failed: ", "error: "):
             said = said.removeprefix(prefix)
         raise RunError(f"worker {orders.index}: {said} (its log is {self._log(orders)})")
+
+
+def _signal_of(code: int) -> int | None:
+    """The signal by which a process of this exit code ended; None: it ended by itself.
+
+    >>> _signal_of(-9), _signal_of(143), _signal_of(2)
+    (9, 15, None)
+    """
+    if code < 0:
+        return -code
+    return code - 128 if code > 128 else None  # it was still at its imports
 
 
 def orders_for(config: SearchConfig, owner: str, **more: Any) -> list[Orders]:

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-from rich.console import Console
 
 import ktg_jax as ktg
 from experiments.assemble import Run, assemble
 from experiments.config import TrainConfig, with_pretrained
+from experiments.console import make_console
 from experiments.pretrained import locate_pretrained
 from experiments.train import train
 from ktg_jax.data.dataset import Dataset
@@ -76,7 +76,7 @@ class Trainer:
             yield record["epoch"], evaluate(state)
 
     def _train_alone(self, config: TrainConfig, dataset: Dataset) -> None:
-        train(config, Console(), dataset, [self._device])
+        train(config, make_console(), dataset, [self._device])
         self.node_epochs += config.epochs
 
     def _target_evaluator(self, run: Run) -> Callable[[GraphState], float]:

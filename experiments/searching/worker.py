@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 import ktg_jax as ktg
-from experiments import cli
+from experiments import cli, signals
 from experiments.assemble import load
 from experiments.options import import_modules
 from experiments.process import Programs, prepare, share_cores
@@ -62,7 +62,8 @@ class _LeftTrial(BaseException):
 
 
 def main() -> None:
-    """Does what it is told on standard input."""
+    """Does what it is told on standard input; a signal kills it, and its team replaces it."""
+    signals.leave_to_system()
     orders = team.Orders.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = orders.config

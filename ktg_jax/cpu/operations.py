@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +174,11 @@ def _call(
         result_kinds: one letter each: b, or s, a sum (or mean) over the batch.
         combine: puts sums of shares of the batch together, over a mapped axis.
         attributes: its integer attributes, beside the number of parts.
+
+    Raises:
+        AssertionError: an input of another type than float32.
     """
+    chex.assert_type(operands, jnp.float32)
     register()
     numbers = {name: np.int64(value) for name, value in {**attributes, "parts": parts()}.items()}
 

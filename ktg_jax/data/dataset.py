@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ktg_jax.data.arrays import check_images, describe
 from ktg_jax.errors import InputError
 
 
@@ -16,15 +17,14 @@ class Split:
         labels: int32 `[n]`, class indices.
 
     Raises:
-        InputError: another dtype or rank, no images, or not one label per image.
+        InputError: another dtype or rank, no images, channels first, or not one label per image.
     """
 
     images: np.ndarray
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
-            raise InputError("images", describe(self.images), "uint8[n, h, w, c], none of them 0")
+        check_images(self.images, "images")
         if self.labels.dtype != np.int32 or self.labels.shape != self.images.shape[:1]:
             raise InputError("labels", describe(self.labels), f"int32[{len(self.images)}]")
 
@@ -47,6 +47,7 @@ class Dataset:
         val: held out from training, to choose by; None: there is none.
         test: only for the final numbers; None: there is none, or it was not read.
         flip: whether an image mirrored left to right keeps its class.
+        own_val: whether the data came with its validation images; else they are held out of train.
 
     Raises:
         InputError: a split with another image shape than train, or with a label that is no class.
@@ -58,6 +59,7 @@ class Dataset:
     val: Split | None
     test: Split | None
     flip: bool
+    own_val: bool = False
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -123,11 +125,6 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | N
     count = round(fraction * len(split))
     held_out, kept = _stratified(split.labels, count, seed, "val_fraction", fraction)
     return split.take(kept), split.take(held_out)
-
-
-def describe(array: np.ndarray) -> str:
-    """Dtype and shape, for messages: `float32[3, 4]`."""
-    return f"{array.dtype}{list(array.shape)}"
 
 
 def _stratified(

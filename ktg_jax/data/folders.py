@@ -1,28 +1,35 @@
-"""Data sets that are folders of image files."""
+"""Data sets that are folders of image files, one folder a class."""
 
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ktg_jax.data.cache import cached_split
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.images import ImageForm, form_of, read_images
+from ktg_jax.data.listing import count_images, find_images, loose_images, named, subfolders
+from ktg_jax.data.splits import by_split
 from ktg_jax.errors import InputError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
-_TINY_IMAGENET = ImageForm(height=64, width=64, greyscale=False)
+_logger = logging.getLogger(__name__)
+
+_LAYOUT = "a folder with one folder of images per class"
+
+Files = Sequence[tuple[Path, int]]
+"""Image files and their labels."""
 
 
 def load_image_folder(
     folder: Path, *, image_size: int | None = None, with_test: bool = True
 ) -> Dataset:
-    """Reads `folder/<split>/<class>/*.png`, `*.jpg` or `*.jpeg` (upper or lower case).
+    """Reads `folder/<split>/<class>/*.png`, and whatever else PIL reads, by its suffix.
 
-    The splits are `train` and, where they are there, `val` and `test`. The classes are the sorted
-    folder names of `train`. The files of `train` also decide, for every split, the image size
-    (unless `image_size` gives it) and whether images are greyscale (all of train are) or RGB.
+    The splits are `train` and, where they are there, `val` and `test`, or other names of these such
+    as `validation`. The classes are the sorted folder names of `train`; folders within them belong
+    to their class. The files of `train` also decide, for every split, the image size (unless
+    `image_size` gives it) and whether images are greyscale (all of train are) or RGB. Images in
+    other folders are not read, which is said in a warning; hidden files and folders are left out.
 
     Args:
         folder: as above.
@@ -31,144 +38,127 @@ def load_image_folder(
 
     Raises:
         InputError: no `train`, a class folder without images, a class that train does not have,
-            images of differing sizes, or a file that cannot be decoded.
+            images of differing sizes, a file that cannot be decoded, two folders of one split,
+            pictures in a split that are not read, or classes one folder too deep.
     """
-    class_names = _class_folders(folder / "train")
-    train_files = _class_files(folder / "train", class_names)
-    form = form_of([path for path, _ in train_files], image_size)
-
-    def read(split: str) -> Split | None:
-        if not (folder / split).is_dir():
-            return None
-        return _read_files(_class_files(folder / split, class_names), form, f"decoding {split}")
-
+    places = _split_folders(folder)
+    if "train" not in places:
+        raise InputError("data", str(folder / "train"), _LAYOUT)
+    _tell_of_unused(folder, places)
+    class_names = _class_names(places["train"])
+    files = {
+        split: _class_files(place, class_names)
+        for split, place in places.items()
+        if with_test or split != "test"
+    }
+    _check_depth(files["train"], places["train"])
+    form = form_of([path for path, _ in files["train"]], image_size)
+    splits = {split: read_files(files[split], form, f"decoding {split}") for split in files}
     return Dataset(
         name=f"folder:{folder}",
         class_names=class_names,
-        train=_read_files(train_files, form, "decoding train"),
-        val=read("val"),
-        test=read("test") if with_test else None,
+        train=splits["train"],
+        val=splits.get("val"),
+        test=splits.get("test"),
         flip=True,
+        own_val="val" in splits,
     )
 
 
-def load_tiny_imagenet(
-    data_dir: str | os.PathLike[str] | None,
-    *,
-    with_test: bool = True,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """Reads Tiny-ImageNet in the folder layout in which it is distributed.
-
-    The official `val` images are the *test* split here: the labels of the official `test` images
-    were never published. Greyscale images become RGB. Decoded images are cached.
-
-    Args:
-        data_dir: the folder `tiny-imagenet-200`, or the one that holds it.
-        with_test: whether to read the official `val`.
-        cache_dir: see `cache_folder`.
+def splits_of_folder(folder: Path) -> set[str]:
+    """Which of `train`, `val` and `test` the folder has; none of its images is opened.
 
     Raises:
-        InputError: a file of the layout is not there or cannot be decoded, or an annotation names
-            an unknown class.
+        InputError: two folders of one split.
     """
-    root = _tiny_imagenet_root(data_dir)
-    class_ids = _lines(root / "wnids.txt")
-    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
-    names = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
-
-    def read(split: str, files: Sequence[tuple[Path, int]], *index: Path) -> Split:
-        return cached_split(
-            f"tiny_imagenet-{split}",
-            [*index, *(path for path, _ in files)],  # the labels come from the index files
-            lambda: _read_files(files, _TINY_IMAGENET, f"decoding tiny_imagenet {split}"),
-            cache_dir,
-        )
-
-    train_files = [
-        (path, label)
-        for class_id, label in label_of.items()
-        for path in _image_files(root / "train" / class_id / "images", "data_dir")
-    ]
-    train = read("train", train_files, root / "wnids.txt")
-    test = None
-    if with_test:
-        annotations = root / "val" / "val_annotations.txt"
-        test_files = _annotated_files(annotations, label_of)
-        test = read("val", test_files, root / "wnids.txt", annotations)
-    return Dataset(
-        name="tiny_imagenet",
-        class_names=tuple(names.get(i, i).split(",")[0].strip() for i in class_ids),
-        train=train,
-        val=None,
-        test=test,
-        flip=True,
-    )
+    return set(_split_folders(folder))
 
 
-def _read_files(files: Sequence[tuple[Path, int]], form: ImageForm, description: str) -> Split:
+def read_files(files: Files, form: ImageForm, description: str) -> Split:
+    """Decodes image files: see `read_images`."""
     images = read_images([path for path, _ in files], form, description)
     return Split(images, np.array([label for _, label in files], np.int32))
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise InputError("data", str(folder), "a folder with one folder of images per class")
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    found = tuple(sorted(name for name in names if not name.startswith(".")))
+def images_in(folder: Path, option: str) -> list[Path]:
+    """The image files of one class, sorted: all that are in the folder, at least one.
+
+    Args:
+        folder: that need not be there.
+        option: that named it, for the errors.
+
+    Raises:
+        InputError: there are none, or pictures that are not read.
+    """
+    images, others = _images_of(folder, option)
+    _refuse(others, folder, option)
+    return images
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of the splits; none where there is no folder."""
+    names = [path.name for path in subfolders(folder, "data")] if folder.is_dir() else []
+    return {split: folder / name for split, name in by_split(names, "data").items()}
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    found = tuple(path.name for path in subfolders(folder, "data"))
     if not found:
-        raise InputError("data", str(folder), "a folder with one folder of images per class")
+        raise InputError("data", str(folder), _LAYOUT)
     return found
 
 
-def _class_files(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
+def _class_files(folder: Path, class_names: Sequence[str]) -> Files:
+    """All image files of a split."""
     label_of = {name: label for label, name in enumerate(class_names)}
-    files = []
-    for name in _class_folders(folder):
+    files, others = [], []
+    for name in _class_names(folder):
         if name not in label_of:
             raise InputError("data", str(folder / name), "only classes that train has")
-        files += [(path, label_of[name]) for path in _image_files(folder / name, "data")]
+        images, unread = _images_of(folder / name, "data")
+        files += [(path, label_of[name]) for path in images]
+        others += unread
+    _refuse(others, folder, "data")
+    if loose := loose_images(folder, "data"):
+        found = f"{folder}: {named(loose, folder)}"
+        raise InputError("data", found, "images in a folder of their class")
     return files
 
 
-def _image_files(folder: Path, field: str) -> list[Path]:
-    paths = folder.iterdir() if folder.is_dir() else ()
-    found = [path for path in paths if path.suffix.lower() in _SUFFIXES]
-    visible = sorted(path for path in found if not path.name.startswith("."))
-    if not visible:
-        raise InputError(field, str(folder), "a folder with at least one PNG or JPEG file")
-    return visible
+def _images_of(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
+    found = find_images(folder, option) if folder.is_dir() else None
+    if found is None or not (found.images or found.others):
+        raise InputError(option, str(folder), "a folder with at least one image file")
+    return found.images, found.others
 
 
-def _tiny_imagenet_root(data_dir: str | os.PathLike[str] | None) -> Path:
-    if data_dir is not None:
-        folder = Path(data_dir).expanduser()
-        for root in (folder, folder / "tiny-imagenet-200"):
-            if (root / "wnids.txt").is_file():
-                return root
-    raise InputError(
-        "data_dir",
-        None if data_dir is None else str(data_dir),
-        "the unpacked folder tiny-imagenet-200 (with wnids.txt), or the one that holds it",
-    )
+def _check_depth(files: Files, folder: Path) -> None:
+    """Raises InputError where the only class of a split seems to hold the classes."""
+    places = {path.relative_to(folder).parts[:-1] for path, _ in files}
+    within = sorted({place[1] for place in places if len(place) > 1})
+    classes = {place[0] for place in places}
+    if len(classes) == 1 and len(within) > 1 and all(len(place) > 1 for place in places):
+        found = f"{folder}: one class, {min(classes)}, with the folders {', '.join(within[:5])}"
+        raise InputError("data", found, "the folders of the classes in that of the split")
 
 
-def _annotated_files(annotations: Path, label_of: dict[str, int]) -> list[tuple[Path, int]]:
-    files = []
-    for line in _lines(annotations):
-        name, class_id = (*line.split("\t"), "")[:2]
-        if class_id not in label_of:
-            raise InputError("data_dir", f"{annotations}: {line}", "a file name, tab, known class")
-        files.append((annotations.parent / "images" / name, label_of[class_id]))
-    return files
+def _refuse(others: list[Path], folder: Path, option: str) -> None:
+    if others:
+        allowed = "pictures that can be read, with a suffix such as .png or .jpg; or none"
+        raise InputError(option, f"{folder}: {named(others, folder)}", allowed)
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty; at least one."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("data_dir", str(path), "a readable text file") from error
-    if not lines:
-        raise InputError("data_dir", str(path), "a text file that is not empty")
-    return lines
+def _tell_of_unused(folder: Path, places: Mapping[str, Path]) -> None:
+    """Warns of images that are in no folder of a split."""
+    unused = {path.name: 1 for path in loose_images(folder, "data")}
+    for path in subfolders(folder, "data"):
+        if path not in places.values():
+            unused[f"{path.name}/"] = count_images(path)
+    names = [name for name, count in unused.items() if count]
+    if names:
+        _logger.warning(
+            "folder:%s: %d images are not used: in %s; only train, val and test are",
+            folder,
+            sum(unused.values()),
+            ", ".join(names[:5]) + (", ..." if len(names) > 5 else ""),
+        )

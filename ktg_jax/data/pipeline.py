@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
+from ktg_jax.pixels import to_float
 
 
 class BatchPlan(NamedTuple):
@@ -63,11 +64,12 @@ def plan_batch(
     per_epoch = steps_per_epoch(num_images, batch_size)
     order_key, augment_key = jax.random.split(key)
     step = jnp.asarray(step)
-    position = (step % per_epoch) * batch_size + jnp.arange(batch_size)
+    position = (step % per_epoch) * batch_size + jnp.arange(batch_size, dtype=step.dtype)
     index = shuffled(jax.random.fold_in(order_key, step // per_epoch), position, num_images)
     offset_key, flip_key = jax.random.split(jax.random.fold_in(augment_key, step))
-    offset = jax.random.randint(offset_key, (batch_size, 2), -max_offset, max_offset + 1)
-    flips = jax.random.bernoulli(flip_key, shape=(batch_size,)) & flip
+    # With types of their own: the same random numbers where JAX's own integers and floats are wide.
+    offset = jax.random.randint(offset_key, (batch_size, 2), -max_offset, max_offset + 1, jnp.int32)
+    flips = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch_size,)) & flip
     return BatchPlan(index, offset, flips)
 
 
@@ -130,17 +132,12 @@ def take_batch(
         float32 `[B, H, W, C]` in [0, 1], and int `[B]`.
     """
     height, width = images.shape[1:3]
-    columns = jnp.arange(width)
-    rows = _reflect(jnp.arange(height) + plan.offset[:, :1], height)
-    columns = jnp.where(plan.flip[:, None], columns[::-1], columns)
+    rows, columns = (jnp.arange(size, dtype=jnp.int32)[None] for size in (height, width))
+    rows = _reflect(rows + plan.offset[:, :1], height)
+    columns = jnp.where(plan.flip[:, None], columns[:, ::-1], columns)
     columns = _reflect(columns + plan.offset[:, 1:], width)
     batch = images[plan.image_index[:, None, None], rows[:, :, None], columns[:, None, :]]
     return to_float(batch), labels[plan.image_index]
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """Maps uint8 0..255 to float32 0..1; no normalisation beyond that, as in the papers."""
-    return jnp.asarray(images, jnp.float32) / 255.0
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:

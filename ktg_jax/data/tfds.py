@@ -1,6 +1,7 @@
 """Data sets that tensorflow-datasets has prepared as array_record files. Needs no TensorFlow."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -118,4 +119,5 @@ def prepare_command(name: str, folder: str | None) -> str:
     where = "" if folder is None else f", data_dir={folder!r}"
     builder = f"tfds.builder('{name}'{where}, file_format='array_record')"
     code = f"import tensorflow_datasets as tfds; {builder}.download_and_prepare()"
+    code = re.sub(r'([\\"$`])', r"\\\1", code)  # as a shell reads it between double quotes
     return f'pip install "ktg_jax[prepare]", then python -c "{code}"'

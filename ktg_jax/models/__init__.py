@@ -1,5 +1,6 @@
 """Networks by name, as flax.linen modules."""
 
+from ktg_jax.models.check import check_network
 from ktg_jax.models.cnn import CNN
 from ktg_jax.models.registry import build_model, check_model, model_names, register_model
 from ktg_jax.models.resnet import ResNet
@@ -11,6 +12,7 @@ __all__ = [
     "WideResNet",
     "build_model",
     "check_model",
+    "check_network",
     "model_names",
     "register_model",
 ]

@@ -37,7 +37,8 @@ class BatchNormRelu(nn.Module):
 
     flax's own keeps the biased batch variance in its running statistics; PyTorch keeps the
     unbiased one, which in a small batch of a network's last stage differs by several per cent.
-    Statistics are computed in float32 whatever `dtype` is.
+    Parameters and running statistics are float32 whatever `dtype` is; statistics are computed in
+    float32, or in float64 where x is.
 
     Attributes:
         dtype: of the result.
@@ -58,10 +59,10 @@ class BatchNormRelu(nn.Module):
         x and the shortcut, if any, are float `[..., C]`.
         """
         features = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
-        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        stored_var = self.variable("batch_stats", "var", jnp.ones, features)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        stored_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         if self.is_initializing():
             return x.astype(self.dtype)  # of which only the shape matters now
         if not train:
@@ -83,6 +84,7 @@ class BatchNormRelu(nn.Module):
         if self.axis_name is not None:
             count *= jax.lax.axis_size(self.axis_name)
         unbiased = var * (count / max(count - 1, 1))
-        stored_mean.value = self.momentum * stored_mean.value + (1 - self.momentum) * mean
-        stored_var.value = self.momentum * stored_var.value + (1 - self.momentum) * unbiased
+        for running, new in ((stored_mean, mean), (stored_var, unbiased)):
+            new = new.astype(running.value.dtype)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
         return y

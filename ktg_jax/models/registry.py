@@ -3,27 +3,51 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from ktg_jax.errors import InputError
+from ktg_jax.errors import InputError, in_a_line
+from ktg_jax.linen_node import from_linen
 from ktg_jax.models.cnn import CNN
 from ktg_jax.models.resnet import ResNet
 from ktg_jax.models.wide_resnet import WideResNet
-from ktg_jax.nodes import NodeFns, from_linen
+from ktg_jax.modes import Mode
+from ktg_jax.nodes import NodeFns
 
 ModelFactory = Callable[[int], nn.Module | NodeFns]
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 _WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
-FAMILIES = "resnet<6n+2>, resnet<6n+2>_<channels>, wrn<6n+4>_<width>"
-_registered: dict[str, ModelFactory] = {}
+_NUMBER = r"([1-9][0-9]{0,5})"
+_MOST_LAYERS = 1202  # of the deepest in the paper on ResNets
+_MOST_CHANNELS = 1024
+_MOST_PARAMETERS = 1e9
+FAMILIES = (
+    "resnet<6n+2>, resnet<6n+2>_<channels>, wrn<6n+4>_<width> (up to 1,202 layers, 1,024 channels "
+    "in the first stage and about a billion parameters)"
+)
+MOST_CLASSES = 1_000_000
 
 
-def register_model(name: str, factory: ModelFactory) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Registered:
+    """What was registered."""
+
+    factory: ModelFactory
+    mode: Mode | None
+
+    def __call__(self, num_classes: int) -> nn.Module | NodeFns:
+        return self.factory(num_classes)
+
+
+_registered: dict[str, _Registered] = {}
+
+
+def register_model(name: str, factory: ModelFactory, mode: Mode | None = None) -> None:
     """Makes a model available by name, to graphs, to files and to the experiments.
 
     Args:
@@ -32,6 +56,7 @@ def register_model(name: str, factory: ModelFactory) -> None:
         factory: `factory(num_classes)` returns a flax.linen module or a `NodeFns`. A linen module
             with a field `dtype` can be trained in mixed precision, and one with a field
             `axis_name` normalises its batches over all devices under `jax.pmap`.
+        mode: how a linen module is told whether it trains, as for `from_linen`.
 
     Raises:
         InputError: the name is malformed or a built-in model's, or the factory cannot be called.
@@ -47,7 +72,8 @@ def register_model(name: str, factory: ModelFactory) -> None:
         raise InputError("factory", factory, "a function of the number of classes")
     if _built_in(name) is not None:
         raise InputError("name", name, "a name that no built-in model has")
-    _registered[name] = factory
+    hashable = factory if isinstance(factory, Hashable) else functools.partial(factory)
+    _registered[name] = _Registered(hashable, mode)
 
 
 def model_names() -> tuple[str, ...]:
@@ -59,11 +85,13 @@ def model_names() -> tuple[str, ...]:
     return ("cnn", *_RESNETS, *_WIDE_RESNETS, *_registered)
 
 
-def check_model(name: str) -> None:
-    """Raises InputError unless a model of that name can be built."""
+def check_model(name: str, field: str = "model") -> None:
+    """Raises InputError, of this field, unless a model of that name can be built."""
+    if not isinstance(name, str):
+        raise InputError(field, name, "a model's name")
     if _factory(name) is None:
         known = f"{', '.join(model_names())}, or {FAMILIES}"
-        raise InputError("model", name, known)
+        raise InputError(field, name, known)
 
 
 def build_model(
@@ -73,13 +101,15 @@ def build_model(
 
     Args:
         name: a registered name, `resnet<6n+2>`, the same with `_<channels of the first stage>` in
-            place of 16, or `wrn<6n+4>_<width>`.
-        num_classes: number of logits.
+            place of 16, or `wrn<6n+4>_<width>`; of at most 1,202 layers, 1,024 channels in the
+            first stage, and about a billion parameters.
+        num_classes: number of logits, 1 to 1,000,000.
         dtype: of the computation (`jnp.bfloat16`: mixed precision); parameters stay float32.
         axis_name: the mapped axis over which batches are spread under `jax.pmap`, else None.
 
     Raises:
-        InputError: no such model, or one that cannot compute in another dtype.
+        InputError: no such model, one that cannot be made or cannot compute in another dtype, or a
+            number of classes that is out of range.
 
     >>> import jax
     >>> fns = build_model("resnet8", num_classes=10)
@@ -89,6 +119,8 @@ def build_model(
     (2, 10)
     """
     check_model(name)
+    if not isinstance(num_classes, int | np.integer) or not 1 <= num_classes <= MOST_CLASSES:
+        raise InputError("num_classes", num_classes, f"an integer from 1 to {MOST_CLASSES:,}")
     # The same functions for the same model: what is compiled for one node serves the others.
     return _build(name, _registered.get(name), num_classes, jnp.dtype(dtype), axis_name)
 
@@ -96,21 +128,37 @@ def build_model(
 @functools.lru_cache(maxsize=256)
 def _build(
     name: str,
-    registered: ModelFactory | None,
+    registered: _Registered | None,
     num_classes: int,
     dtype: jnp.dtype,
     axis_name: str | None,
 ) -> NodeFns:
     factory = registered or _built_in(name)
     assert factory is not None  # or check_model would have raised
-    module = factory(num_classes)
-    if isinstance(module, nn.Module):
-        fields = {field.name for field in dataclasses.fields(module)}
-        wanted: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
-        module = module.clone(**{k: v for k, v in wanted.items() if k in fields})
-        if "dtype" in fields or dtype == jnp.float32:
-            return from_linen(module)
-    elif dtype == jnp.float32:
+    # The built-in ones draw no random numbers: no need to find out.
+    how: dict[str, Any] = {"rngs": ()} if registered is None else {"mode": registered.mode}
+    try:
+        module = factory(num_classes)
+        if isinstance(module, nn.Module):
+            fields = {field.name for field in dataclasses.fields(module)}
+            wanted: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
+            module = module.clone(**{k: v for k, v in wanted.items() if k in fields})
+            if "dtype" in fields or dtype == jnp.float32:
+                return from_linen(module, axis_name=axis_name, **how)
+    except Exception as error:
+        allowed = f"one that can be made for {num_classes} classes ({in_a_line(error)})"
+        raise InputError("model", name, allowed) from error
+    if not isinstance(module, nn.Module | NodeFns):
+        kind = f"a class, {module.__name__}" if isinstance(module, type) else type(module).__name__
+        allowed = "one whose factory returns a flax.linen module, or NodeFns (from_nnx makes them)"
+        raise InputError("model", name, f"{allowed}; it returns {kind}")
+    if isinstance(module, NodeFns) and how.get("mode") is not None:
+        raise InputError(
+            "model",
+            name,
+            "a linen module where mode= says how it is told; else ktg.from_linen takes it",
+        )
+    if isinstance(module, NodeFns) and dtype == jnp.float32:
         return module
     raise InputError("model", name, f"for {dtype}, a linen module with a field dtype")
 
@@ -122,12 +170,21 @@ def _factory(name: str) -> ModelFactory | None:
 def _built_in(name: str) -> ModelFactory | None:
     if name == "cnn":
         return CNN
-    if match := re.fullmatch(r"resnet([1-9]\d*)(?:_([1-9]\d*))?", name):
+    if match := re.fullmatch(f"resnet{_NUMBER}(?:_{_NUMBER})?", name):
         depth, channels = int(match[1]), int(match[2] or 16)
-        if depth >= 8 and depth % 6 == 2:
+        if depth >= 8 and depth % 6 == 2 and _is_feasible(depth, channels):
             return lambda num_classes: ResNet(depth, num_classes, channels)
-    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", name):
+    if match := re.fullmatch(f"wrn{_NUMBER}_{_NUMBER}", name):
         depth, width = int(match[1]), int(match[2])
-        if depth >= 10 and depth % 6 == 4:
+        if depth >= 10 and depth % 6 == 4 and _is_feasible(depth, 16 * width):
             return lambda num_classes: WideResNet(depth, width, num_classes)
     return None
+
+
+def _is_feasible(depth: int, channels: int) -> bool:
+    """Whether a network of so many layers and channels in its first stage can be built at all.
+
+    A third of its convolutions has these channels, a third twice and a third four times as many.
+    """
+    parameters = depth / 3 * 9 * channels**2 * (1 + 4 + 16)
+    return depth <= _MOST_LAYERS and channels <= _MOST_CHANNELS and parameters <= _MOST_PARAMETERS

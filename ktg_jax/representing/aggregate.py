@@ -17,14 +17,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch, to_float
+from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.losses import cross_entropy
+from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.pixels import to_float
 from ktg_jax.representing.prior import Prior
 from ktg_jax.representing.readers import Aggregator, Readers
 from ktg_jax.representing.stages import KernelShapes, stage_outputs
-from ktg_jax.step import node_update
+from ktg_jax.updates import init_opt_state, node_update
 
 Metrics: TypeAlias = dict[str, jax.Array]
 Variables: TypeAlias = tuple[PyTree, PyTree]
@@ -185,7 +186,8 @@ def _init_fit(
         started = dict(reader.lazy_init(jax.random.fold_in(rng, stage), output, False))
         params.append(started.pop("params"))
         statistics.append(started)
-    return Fit(tuple(params), tuple(statistics), optimizer.init(tuple(params)))
+    opt_state = init_opt_state(optimizer, tuple(params))
+    return Fit(tuple(params), tuple(statistics), opt_state)
 
 
 # Compiled once for the same teacher, student and optimiser, whatever the data and the random key.
@@ -221,11 +223,17 @@ def _step(
     def loss_of(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple]:
         logits, statistics = _read(readers, params, fit.statistics, outputs, train=True)
         losses = jnp.mean(jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels), axis=1)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels, axis=1)
+        accuracy = jnp.mean(is_correct(logits, labels), axis=1, dtype=jnp.float32)
         return jnp.sum(losses), (statistics, {"loss": losses, "accuracy": accuracy})
 
     gradients, (statistics, metrics) = jax.grad(loss_of, has_aux=True)(fit.params)
-    params, opt_state = node_update(fit.params, fit.opt_state, gradients, optimizer=optimizer)
+    params, opt_state = node_update(
+        fit.params,
+        fit.opt_state,
+        gradients,
+        optimizer=optimizer,
+        value=jnp.sum(metrics["loss"]),
+    )
     return Fit(params, statistics, opt_state), metrics
 
 
@@ -246,7 +254,7 @@ def _correct(
     _, outputs = stage_outputs(teacher, *variables, to_float(data[0][index]))
     logits, _ = _read(readers, fit.params, fit.statistics, outputs, train=False)
     counts = position < len(data[1])
-    return jnp.sum((jnp.argmax(logits, axis=-1) == data[1][index]) & counts, axis=1)
+    return jnp.sum(is_correct(logits, data[1][index]) & counts[None], axis=1)
 
 
 def _read(

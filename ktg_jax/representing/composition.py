@@ -83,7 +83,8 @@ class NodePrior:
         from_prior, distance = jax.grad(loss_of, has_aux=True)(kernels)
         penalty = sparse_recoding(self.quantile)
         penalised, _ = penalty.update(from_prior, penalty.init(from_prior))
-        strength = self.weight * (1 - progress if self.schedule == "linear" else 1)
+        share = 1 - jnp.asarray(progress, jnp.float32) if self.schedule == "linear" else 1
+        strength = jnp.asarray(self.weight, jnp.float32) * share
         sums = {
             path: own[path] + (strength * gradient).astype(own[path].dtype)
             for path, gradient in penalised.items()

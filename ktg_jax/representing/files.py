@@ -11,7 +11,7 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.representing.prior import Prior
-from ktg_jax.tensors import read_tensors, write_tensors
+from ktg_jax.tensors import read_tensors, texts_of, write_tensors
 from ktg_jax.trees import FlatTree, digest
 
 PRIOR_FILE = "prior.safetensors"
@@ -86,12 +86,13 @@ def load_prior(path: str | os.PathLike[str]) -> Prior:
     {'stage1_conv.kernel': (3, 3, 1, 2)}
     """
     tensors, texts = _read(path)
-    paths, accuracy = tuple(json.loads(texts["paths"])), json.loads(texts["accuracy"])
-    return Prior(
-        tuple(jnp.asarray(tensors[name]) for name in paths),
-        paths,
-        None if accuracy is None else jnp.asarray(accuracy, jnp.float32),
-    )
+    with texts_of("prior", path, "save_prior"):
+        paths, accuracy = tuple(json.loads(texts["paths"])), json.loads(texts["accuracy"])
+        return Prior(
+            tuple(jnp.asarray(tensors[name]) for name in paths),
+            paths,
+            None if accuracy is None else jnp.asarray(accuracy, jnp.float32),
+        )
 
 
 def about_prior(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -81,10 +81,10 @@ def initialised(params: PyTree, prior: Prior, *, size: str = "own") -> PyTree:
     leaves, kernels = by_path(params), {}
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):
         own, direction = leaves[path], normalised(kernel)
-        says_nothing = jnp.all(direction == 0, axis=(0, 1, 2))
+        says_nothing = jnp.all(direction == 0, axis=(0, 1, 2), keepdims=True)
         if size == "own":
-            norms = jnp.sqrt(jnp.sum(jnp.square(own.astype(jnp.float32)), axis=(0, 1, 2)))
-            kernel = direction * norms
+            squares = jnp.square(own.astype(jnp.float32))
+            kernel = direction * jnp.sqrt(jnp.sum(squares, axis=(0, 1, 2), keepdims=True))
         kernels[path] = jnp.where(says_nothing, own, kernel.astype(own.dtype))
     return replaced(params, kernels)
 

@@ -90,10 +90,10 @@ def normalised(kernel: ArrayLike, normalise: str = "unit") -> jax.Array:
     kernel = jnp.asarray(kernel, jnp.float32)
     axes = tuple(range(kernel.ndim - 1))
     if normalise == "standard":
-        kernel -= jnp.mean(kernel, axes)
-    square = jnp.sum(jnp.square(kernel), axes)
-    has_direction = square > 1e-12
-    return jnp.where(has_direction, kernel * jax.lax.rsqrt(jnp.where(has_direction, square, 1)), 0)
+        kernel -= jnp.mean(kernel, axes, keepdims=True)
+    square = jnp.sum(jnp.square(kernel), axes, keepdims=True)
+    is_nothing = square <= 1e-12  # false for NaN, which is to be seen
+    return jnp.where(is_nothing, 0.0, kernel * jax.lax.rsqrt(jnp.where(is_nothing, 1.0, square)))
 
 
 def prior_distance(
@@ -185,6 +185,6 @@ def recoding_loss(
         ours = normalised(leaves[path], normalise)
         theirs = jax.lax.stop_gradient(normalised(kernel, normalise))
         alpha = jax.lax.stop_gradient(l1_recoding(ours, theirs, penalty))
-        squares = jnp.sum(jnp.square(ours - alpha * theirs))
+        squares = jnp.sum(jnp.square(ours - jnp.expand_dims(alpha, range(ours.ndim - 1)) * theirs))
         losses.append((squares + 2 * penalty * jnp.sum(jnp.abs(alpha))) / kernel.shape[-1])
     return jnp.mean(jnp.array(losses))

@@ -19,7 +19,7 @@ from ktg_jax.errors import InputError
 from ktg_jax.models.layers import CLASSIFIER_INIT, CONV_INIT, BatchNormRelu, conv
 from ktg_jax.nodes import NodeFns, PyTree, StageOutputs
 from ktg_jax.representing.prior import Prior
-from ktg_jax.tensors import read_tensors, write_tensors
+from ktg_jax.tensors import read_tensors, texts_of, write_tensors
 from ktg_jax.trees import FlatTree, digest, flatten
 
 READERS_FILE = "readers.safetensors"
@@ -159,12 +159,13 @@ def load_readers(path: str | os.PathLike[str]) -> Readers:
     variables = unflatten_dict(
         {tuple(name.split(".")): jnp.asarray(array) for name, array in tensors.items()}
     )
-    modules = [(tuple(shape), *rest) for shape, *rest in json.loads(texts["modules"])]
-    return Readers(
-        modules=tuple(Aggregator(*fields) for fields in modules),
-        variables=tuple(variables[str(stage)] for stage in range(len(modules))),
-        accuracy=jnp.asarray(json.loads(texts["accuracy"]), jnp.float32),
-    )
+    with texts_of("projection", path, "save_readers"):
+        modules = [(tuple(shape), *rest) for shape, *rest in json.loads(texts["modules"])]
+        return Readers(
+            modules=tuple(Aggregator(*fields) for fields in modules),
+            variables=tuple(variables[str(stage)] for stage in range(len(modules))),
+            accuracy=jnp.asarray(json.loads(texts["accuracy"]), jnp.float32),
+        )
 
 
 def readers_checksum(path: str | os.PathLike[str]) -> str:

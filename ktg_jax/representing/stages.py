@@ -13,6 +13,7 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.nodes import NodeFns, PyTree, StageOutputs, stage_number
+from ktg_jax.pixels import check_floats
 from ktg_jax.trees import by_path
 
 KernelShapes = Mapping[str, tuple[int, ...]]
@@ -34,7 +35,8 @@ def stage_outputs(
         The logits, float `[B, classes]`, and a float `[B, h, w, C]` for each stage.
 
     Raises:
-        InputError: a network without `stages`, or with stage outputs of another rank.
+        InputError: images that are no floats, a network without `stages`, or with stage outputs of
+            another rank.
 
     >>> import ktg_jax as ktg
     >>> fns, images = ktg.build_model("cnn", num_classes=10), jax.numpy.zeros((2, 8, 8, 1))
@@ -44,6 +46,7 @@ def stage_outputs(
     """
     if fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
+    check_floats(images)
     (logits, outputs), _ = fns.stages(params, model_state, images, False)
     for number, output in enumerate(outputs, start=1):
         if np.ndim(output) != 4:

@@ -1,6 +1,5 @@
 """The space of graphs that a search draws from, as in the search of KTG's authors."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
 from ktg_jax.graph import Graph
-from ktg_jax.graph_node import Node
+from ktg_jax.graph_node import MOST_NODES, Node, checked_temperature
 from ktg_jax.models import check_model
 
 _LARGEST = 7
@@ -31,11 +30,11 @@ class SearchSpace:
         candidates: models of the other nodes; may be empty where there are none.
         gates: names of gates.
         temperatures: of the transfer edges.
-        allow_large: (not kept) accepts more than 7 nodes.
+        allow_large: (not kept) accepts more than 7 nodes, up to 100.
 
     Raises:
         InputError: fewer than 1 or more than 7 nodes, an unknown model or gate, something twice,
-            a temperature that is not a finite number above 0, or a space without a valid graph.
+            a temperature that no graph may have, or a space without a valid graph.
 
     >>> space = SearchSpace(3, "resnet32", ("resnet32", "resnet110", "wrn28_2"))
     >>> space.size(), space.size(up_to_equivalence=True)
@@ -55,10 +54,10 @@ class SearchSpace:
     def __post_init__(self, allow_large: bool) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
         _check_num_nodes(self.num_nodes, allow_large)
-        _check_model("target", self.target)
+        check_model(self.target, "target")
         set_field(self, "candidates", _distinct("candidates", self.candidates))
         for i, model in enumerate(self.candidates):
-            _check_model(f"candidates[{i}]", model)
+            check_model(model, f"candidates[{i}]")
         if self.num_nodes > 1 and not self.candidates:
             raise InputError("candidates", [], "at least one model for the nodes beside the target")
         set_field(self, "gates", _checked_gates(self.gates))
@@ -243,15 +242,8 @@ def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:
         raise InputError("num_nodes", num_nodes, allowed)
     if num_nodes > _LARGEST and not allow_large:
         raise InputError("num_nodes", num_nodes, allowed)
-
-
-def _check_model(field: str, model: Any) -> None:
-    if not isinstance(model, str):
-        raise InputError(field, model, "a model's name")
-    try:
-        check_model(model)
-    except InputError as error:
-        raise InputError(field, model, error.allowed) from None
+    if num_nodes > MOST_NODES:
+        raise InputError("num_nodes", num_nodes, f"1 to {MOST_NODES} nodes")
 
 
 def _distinct(field: str, values: Any) -> tuple[Any, ...]:
@@ -277,10 +269,6 @@ def _checked_gates(gates: Any) -> tuple[str, ...]:
 
 def _checked_temperatures(temperatures: Any) -> tuple[float, ...]:
     listed = _distinct("temperatures", temperatures)
-    for i, value in enumerate(listed):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= sys.float_info.max:
-            raise InputError(f"temperatures[{i}]", value, "a finite number above 0")
     if not listed:
         raise InputError("temperatures", [], "at least one finite number above 0")
-    return tuple(float(value) for value in listed)
+    return tuple(checked_temperature(f"temperatures[{i}]", t) for i, t in enumerate(listed))

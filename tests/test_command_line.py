@@ -1,0 +1,168 @@
+"""The commands' options: their help at 80 columns, and what a command line says."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from runs import ROOT, Ended, in_process
+
+from experiments import ablation, command_line, evaluate, report, represent, search, train
+from experiments.ablating.config import AblationConfig
+from experiments.config import TrainConfig, parse
+from experiments.evaluate import EvaluateConfig
+from experiments.report import ReportConfig
+from experiments.representing.config import RepresentConfig
+from experiments.searching.config import SearchConfig
+
+COMMANDS: dict[str, tuple[Callable[[], None], type, set[str]]] = {
+    "train": (train.main, TrainConfig, {"graph", "data", "training", "speed", "folder"}),
+    "evaluate": (evaluate.main, EvaluateConfig, {"evaluation", "export", "speed"}),
+    "report": (report.main, ReportConfig, set()),
+    "search": (
+        search.main,
+        SearchConfig,
+        {"graph", "search", "data", "training", "ending", "folder", "speed"},
+    ),
+    "represent": (
+        represent.main,
+        RepresentConfig,
+        {"teacher", "student", "prior", "fit", "data", "training", "speed", "folder"},
+    ),
+    "ablation": (
+        ablation.main,
+        AblationConfig,
+        {"teacher", "study", "fit", "data", "training", "speed", "folder"},
+    ),
+}
+
+
+@pytest.fixture(params=COMMANDS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def help_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Ended:
+    monkeypatch.setenv("COLUMNS", "80")
+    return in_process(COMMANDS[name][0], "--help")
+
+
+def test_the_help_can_be_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = help_of(name, monkeypatch)
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"usage: python -m experiments.{name} [-h]")
+    assert [line for line in lines if len(line) > 80] == []
+    for wrong in ("default: None", "{None}", "default: )", "STR", "INT", "FLOAT", "default: True"):
+        assert wrong not in ended.out
+    boxes = set(re.findall(r"^\W*(\w+) options\b", ended.out, re.MULTILINE))
+    assert boxes == COMMANDS[name][2]
+
+
+def test_every_option_is_in_the_help_with_its_text_in_one_piece(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config, _ = COMMANDS[name]
+    out = help_of(name, monkeypatch).out
+    for field in dataclasses.fields(config):
+        is_positional = field.default is dataclasses.MISSING
+        assert is_positional or f" --{field.name.replace('_', '-')}" in out, field.name
+    text = in_one_line(out)
+    for words in command_line._texts(config).values():
+        assert words
+        assert in_one_line(words) in text
+
+
+def in_one_line(text: str) -> str:
+    """Without the sides of boxes."""
+    return " ".join(re.sub(r"[|│]", " ", text).split())
+
+
+def test_the_examples_come_last_as_they_are_and_are_accepted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = help_of(name, monkeypatch).out
+    _, _, examples = out.rpartition("Examples:\n")
+    assert "options" not in examples
+    commands = [shlex.split(line) for line in examples.replace("\\\n", " ").splitlines()]
+    assert commands
+    _, config, _ = COMMANDS[name]
+    for python, m, module, *words in commands:
+        assert (python, m, module) == ("python", "-m", f"experiments.{name}")
+        assert isinstance(command_line.parse(config, module, {}, "", words), config)
+
+
+def test_no_example_of_a_command_has_a_password_in_it() -> None:
+    found = []
+    for pattern in ("*.md", "docs/*.md", "experiments/**/*.py", "benchmarks/**/*.py"):
+        for path in ROOT.glob(pattern):
+            for line in path.read_text().splitlines():
+                if re.search(r"://\w+:[^@\s*]+@", line) and ">>>" not in line:
+                    found.append((path.name, line))
+    assert found == []
+
+
+def test_options_are_called_as_their_fields_and_none_can_be_said() -> None:
+    words = "--models a b --train-limit None --no-resume --prune --workdir x --temperature 2"
+    expected = TrainConfig(models=("a", "b"), resume=False, prune=True, workdir="x", temperature=2)
+    assert parse(words.split()) == expected
+    assert parse([]) == TrainConfig()
+
+
+@dataclass(frozen=True)
+class Base:
+    size: int = 1
+    """The size,
+    in pixels."""
+    names: tuple[str, ...] = ()
+    """Names."""
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    """What it is.
+
+    And more.
+    """
+
+    size: int = 2
+    """Another size."""
+    is_big: bool = True
+    """Whether it is."""
+
+
+def test_a_derived_class_says_what_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = {"first": "size", "second": "is_big"}
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(Derived, "there", groups, "Examples:\n  a  [b]", ["-h"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(r"--size N +Another size. \(default: 2\)", out)
+    assert re.search(r"--names NAMES \.\.\. +Names\. +\W$", out, re.MULTILINE)
+    assert "(default: yes)" in out
+    assert out.startswith("usage: python -m there [-h]")
+    assert "  What it is. And more.\n" in out
+    assert out.endswith("\n\nExamples:\n  a  [b]\n")
+
+
+@pytest.mark.parametrize("words", [["--siez", "3"], ["--size", "three"], ["more"]])
+def test_other_words_are_errors_without_examples(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(Derived, "there", {}, "Examples: none", words)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "Examples" not in said.out + said.err
+
+
+def test_groups_do_not_change_what_is_parsed() -> None:
+    words = ["--size", "7", "--names", "x", "y", "--no-is-big"]
+    parsed: list[Any] = [
+        command_line.parse(Derived, "there", groups, "", words)
+        for groups in ({}, {"all": "size"}, {"second": "is_big"})
+    ]
+    assert parsed == [Derived(7, ("x", "y"), False)] * 3
