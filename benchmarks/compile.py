@@ -16,8 +16,8 @@ from benchmarks import report
 from benchmarks.machine import machine
 from benchmarks.measure import Worker, interleaved, spread
 from benchmarks.task import OURS, Figures, Task, Unavailable
-from experiments import cli
-from experiments.console import Table
+from experiments.runs import cli
+from experiments.runs.console import Table
 from ktg_jax.errors import InputError
 
 MODELS = "resnet32+resnet110+wrn28_2"

@@ -21,8 +21,8 @@ from benchmarks import report
 from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, interleaved, output_of, spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, SEED, Figures, Task, Unavailable
-from experiments import cli
-from experiments.console import Table
+from experiments.runs import cli
+from experiments.runs.console import Table
 
 EXAMPLES = """  python -m benchmarks.loop
   python -m benchmarks.loop --quick --json loop.json

@@ -22,10 +22,10 @@ from benchmarks.task import (
     best_matmul,
 )
 from ktg_jax.cpu.memory import keep_freed_memory
-from ktg_jax.engines import node_placement
-from ktg_jax.nodes import NodeFns
-from ktg_jax.per_node import per_node_step, place
-from ktg_jax.step import Metrics
+from ktg_jax.models.network import NodeFns
+from ktg_jax.training.engines import node_placement
+from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.training.step import Metrics
 
 Batch = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Images, labels, gates and progress, as `train_step` takes them."""

@@ -17,21 +17,21 @@ import jax.numpy as jnp
 
 import ktg_jax as ktg
 from benchmarks.task import Figures
-from experiments import cli
-from experiments.assemble import load
-from experiments.config import TrainConfig
-from experiments.options import import_modules
-from experiments.process import Programs, prepare
-from experiments.searching.config import SearchConfig, check, parse
-from experiments.searching.study import State
+from experiments.runs import cli
+from experiments.runs.assemble import load
+from experiments.runs.config import TrainConfig
+from experiments.runs.options import import_modules
+from experiments.runs.process import Programs, prepare
+from experiments.search.config import SearchConfig, check, parse
+from experiments.search.engine import optuna
+from experiments.search.samplers import make_sampler, suggest_graph
+from experiments.search.study import State
 from ktg_jax.data.dataset import Dataset, Split
-from ktg_jax.data.pipeline import plan_batch, steps_per_epoch, take_batch
 from ktg_jax.errors import RunError
-from ktg_jax.loop import Arrays, evaluation_batch_size, make_evaluator, train_epochs
-from ktg_jax.search.engine import optuna
-from ktg_jax.search.samplers import make_sampler, suggest_graph
-from ktg_jax.state import GraphState
-from ktg_jax.step import Metrics
+from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
+from ktg_jax.training.loop import Arrays, evaluation_batch_size, make_evaluator, train_epochs
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.step import Metrics
 
 Trained = tuple[Any, Any]
 """A network's parameters and model state."""

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from benchmarks.machine import cores
 from benchmarks.measure import Spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, Figures
-from experiments import cli, command_line
-from experiments.console import is_watched, make_console, text_column
+from experiments.runs import cli, command_line
+from experiments.runs.console import is_watched, make_console, text_column
 from ktg_jax.errors import InputError
-from ktg_jax.files import write_text
+from ktg_jax.io.files import write_text
 from ktg_jax.models import check_model
 
 _FILE_WIDTH = 160

@@ -16,14 +16,14 @@ import ktg_jax as ktg
 from benchmarks import report
 from benchmarks.machine import cores, machine
 from benchmarks.task import Figures
-from experiments import cli
-from experiments.assemble import load
-from experiments.console import Table
-from experiments.options import import_modules
-from experiments.pictures import drawn
-from experiments.process import prepare
-from experiments.searching import config as search_config
-from experiments.searching.config import SearchConfig
+from experiments.runs import cli
+from experiments.runs.assemble import load
+from experiments.runs.console import Table
+from experiments.runs.options import import_modules
+from experiments.runs.pictures import drawn
+from experiments.runs.process import prepare
+from experiments.search import config as search_config
+from experiments.search.config import SearchConfig
 from ktg_jax.errors import InputError
 
 Part = Literal["throughput", "quality"]

@@ -19,20 +19,20 @@ import numpy as np
 
 import ktg_jax as ktg
 from benchmarks.task import Figures
-from experiments.assemble import load
-from experiments.reporting.measures import ComputePoint, compute_curve
-from experiments.searching.config import Pruner, SearchConfig, resolved
-from experiments.searching.database import sqlite_url
-from experiments.searching.records import TrialRecord
-from experiments.searching.storage import Turn, open_storage
-from experiments.searching.study import begin_study, graph_key, records
-from experiments.searching.team import Orders
-from experiments.searching.trial import Trainer
-from experiments.searching.worker import Worker
+from experiments.report.measures import ComputePoint, compute_curve
+from experiments.runs.assemble import load
+from experiments.search.config import Pruner, SearchConfig, resolved
+from experiments.search.database import sqlite_url
+from experiments.search.engine import optuna
+from experiments.search.records import TrialRecord
+from experiments.search.storage import Turn, open_storage
+from experiments.search.study import begin_study, graph_key, records
+from experiments.search.team import Orders
+from experiments.search.trial import Trainer
+from experiments.search.worker import Worker
 from ktg_jax.draw import style
-from ktg_jax.files import atomic_path
+from ktg_jax.io.files import atomic_path
 from ktg_jax.mpl import Figure
-from ktg_jax.search.engine import optuna
 
 METHODS: dict[str, tuple[Literal["random", "tpe"], Pruner]] = {
     "random + asha": ("random", "asha"),

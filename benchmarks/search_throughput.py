@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks.measure import interleaved, output_of, spread
 from benchmarks.plain_search import found
 from benchmarks.task import Figures
-from experiments.config import PRETRAINED
-from experiments.searching.folder import SearchFolder
-from experiments.searching.storage import open_storage
+from experiments.runs.config import PRETRAINED
+from experiments.search.engine import optuna
+from experiments.search.folder import SearchFolder
+from experiments.search.storage import open_storage
 from ktg_jax.errors import RunError
-from ktg_jax.files import cache_folder
-from ktg_jax.search.engine import optuna
+from ktg_jax.io.files import cache_folder
 
 COMPARED_WITH = {
     "plain": "plain",
@@ -110,7 +110,7 @@ def _ours(arguments: Sequence[str], cache: Path, is_warm: bool) -> Figures:
     prepare_cache(cache, is_warm)
     environment = {
         "KTG_CACHE_DIR": str(cache),
-        # What `experiments.process.prepare` sets, wherever the user's own cache is.
+        # What `experiments.runs.process.prepare` sets, wherever the user's own cache is.
         "JAX_COMPILATION_CACHE_DIR": str(cache / _COMPILED),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

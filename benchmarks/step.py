@@ -23,8 +23,8 @@ from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, interleaved, spread, start_all
 from benchmarks.ours import initial_state
 from benchmarks.task import BASELINE, COMPILED_BASELINE, IMPLEMENTATIONS, OURS, Figures, Task
-from experiments import cli
-from experiments.console import Table
+from experiments.runs import cli
+from experiments.runs.console import Table
 from ktg_jax.errors import InputError
 
 CASES = (

@@ -18,7 +18,8 @@ def main() -> None:
     limit_threads(int(threads))
     sys.argv[1:] = arguments
     # Imported only now: XLA sizes its thread pool by the cores that the process may use.
-    from experiments import cli, train
+    from experiments import train
+    from experiments.runs import cli
 
     if until == "end":
         cli.run(train.main)

@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # as Python names a program while it imports the package that it is in
-    from experiments import signals
+    from experiments.runs import signals
 
     signals.begin_process()

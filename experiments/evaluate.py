@@ -17,24 +17,24 @@ import tyro
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments import cli, command_line
-from experiments.assemble import data_facts, without_test
-from experiments.console import Table, make_console
-from experiments.identity import data_kind, is_own
-from experiments.options import import_modules
-from experiments.process import check_platform, prepare
-from experiments.results import best_epoch
-from experiments.workdir import Workdir
-from ktg_jax.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
+from experiments.runs import cli, command_line
+from experiments.runs.assemble import data_facts, without_test
+from experiments.runs.console import Table, make_console
+from experiments.runs.identity import data_kind, is_own
+from experiments.runs.options import import_modules
+from experiments.runs.process import check_platform, prepare
+from experiments.runs.results import best_epoch
+from experiments.runs.workdir import Workdir
 from ktg_jax.data.sources import load_dataset
-from ktg_jax.engines import choose_engine, make_per_node_evaluator
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.loop import Arrays, Means, evaluation_batch_size, make_evaluator
-from ktg_jax.nodes import NodeFns
-from ktg_jax.state import GraphState
-from ktg_jax.streams import without_stream
-from ktg_jax.trees import unflatten
-from ktg_jax.weights import save_node
+from ktg_jax.io.trees import unflatten
+from ktg_jax.models.network import NodeFns
+from ktg_jax.models.streams import without_stream
+from ktg_jax.models.weights import save_node
+from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
+from ktg_jax.training.engines import choose_engine, make_per_node_evaluator
+from ktg_jax.training.loop import Arrays, Means, evaluation_batch_size, make_evaluator
+from ktg_jax.training.state import GraphState
 
 GROUPS = {"evaluation": "split", "export": "export", "speed": "compile_cache"}
 

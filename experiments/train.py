@@ -13,8 +13,8 @@ import jax
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments import cli
-from experiments.assemble import (
+from experiments.runs import cli
+from experiments.runs.assemble import (
     Run,
     assemble,
     data_facts,
@@ -23,7 +23,7 @@ from experiments.assemble import (
     graph_files,
     load,
 )
-from experiments.config import (
+from experiments.runs.config import (
     TrainConfig,
     as_given,
     build_graph,
@@ -32,22 +32,22 @@ from experiments.config import (
     parse,
     resolved,
 )
-from experiments.console import busy, make_console
-from experiments.identity import is_own
-from experiments.networks import check_networks
-from experiments.options import import_modules
-from experiments.pictures import draw_curves, draw_result
-from experiments.pretrained import locate_pretrained
-from experiments.process import check_platform, prepare
-from experiments.progress import Display
-from experiments.results import Best, Record, best_epoch, make_result, result_table
-from experiments.tensorboard import event_writer, require_tensorboard
-from experiments.workdir import Workdir
-from ktg_jax.checkpoint import Checkpoints
+from experiments.runs.console import busy, make_console
+from experiments.runs.identity import is_own
+from experiments.runs.networks import check_networks
+from experiments.runs.observers import event_writer, require_tensorboard
+from experiments.runs.options import import_modules
+from experiments.runs.pictures import draw_curves, draw_result
+from experiments.runs.pretrained import locate_pretrained
+from experiments.runs.process import check_platform, prepare
+from experiments.runs.progress import Display
+from experiments.runs.results import Best, Record, best_epoch, make_result, result_table
+from experiments.runs.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.loop import train_epochs
-from ktg_jax.state import GraphState
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.loop import train_epochs
+from ktg_jax.training.state import GraphState
 
 _REDRAW_SECONDS = 60
 

@@ -1,24 +1,25 @@
 """Knowledge transfer graphs in JAX: train several networks together, each learning from the others.
 
-Layers, lower ones knowing nothing of higher ones: gates and losses (arrays only) -> graph (the
-description) -> nodes and models -> state and step -> data, devices, checkpoints; representing
-(priors from a teacher's parameters) stands on models, step and data, search on graphs.
+Layers, lower ones knowing nothing of higher ones: io and cpu -> gates, losses, outputs, transfer
+(arrays only) -> graph (the description) -> models -> training -> priors (of teachers' parameters).
 """
 
-from ktg_jax import graphs
-from ktg_jax.convolution import cpu_convolution
+from ktg_jax.cpu.convolution import cpu_convolution
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.gates import GATES, gate_weights
-from ktg_jax.graph import Graph
-from ktg_jax.graph_node import Node
-from ktg_jax.linen_node import from_linen
-from ktg_jax.losses import cross_entropy, edge_losses, graph_loss, kl_divergence, node_losses
+from ktg_jax.gates import GATES, gate_coefficients, gate_names, gate_weights, register_gate
+from ktg_jax.graph import named as graphs
+from ktg_jax.graph.edge import Edge
+from ktg_jax.graph.graph import Graph
+from ktg_jax.graph.node import Node
+from ktg_jax.losses import cross_entropy, kl_divergence, reverse_kl_divergence
 from ktg_jax.models import build_model, model_names, register_model
-from ktg_jax.nnx_node import from_nnx
-from ktg_jax.nodes import NodeFns
-from ktg_jax.optimizers import cosine_schedule, sgd, step_schedule
-from ktg_jax.parallel import Parallel
-from ktg_jax.representing import (
+from ktg_jax.models.linen_node import from_linen
+from ktg_jax.models.network import NodeFns
+from ktg_jax.models.nnx_node import from_nnx
+from ktg_jax.models.weights import load_node, save_node
+from ktg_jax.named_losses import loss_names, per_sample, register_loss
+from ktg_jax.outputs import Outputs
+from ktg_jax.priors import (
     NodePrior,
     Prior,
     aggregate_prior,
@@ -32,24 +33,28 @@ from ktg_jax.representing import (
     svd_prior,
     with_priors,
 )
-from ktg_jax.search import SearchSpace
-from ktg_jax.stage_losses import EdgeWeights, attention_transfer_loss, feature_transfer_loss
-from ktg_jax.state import GraphState, init_state
-from ktg_jax.step import eval_step, graph_gradients, node_forward, train_step
-from ktg_jax.updates import node_update
-from ktg_jax.weights import load_node, save_node
+from ktg_jax.space import SearchSpace
+from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
+from ktg_jax.training.optimizers import cosine_schedule, sgd, step_schedule
+from ktg_jax.training.parallel import Parallel
+from ktg_jax.training.state import GraphState, init_state
+from ktg_jax.training.step import eval_step, graph_gradients, node_forward, train_step
+from ktg_jax.training.updates import node_update
+from ktg_jax.transfer import EdgeArrays, edge_losses, graph_loss, node_losses
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GATES",
-    "EdgeWeights",
+    "Edge",
+    "EdgeArrays",
     "Graph",
     "GraphState",
     "InputError",
     "Node",
     "NodeFns",
     "NodePrior",
+    "Outputs",
     "Parallel",
     "Prior",
     "RunError",
@@ -65,6 +70,8 @@ __all__ = [
     "feature_transfer_loss",
     "from_linen",
     "from_nnx",
+    "gate_coefficients",
+    "gate_names",
     "gate_weights",
     "graph_gradients",
     "graph_loss",
@@ -73,14 +80,19 @@ __all__ = [
     "kl_divergence",
     "load_node",
     "load_prior",
+    "loss_names",
     "match_prior",
     "model_names",
     "node_forward",
     "node_losses",
     "node_update",
+    "per_sample",
     "prior_distance",
     "prior_loss",
+    "register_gate",
+    "register_loss",
     "register_model",
+    "reverse_kl_divergence",
     "save_node",
     "save_prior",
     "sgd",

@@ -15,8 +15,8 @@ import numpy as np
 
 from ktg_jax.curves import Records, curves_figure
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path
-from ktg_jax.graph import Graph
+from ktg_jax.graph.graph import Graph
+from ktg_jax.io.files import atomic_path
 from ktg_jax.mpl import (
     Axes,
     Circle,

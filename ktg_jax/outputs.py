@@ -1,106 +1,68 @@
-"""Whether a network's functions return what a graph can use; found as they are traced."""
+"""What a node puts out: logits, and what its stages saw. All that edges compare."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
-
-from ktg_jax.errors import InputError
-from ktg_jax.trees import by_path
-
-_MOST_CHARACTERS = 200
+from jax.typing import ArrayLike
 
 
-def arrays(made: Any) -> tuple[Any, Any]:
-    """What a network's `init` returned, params and model state, numbers in it as arrays.
+class Outputs(NamedTuple):
+    """What a node puts out. A pytree.
 
-    Raises:
-        InputError: it is no pair, or something in it is neither an array nor a number.
+    Attributes:
+        logits: float `[B, C]`, or `[B, ..., C]`, as tokens have them.
+        stages: the output of each stage in their order, float `[B, h, w, C]` each; or none.
+
+    >>> Outputs(jnp.zeros((4, 10))).stages
+    ()
     """
-    check_pair(made, "init", "params and the model state")
-    params, model_state = jax.tree.map(_array, tuple(made))
-    return params, model_state
+
+    logits: Any
+    stages: tuple[Any, ...] = ()
 
 
-def _array(leaf: Any) -> Any:
-    if is_array(leaf):
-        return leaf
-    if not isinstance(leaf, bool | int | float | complex):
-        raise InputError("what init returns", leaf, "arrays alone")
-    return jnp.asarray(leaf, jnp.result_type(leaf))
+Logits: TypeAlias = ArrayLike | Sequence[ArrayLike] | Sequence[Outputs]
+"""All nodes' outputs: float `[N, ..., C]`, or N arrays `[..., C]`, or N `Outputs`."""
 
 
-def check_pair(made: Any, function: str, pair: str) -> None:
-    """Raises InputError unless a network's function returned a pair.
+def all_outputs(logits: Logits) -> tuple[Outputs, ...]:
+    """One `Outputs` a node, its logits in float32: losses are computed in float32.
+
+    >>> [output.logits.shape for output in all_outputs(jnp.zeros((2, 4, 10)))]
+    [(4, 10), (4, 10)]
+    """
+    given = logits if isinstance(logits, list | tuple) else list(jnp.asarray(logits))
+    outputs = [each if isinstance(each, Outputs) else Outputs(each) for each in given]
+    return tuple(
+        Outputs(jnp.asarray(output.logits, jnp.float32), tuple(output.stages)) for output in outputs
+    )
+
+
+def detached(output: Outputs) -> Outputs:
+    """The same values, through which no gradient flows."""
+    return jax.tree.map(jax.lax.stop_gradient, output)
+
+
+def filled(condition: ArrayLike, fill: float, output: Outputs) -> Outputs:
+    """The output, filled with a number where a condition holds.
 
     Args:
-        made: what it returned.
-        function: its name.
-        pair: what the pair is of, in words.
+        condition: bool, a scalar or of the batch's shape.
+        fill: the number.
+        output: the batch's axes are the first ones of each of its arrays.
+
+    >>> filled(jnp.array([True, False]), 0.0, Outputs(jnp.ones((2, 1)))).logits.tolist()
+    [[0.0], [1.0]]
     """
-    if not isinstance(made, tuple | list) or len(made) != 2:
-        raise InputError(f"what {function} returns", Shown(made), f"a pair of {pair}")
+    condition = jnp.asarray(condition)
 
+    def pick(array: jax.Array) -> jax.Array:
+        array = jnp.asarray(array)
+        chex.assert_equal_shape_prefix([condition, array], condition.ndim)
+        shaped = condition.reshape(*condition.shape, *(1,) * (array.ndim - condition.ndim))
+        return jnp.where(shaped, jnp.asarray(fill, array.dtype), array)
 
-def check_logits(logits: Any, batch_size: int, num_classes: int | None = None) -> None:
-    """Raises InputError unless logits are float `[B, classes]`; None: any number of classes.
-
-    >>> check_logits(jnp.zeros((4, 7)), batch_size=4, num_classes=10)
-    Traceback (most recent call last):
-    ktg_jax.errors.InputError: logits: got float32[4, 7]; allowed: float[4, 10], one a class
-    """
-    if is_array(logits) and len(logits.shape) == 2 and jnp.issubdtype(logits.dtype, jnp.floating):
-        rows, columns = logits.shape
-        if rows == batch_size and num_classes in (None, columns):
-            return
-    allowed = f"float[{batch_size}, {num_classes or 'classes'}], one a class"
-    raise InputError("logits", Shown(logits), allowed)
-
-
-def check_same_form(before: Any, after: Any) -> None:
-    """Raises InputError unless a model state has the arrays that it had, in shape and dtype.
-
-    >>> check_same_form({"count": jnp.zeros(())}, {"count": jnp.zeros(2)})
-    Traceback (most recent call last):
-    ktg_jax.errors.InputError: model state count: got float32[2]; allowed: float32[], as before ...
-    """
-    was, now = by_path(before), by_path(after)
-    for path in {**was, **now}:
-        forms = [Shown(tree.get(path)) for tree in (was, now)]
-        if repr(forms[0]) != repr(forms[1]):
-            allowed = f"{forms[0]}, as before the training pass"
-            raise InputError(f"model state {path}", forms[1], allowed)
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether it is an array, JAX's or numpy's, or stands for one in a trace."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-class Shown:
-    """A value whose text has dtypes and shapes in place of arrays.
-
-    >>> Shown({"logits": jnp.zeros((4, 10)), "others": ("none", None)})
-    {'logits': float32[4, 10], 'others': ('none', None)}
-    """
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __repr__(self) -> str:
-        if is_array(self._value):
-            return f"{self._value.dtype}{list(self._value.shape)}"
-        text = repr(jax.tree.map(lambda leaf: Shown(leaf) if is_array(leaf) else leaf, self._value))
-        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
-
-
-@contextmanager
-def errors_of(what: str) -> Iterator[None]:
-    """Within it, an InputError says what it is about."""
-    try:
-        yield
-    except InputError as error:
-        allowed = f"{error.allowed} ({what})"
-        raise InputError(error.field, error.value, allowed) from error.__cause__
+    return jax.tree.map(pick, output)

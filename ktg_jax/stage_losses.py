@@ -6,7 +6,7 @@ a transfer edge may carry them beside or in place of the divergence (`EdgeWeight
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import chex
 import jax
@@ -15,37 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
-from ktg_jax.gates import CUTOFF, gate_weights
-from ktg_jax.losses import is_correct
 
 Stages: TypeAlias = Sequence[ArrayLike]
 """The output of each stage of a network, float `[B, h, w, C]`."""
 
 Compared: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-class EdgeWeights(NamedTuple):
-    """What a transfer edge carries: the sum of these losses, each times its weight.
-
-    The paper's edges carry `kl` alone.
-
-    Attributes:
-        kl: of `kl_divergence` between logits.
-        attention: of `attention_transfer_loss`; its authors weigh it by 1,000.
-        features: of `feature_transfer_loss`.
-
-    >>> EdgeWeights().needs_stages, EdgeWeights(attention=1000.0).needs_stages
-    (False, True)
-    """
-
-    kl: float = 1.0
-    attention: float = 0.0
-    features: float = 0.0
-
-    @property
-    def needs_stages(self) -> bool:
-        """Whether the nodes' stage outputs are needed, not only their logits."""
-        return self.attention != 0 or self.features != 0
 
 
 def attention_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax.Array:
@@ -71,7 +45,7 @@ def attention_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> j
     ...     attention_transfer_loss([left], [3 * left]))
     (1.0, 0.0)
     """
-    return jnp.mean(_attention_losses(student_stages, _detached(teacher_stages)))
+    return jnp.mean(attention_losses(student_stages, _detached(teacher_stages)))
 
 
 def feature_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax.Array:
@@ -95,66 +69,10 @@ def feature_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax
     >>> float(feature_transfer_loss([here], [there])), float(feature_transfer_loss([here], [here]))
     (2.0, 0.0)
     """
-    return jnp.mean(_feature_losses(student_stages, _detached(teacher_stages)))
+    return jnp.mean(feature_losses(student_stages, _detached(teacher_stages)))
 
 
-def stage_edge_losses(
-    stages: Sequence[Stages],
-    logits: Sequence[ArrayLike],
-    labels: ArrayLike,
-    gates: ArrayLike,
-    progress: ArrayLike,
-    edge_weights: EdgeWeights,
-) -> jax.Array:
-    """The gated losses on stage outputs of every edge of a graph, as `edge_losses` on logits.
-
-    Args:
-        stages: the stage outputs of each of the N nodes, from one simultaneous forward pass.
-        logits: N arrays, float `[B, C]`, which say whether a sender is right.
-        labels: int `[B]`; where one is no class, no sender is right.
-        gates: int `[N, N]`, as for `edge_losses`.
-        progress: scalar in [0, 1], as for `edge_losses`.
-        edge_weights: Python numbers; what has weight 0 is not computed.
-
-    Returns:
-        float32 `[N, N]`, weighted; 0 on the diagonal, for the label has no stages. Only node t's
-        stages receive a gradient from row t.
-
-    Raises:
-        InputError: nodes whose stages do not fit each other's, as the losses say.
-        AssertionError: other ranks, shapes or dtypes.
-    """
-    gates = jnp.asarray(gates)
-    chex.assert_shape(gates, (len(stages), len(stages)))
-    correct = jnp.stack([is_correct(z, labels) for z in logits])
-    weights = gate_weights(gates, progress, correct)
-    senders = [_detached(outputs) for outputs in stages]
-    chex.assert_tree_shape_prefix(senders, correct.shape[1:])
-
-    def loss_of(receiver: int, sender: int) -> jax.Array:
-        if receiver == sender:
-            return jnp.zeros((), jnp.float32)
-        is_cut = gates[receiver, sender] == CUTOFF
-        total = jnp.zeros(correct.shape[1], jnp.float32)
-        try:
-            if edge_weights.attention:
-                losses = _attention_losses(stages[receiver], senders[sender], is_cut)
-                total += edge_weights.attention * losses
-            if edge_weights.features:
-                losses = _feature_losses(stages[receiver], senders[sender], is_cut)
-                total += edge_weights.features * losses
-        except InputError as error:
-            where = f"node {sender} as seen by node {receiver}: {error.field}"
-            raise InputError(where, error.value, error.allowed) from None
-        return jnp.mean(weights[receiver, sender] * total)
-
-    nodes = range(len(stages))
-    return jnp.stack([jnp.stack([loss_of(t, s) for s in nodes]) for t in nodes])
-
-
-def _attention_losses(
-    receiver: Stages, sender: Stages, is_cut: ArrayLike | bool = False
-) -> jax.Array:
+def attention_losses(receiver: Stages, sender: Stages) -> jax.Array:
     """Sum over stages of the mean squared difference of attention maps, float32 `[B]`."""
 
     def maps(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,12 +82,10 @@ def _attention_losses(
         first, second = (_averaged(energy, height, width) for energy in energies)
         return first, second
 
-    return _compared(receiver, sender, is_cut, maps, jnp.mean)
+    return _compared(receiver, sender, maps, jnp.mean)
 
 
-def _feature_losses(
-    receiver: Stages, sender: Stages, is_cut: ArrayLike | bool = False
-) -> jax.Array:
+def feature_losses(receiver: Stages, sender: Stages) -> jax.Array:
     """Sum over stages of the squared distance of normalised outputs, float32 `[B]`."""
 
     def outputs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,13 +94,12 @@ def _feature_losses(
             raise InputError("a sender's stage output", theirs.shape, allowed)
         return ours, theirs
 
-    return _compared(receiver, sender, is_cut, outputs, jnp.sum)
+    return _compared(receiver, sender, outputs, jnp.sum)
 
 
 def _compared(
     receiver: Stages,
     sender: Stages,
-    is_cut: ArrayLike | bool,
     views: Compared,
     reduce: Callable[..., jax.Array],
 ) -> jax.Array:
@@ -198,8 +113,6 @@ def _compared(
             if np.ndim(output) != 4:
                 raise InputError("a stage's output", np.shape(output), "[B, h, w, C]")
         ours, theirs = views(jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32))
-        # As in `edge_losses`: a cut edge does not even see its sender, which may have diverged.
-        theirs = jnp.where(is_cut, jax.lax.stop_gradient(ours), theirs)
         difference = _normalised(ours) - _normalised(theirs)
         losses.append(reduce(jnp.square(difference), axis=1))
     if not losses:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 import ktg_jax as ktg
-from experiments.searching.records import StudyRecord, TrialRecord
-from ktg_jax import Graph, Node, SearchSpace, graphs
+from experiments.search.records import StudyRecord, TrialRecord
+from ktg_jax import Graph, Node, SearchSpace
+from ktg_jax.graph import named as graphs
 
 SPACE = SearchSpace(2, "cnn", ("cnn", "resnet8"))
 EPOCHS = 4

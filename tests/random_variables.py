@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ktg_jax.nodes import NodeFns, PyTree
+from ktg_jax.models.network import NodeFns, PyTree
 
 
 def random_variables(fns: NodeFns, images: ArrayLike, seed: int) -> tuple[PyTree, PyTree]:

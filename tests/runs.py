@@ -24,12 +24,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from experiments import cli
-from experiments.config import TrainConfig
-from experiments.options import Training
+from experiments.runs import cli
+from experiments.runs.config import TrainConfig
+from experiments.runs.options import Training
 from experiments.train import train as train_config
-from ktg_jax.files import cache_folder
-from ktg_jax.trees import FlatTree, flatten
+from ktg_jax.io.files import cache_folder
+from ktg_jax.io.trees import FlatTree, flatten
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "images_per_second")

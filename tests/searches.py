@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import ktg_jax as ktg
-from experiments.searching.config import SearchConfig, resolved
-from experiments.searching.records import TrialRecord
-from experiments.searching.storage import Turn, open_storage
-from experiments.searching.study import begin_study, records
-from experiments.searching.team import Orders
-from experiments.searching.trial import Trainer
-from experiments.searching.worker import Worker
-from ktg_jax.search.engine import optuna
+from experiments.search.config import SearchConfig, resolved
+from experiments.search.engine import optuna
+from experiments.search.records import TrialRecord
+from experiments.search.storage import Turn, open_storage
+from experiments.search.study import begin_study, records
+from experiments.search.team import Orders
+from experiments.search.trial import Trainer
+from experiments.search.worker import Worker
 
 STUDY = "tested"
 Values = Callable[[ktg.Graph, int], Sequence[float | Exception]]

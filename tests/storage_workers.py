@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.searching.storage import Turn, open_storage
-from ktg_jax.search.engine import optuna
+from experiments.search.engine import optuna
+from experiments.search.storage import Turn, open_storage
 
 HEARTBEAT = 1.0
 

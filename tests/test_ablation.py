@@ -12,12 +12,12 @@ from rich.console import Console
 from runs import assert_same_end, compiled_once, in_process, metrics, options, result
 
 import ktg_jax as ktg
-from experiments import ablation
-from experiments.ablating.arms import ARMS, Setting, chosen
-from experiments.ablating.config import AblationConfig
-from experiments.ablating.study import first_epoch
-from experiments.ablating.tables import markdown
-from ktg_jax.representing import load_prior
+from experiments.ablation import command as ablation
+from experiments.ablation.arms import ARMS, Setting, chosen
+from experiments.ablation.config import AblationConfig
+from experiments.ablation.study import first_epoch
+from experiments.ablation.tables import markdown
+from ktg_jax.priors import load_prior
 
 NAMES = ("plain", "prior-0.7", "distillation+prior")
 SETTING = Setting(
@@ -110,7 +110,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(
         raise ValueError("no font")
 
     before = (whole / "results.json").read_text()
-    monkeypatch.setattr("experiments.ablating.pictures.draw_arms", fails)
+    monkeypatch.setattr("experiments.ablation.pictures.draw_arms", fails)
     said = ablate(whole.parent)
     assert said.count(f"{whole / 'curves.svg'} is not drawn: ValueError: no font\n") == 2
     assert (whole / "results.json").read_text() == before
@@ -148,8 +148,9 @@ def test_a_graph_with_a_prior_differs_in_the_prior_alone(kind: str) -> None:
     without, combined = (ARMS[name].graph(SETTING) for name in (kind, f"{kind}+prior"))
     assert without.gates == combined.gates
     assert without.temperature == combined.temperature == (1.0 if kind == "mutual" else 4.0)
-    weights = (0.0, 10.0, 0.0) if kind == "attention" else (1.0, 0.0, 0.0)
-    assert without.edge_weights == combined.edge_weights == weights
+    losses = {"attention": 10.0} if kind == "attention" else {"kl": 1.0}
+    assert without.edges == combined.edges
+    assert combined.edges[0][1].losses == losses
     assert without.nodes[1] == combined.nodes[1]
     assert without.nodes[0].prior is None
     assert combined.nodes[0] == node_of("prior-0.7")

@@ -12,8 +12,8 @@ from random_variables import random_variables
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.representing import aggregate_prior
-from ktg_jax.representing.aggregate import Aggregator
+from ktg_jax.priors import aggregate_prior
+from ktg_jax.priors.aggregate import Aggregator
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)

@@ -16,8 +16,8 @@ from tiny_models import Tiny
 import ktg_jax as ktg
 from experiments import evaluate
 from experiments import train as train_module
-from ktg_jax.checkpoint import read_nodes
-from ktg_jax.weights import save_node
+from ktg_jax.models.weights import save_node
+from ktg_jax.training.checkpoint import read_nodes
 
 SMALL: dict[str, Any] = {
     "imports": "tiny_models",
@@ -43,11 +43,10 @@ GRAPHS: dict[str, Any] = {
     },
     "misspelt": {"nodes": TINY_NODES[:1], "gate": [["through"]]},
     "no_such_field": {"nodes": TINY_NODES[:1], "gates": [["through"]], "temprature": 4},
-    "bad_loss": {"nodes": TINY_NODES[:1], "gates": [["through"]], "attention_weight": -1},
+    "bad_loss": {"nodes": TINY_NODES[:1], "gates": [[{"gate": "through", "weight": -1}]]},
     "no_stages": {
         "nodes": TINY_NODES,
-        "gates": [["through", "through"]] * 2,
-        "attention_weight": 1.0,
+        "gates": [["through", {"loss": "attention"}], ["through", "through"]],
     },
     "no_such_weights": {
         "nodes": [*TINY_NODES, {"model": "tiny", "weights": "gone"}],
@@ -198,7 +197,7 @@ FILES: list[tuple[str, str, list[str]]] = [
     ("no_such_prior.json", "nodes[1].prior", ["'gone'", "prior.safetensors"]),
     ("misspelt.json", "graph.gate", ["[['through']]", "did you mean 'gates'?"]),
     ("no_such_field.json", "graph.temprature", ["got 4;", "temperature"]),
-    ("bad_loss.json", "attention_weight", ["got -1;", "a finite number, at least 0"]),
+    ("bad_loss.json", "gates[0][0].weight", ["got -1;", "a finite number, at least 0"]),
     ("no_such_weights.json", "nodes[2].weights", ["'gone'", "DIR:name"]),
     ("truncated.json", "graph", ["JSON"]),
     ("truncated.npz", "data", ["truncated.npz", "undamaged"]),

@@ -14,11 +14,13 @@ import pytest
 from runs import Ended, in_process
 
 import ktg_jax as ktg
-from experiments import ablation, represent, search
 from experiments import train as train_module
+from experiments.ablation import command as ablation
+from experiments.represent import command as represent
+from experiments.search import command as search
 from ktg_jax import InputError
 from ktg_jax.models import check_network
-from ktg_jax.per_node import per_node_eval, per_node_step, place
+from ktg_jax.training.per_node import per_node_eval, per_node_step, place
 
 KEY = jax.random.key(0)
 ON = "on images [4, 8, 8, 1]"
@@ -172,7 +174,7 @@ def test_a_step_says_which_node_puts_out_what(function: Any, model: str, found: 
 
 @pytest.mark.parametrize("function", FUNCTIONS[:2])
 def test_nodes_with_other_numbers_of_classes_are_refused(function: Any) -> None:
-    with pytest.raises(InputError, match=r"logits: got \[float32\[4, 10\], float32\[4, 7\]\]; al"):
+    with pytest.raises(InputError, match=r"logits: got \[\(4, 10\), \(4, 7\)\]; allowed: one"):
         function(*started("seven"))
 
 

@@ -24,7 +24,7 @@ from benchmarks.measure import Spread, Worker, check_same_losses, interleaved, s
 from benchmarks.ours import initial_state
 from benchmarks.task import LEARNING_RATE, PROGRESS, Task, Unavailable
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.trees import flatten
+from ktg_jax.io.trees import flatten
 
 pytestmark = pytest.mark.slow
 TINY = Task("xla", ("resnet8", "wrn10_2"), batch_size=8, image_shape=(8, 8, 3), num_classes=5)

@@ -16,9 +16,9 @@ from tiny_models import dropping
 
 import ktg_jax as ktg
 from ktg_jax import GraphState
-from ktg_jax.checkpoint import Checkpoints, read_nodes
 from ktg_jax.errors import RunError
-from ktg_jax.trees import flatten
+from ktg_jax.io.trees import flatten
+from ktg_jax.training.checkpoint import Checkpoints, read_nodes
 
 NAMES = ("student", "teacher.1")
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

@@ -11,7 +11,7 @@ SECONDS = 60
 
 DROPS_AN_INTERRUPT = """
 import signal, time
-from experiments import cli
+from experiments.runs import cli
 
 class Deaf:
     def __del__(self):

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 from runs import ROOT, Ended, in_process
 
-from experiments import ablation, command_line, evaluate, report, represent, search, train
-from experiments.ablating.config import AblationConfig
-from experiments.config import TrainConfig, parse
+from experiments import evaluate, train
+from experiments.ablation import command as ablation
+from experiments.ablation.config import AblationConfig
 from experiments.evaluate import EvaluateConfig
-from experiments.report import ReportConfig
-from experiments.representing.config import RepresentConfig
-from experiments.searching.config import SearchConfig
+from experiments.report import command as report
+from experiments.report.command import ReportConfig
+from experiments.represent import command as represent
+from experiments.represent.config import RepresentConfig
+from experiments.runs import command_line
+from experiments.runs.config import TrainConfig, parse
+from experiments.search import command as search
+from experiments.search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[Callable[[], None], type, set[str]]] = {
     "train": (train.main, TrainConfig, {"graph", "data", "training", "speed", "folder"}),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments.searching.comparison import (
+from experiments.comparison import (
     Contender,
     compare,
     contenders,
@@ -17,8 +17,9 @@ from experiments.searching.comparison import (
     table,
     with_pretrained,
 )
-from experiments.searching.records import TrialRecord
-from ktg_jax import Graph, InputError, Node, graphs
+from experiments.search.records import TrialRecord
+from ktg_jax import Graph, InputError, Node
+from ktg_jax.graph import named as graphs
 
 LABEL = (("through", "cutoff"), ("cutoff", "through"))
 # The target hears node 1, node 1 its label; node 2 is heard by nobody.

@@ -14,13 +14,14 @@ from random_variables import random_variables
 from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
-from ktg_jax import Graph, GraphState, InputError, NodePrior, Parallel, Prior, per_node
-from ktg_jax.engines import Batches, Engine, fused_engine, per_node_engine
-from ktg_jax.loop import Arrays, make_train_step, train_epochs
-from ktg_jax.per_node import per_node_step, place
-from ktg_jax.representing import normalised, prior_distance, prior_loss, save_prior
-from ktg_jax.stage_losses import EdgeWeights
-from ktg_jax.trees import by_path, replaced
+from ktg_jax import Graph, GraphState, InputError, NodePrior, Parallel, Prior
+from ktg_jax.io.trees import by_path, replaced
+from ktg_jax.priors import normalised, prior_distance, prior_loss, save_prior
+from ktg_jax.training import per_node
+from ktg_jax.training.engines import Batches, Engine, fused_engine, per_node_engine
+from ktg_jax.training.loop import Arrays, make_train_step, train_epochs
+from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.transfer import edge_arrays
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.random((8, 8, 8, 1), np.float32))
@@ -70,7 +71,7 @@ GATES = GRAPH.gate_codes
 OPTIONS: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD, "temperature": 2.0}
 
 
-@functools.partial(jax.jit, static_argnames=("node_fns", "edge_weights"))
+@functools.partial(jax.jit, static_argnames="node_fns")
 def fused(
     state: GraphState, progress: Any, priors: Any = None, gates: Any = GATES, **more: Any
 ) -> Any:
@@ -225,9 +226,11 @@ def test_both_engines_take_the_same_steps(devices: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_the_gradients_of_attention_and_of_a_prior_add_up(name: str) -> None:
     def gradient_and_metrics(attention: float, *priors: NodePrior | None) -> Any:
-        more = {"node_fns": (STAGED, STAGED), "edge_weights": EdgeWeights(attention=attention)}
         before, gates = part_of(started(), slice(0, 3, 2)), GATES[::2, ::2]
-        after, metrics = STEPS[name](before, 0.25, priors, gates=gates, **more)
+        weights = jnp.array([1.0, 1.0, attention])[:, None, None] * jnp.ones((2, 2))
+        edges = edge_arrays(gates, 2.0, ("cross_entropy", "kl", "attention"), weights)
+        more = {"node_fns": (STAGED, STAGED)}
+        after, metrics = STEPS[name](before, 0.25, priors, gates=edges, **more)
         return jax.tree.map(jnp.subtract, before.params, after.params), metrics
 
     neither, plain = gradient_and_metrics(0.0, None, None)
@@ -312,7 +315,7 @@ DATA = Arrays(
 
 def engines(optimizer: optax.GradientTransformation) -> list[Engine]:
     batches = Batches(32, 8)
-    task: dict[str, Any] = {"image_shape": (8, 8, 1), "total_steps": 8, "temperature": 2.0}
+    task: dict[str, Any] = {"image_shape": (8, 8, 1), "total_steps": 8}
     return [
         fused_engine(NODE_FNS, optimizer, Parallel("jit", DEVICES[:2]), batches, **task),
         per_node_engine(NODE_FNS, optimizer, started(optimizer), DEVICES[:2], batches, **task),
@@ -323,7 +326,7 @@ def test_engines_train_with_priors_and_record_their_distance() -> None:
     optimizer, key = ktg.sgd(0.1), jax.random.key(1)
     ends, records = [], []
     for engine in engines(optimizer):
-        step = engine.make_step(engine.load(DATA), GRAPH.gate_codes, key, PRIORS)
+        step = engine.make_step(engine.load(DATA), GRAPH.edge_arrays, key, PRIORS)
         epochs = train_epochs(
             engine.place(started(optimizer)), step, "abc", epochs=2, steps_per_epoch=4, batch_size=8
         )
@@ -441,7 +444,7 @@ def test_a_node_starts_from_its_prior_unless_it_is_assigned(folder: Any) -> None
         ),
     ],
 )
-@pytest.mark.parametrize("matching", ktg.representing.MATCHINGS)
+@pytest.mark.parametrize("matching", ktg.priors.MATCHINGS)
 def test_a_prior_that_does_not_fit_is_refused_by_node(
     folder: Any, name: str, message: str, matching: str
 ) -> None:

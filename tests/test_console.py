@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 from runs import ROOT, small
 
-from experiments import cli
-from experiments.console import Table, Verbatim, busy, is_watched, make_console, text_column
-from experiments.progress import Countdown, Display
-from experiments.searching.display import SearchDisplay
-from experiments.searching.records import TrialRecord
+from experiments.runs import cli
+from experiments.runs.console import Table, Verbatim, busy, is_watched, make_console, text_column
+from experiments.runs.progress import Countdown, Display
+from experiments.search.display import SearchDisplay
+from experiments.search.records import TrialRecord
 from experiments.train import train
 
 MARKUP = "runs/a[/b] [red]x[/red] ktg_jax[cpu] :smile:"
@@ -87,8 +87,8 @@ def test_a_workdir_has_any_name(tmp_path: Path, name: str) -> None:
 # --- consoles of other encodings
 
 PRINTS = """
-from experiments import cli
-from experiments.console import Table, busy, make_console
+from experiments.runs import cli
+from experiments.runs.console import Table, busy, make_console
 
 def main():
     console = make_console()
@@ -143,7 +143,7 @@ def test_a_terminal_of_ascii_alone_sees_ascii_alone() -> None:
 
 @pytest.mark.parametrize("path", ["/tmp/\udcfc", "a\udcc3\udcbc"])
 def test_a_workdir_that_is_no_text_is_refused(path: str) -> None:
-    from experiments.workdir import Workdir
+    from experiments.runs.workdir import Workdir
     from ktg_jax.errors import InputError
 
     with pytest.raises(InputError, match=r"^workdir: got .*allowed: a path in UTF-8"):

@@ -16,10 +16,10 @@ from native import require_onednn
 
 import ktg_jax as ktg
 import ktg_jax.models
-from ktg_jax import InputError, Parallel, convolution
-from ktg_jax.convolution import FORMULATIONS, conv2d, conv_general_dilated, formulation
-from ktg_jax.cpu import chunked, operations
+from ktg_jax import InputError, Parallel
+from ktg_jax.cpu import chunked, convolution, operations
 from ktg_jax.cpu.build import BuildError
+from ktg_jax.cpu.convolution import FORMULATIONS, conv2d, conv_general_dilated, formulation
 
 VARIABLE = "KTG_CPU_CONVOLUTION"
 

@@ -18,7 +18,7 @@ from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
 from ktg_jax.data.images import resize_images
 from ktg_jax.data.sources import load_dataset, load_npz
 from ktg_jax.errors import InputError
-from ktg_jax.files import cache_folder
+from ktg_jax.io.files import cache_folder
 
 REAL_DATA = os.environ.get("KTG_DATA_DIR")
 needs_real_data = pytest.mark.skipif(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from experiments.searching.database import absolute, hidden, sqlite_url, without_password
-from experiments.searching.storage import Turn, open_storage
+from experiments.search.database import absolute, hidden, sqlite_url, without_password
+from experiments.search.storage import Turn, open_storage
 from ktg_jax import InputError
 
 

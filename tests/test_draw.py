@@ -14,7 +14,7 @@ from PIL import Image
 from ktg_jax.draw import GATE_COLOURS, draw_curves, draw_graph
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
-from ktg_jax.graph import Graph, Node
+from ktg_jax.graph.graph import Graph, Node
 
 MODELS = ("resnet32", "wrn28_10", "resnet110")
 TARGET_RING = 1.1  # radius of the target's outer ring over that of its circle

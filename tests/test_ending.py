@@ -13,9 +13,9 @@ from PIL import Image
 from runs import Ended, end_of, in_process, options, own_cache, start
 from searches import small_search
 
-import experiments.search
-from experiments.searching.config import SearchConfig
-from experiments.searching.folder import load_search
+import experiments.search.command
+from experiments.search.config import SearchConfig
+from experiments.search.folder import load_search
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -111,7 +111,7 @@ def test_without_test_images_no_fair_ending_is_begun(kind: str, tmp_path: Path) 
         Image.fromarray(images[i, :, :, 0]).save(path)
     data = f"{kind}:{tmp_path / kind}{'.npz' if kind == 'npz' else ''}"
     config = small_search(tmp_path / "search", data=data, train_limit=None)
-    end = in_process(experiments.search.main, *options(config))
+    end = in_process(experiments.search.command.main, *options(config))
     assert end.code == 2
     assert end.err == "error: retrain_top: got 1; allowed: 0, for the data has no test images\n"
     assert not (tmp_path / "search").exists()

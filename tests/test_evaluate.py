@@ -20,7 +20,7 @@ import ktg_jax as ktg
 from experiments import evaluate
 from ktg_jax.data.dataset import Split
 from ktg_jax.data.sources import load_dataset
-from ktg_jax.weights import load_node
+from ktg_jax.models.weights import load_node
 
 NAMES = ("tiny-0", "tiny-1")
 EARLY_BEST: dict[str, Any] = {"learning_rate": 1.0, "seed": 2, "epochs": 5}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ktg_jax.files import atomic_path, write_text
+from ktg_jax.io.files import atomic_path, write_text
 
 
 def test_a_file_appears_when_the_block_succeeds(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from runs import assert_same_end, end_of, finished, options, small, start, train
 
-from ktg_jax.checkpoint import read_nodes
-from ktg_jax.files import naming, write_text
+from ktg_jax.io.files import naming, write_text
+from ktg_jax.training.checkpoint import read_nodes
 
 LONG: dict[str, Any] = {"models": ("cnn", "tiny"), "epochs": 30}
 SMALLER_THAN_A_CHECKPOINT = 50_000  # bytes, and more than any other file has
@@ -46,7 +46,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
         assert read_nodes(workdir / "checkpoints")[0] >= epoch
     train(workdir, **LONG)  # with room again
     assert_same_end(workdir, finished(tmp_path_factory, "full", **LONG))
-    assert not [path for path in workdir.rglob("*tmp*")]
+    assert not list(workdir.rglob("*tmp*"))
 
 
 def test_what_the_system_refuses_names_the_file(

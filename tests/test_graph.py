@@ -9,7 +9,7 @@ import pytest
 
 import ktg_jax as ktg
 from ktg_jax import Graph, InputError, Node
-from ktg_jax.stage_losses import EdgeWeights
+from ktg_jax.graph.edge import Edge
 
 MIXED = Graph(
     nodes=(Node("resnet32", "target"), Node("wrn28_2", "helper", "runs/a:helper"), Node("cnn")),
@@ -70,8 +70,10 @@ def test_graphs_are_equal_and_hash_equal_by_content() -> None:
     assert lists == tuples
     assert hash(lists) == hash(tuples)
     others = [
-        dataclasses.replace(tuples, **{field: 2.0})  # type: ignore[arg-type]
-        for field in ("temperature", "kl_weight", "attention_weight", "feature_weight")
+        dataclasses.replace(tuples, temperature=2.0),
+        tuples.carrying({"kl": 2.0}),
+        tuples.carrying("attention"),
+        tuples.carrying({"kl": 1.0, "features": 2.0}),
     ]
     assert len({lists, tuples, *others}) == 5
 
@@ -92,7 +94,7 @@ def test_a_graph_does_not_share_memory_with_what_it_was_made_of_or_gives() -> No
     assert graph == ktg.graphs.independent(["cnn", "cnn"])
 
 
-CARRYING = dataclasses.replace(MIXED, kl_weight=0.5, attention_weight=1e3, feature_weight=0.1)
+CARRYING = MIXED.carrying({"kl": 0.5, "attention": 1e3, "features": 0.1})
 
 
 @pytest.mark.parametrize("graph", [MIXED, make(["cnn"], (("correct",),)), CARRYING])
@@ -118,43 +120,6 @@ def test_json_has_these_fields() -> None:
         ],
         "temperature": 2.5,
     }
-
-
-def test_json_has_weights_of_losses_only_where_they_are_not_the_papers() -> None:
-    plain = json.loads(MIXED.to_json())
-    weights = {"kl_weight": 0.5, "attention_weight": 1000.0, "feature_weight": 0.1}
-    assert json.loads(CARRYING.to_json()) == plain | weights
-    for field, weight in weights.items():
-        graph = dataclasses.replace(MIXED, **{field: weight})  # type: ignore[arg-type]
-        assert json.loads(graph.to_json()) == plain | {field: weight}
-    same = Graph.from_json(plain | {"kl_weight": 1, "attention_weight": 0, "feature_weight": 0})
-    assert same == MIXED
-    assert same.to_json() == MIXED.to_json()
-
-
-def test_edge_weights_are_what_the_fields_say() -> None:
-    assert MIXED.edge_weights == EdgeWeights() == EdgeWeights(1.0, 0.0, 0.0)
-    assert CARRYING.edge_weights == EdgeWeights(kl=0.5, attention=1000.0, features=0.1)
-    whole = dataclasses.replace(MIXED, kl_weight=0, attention_weight=1000)
-    assert [type(weight) for weight in whole.edge_weights] == [float] * 3
-    assert whole == dataclasses.replace(MIXED, kl_weight=-0.0, attention_weight=1e3)
-
-
-@pytest.mark.parametrize("field", ["kl_weight", "attention_weight", "feature_weight"])
-@pytest.mark.parametrize(
-    "weight", [-1, -1e-9, float("nan"), float("inf"), 10**400, "1", True, None, [1.0]], ids=str
-)
-def test_a_bad_weight_of_a_loss_is_refused_by_its_field(field: str, weight: Any) -> None:
-    message = f"{field}: got {weight!r}; allowed: a finite number, at least 0"
-    fields = {"nodes": [{"model": "cnn"}], "gates": [["through"]], field: weight}
-    for make_graph in (
-        lambda: dataclasses.replace(MIXED, **{field: weight}),
-        lambda: Graph.from_json(fields),
-        lambda: Graph.from_json(json.dumps(fields)),
-    ):
-        with pytest.raises(InputError) as error:
-            make_graph()
-        assert str(error.value) == message
 
 
 def test_names_and_temperature_may_be_left_out_of_json() -> None:
@@ -251,7 +216,7 @@ def test_a_bad_graph_is_refused_by_field_value_and_what_is_allowed(
     assert "\n" not in message
 
 
-OPTIONAL = "(and attention_weight, feature_weight, kl_weight, temperature)"
+OPTIONAL = "(and temperature)"
 
 
 @pytest.mark.parametrize(
@@ -359,10 +324,11 @@ def test_pruning_keeps_names_weights_gates_and_temperature() -> None:
 
 
 def test_pruning_keeps_what_edges_carry() -> None:
-    alone = (("through", "cutoff", "cutoff"), *CARRYING.gates[1:])
-    pruned = dataclasses.replace(CARRYING, gates=alone).pruned()
-    assert len(pruned.nodes) == 1
-    assert pruned.edge_weights == CARRYING.edge_weights
+    edges = CARRYING.edges
+    alone = (edges[0][0], edges[0][1], Edge("cutoff")), *edges[1:]
+    pruned = dataclasses.replace(CARRYING, edges=alone).pruned()
+    assert len(pruned.nodes) == 2
+    assert pruned.edges == tuple(row[:2] for row in alone[:2])
 
 
 def test_pruning_keeps_frozen_teachers_and_what_is_needed_whole() -> None:

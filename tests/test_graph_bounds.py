@@ -15,7 +15,7 @@ import ktg_jax as ktg
 from ktg_jax import Graph, InputError, Node
 from ktg_jax.draw import draw_graph
 from ktg_jax.errors import part_of, shown
-from ktg_jax.json_input import MOST_CHARACTERS
+from ktg_jax.io.json_input import MOST_CHARACTERS
 from ktg_jax.models import check_model
 
 BIG = "9" * 5000
@@ -39,8 +39,8 @@ def of(text: str) -> str:
     return refusal(lambda: Graph.from_json(text))
 
 
-def graph_text(node: str = '"model": "cnn"', more: str = "") -> str:
-    return f'{{"nodes": [{{{node}}}], "gates": [["through"]]{more}}}'
+def graph_text(node: str = '"model": "cnn"', more: str = "", gates: str = '[["through"]]') -> str:
+    return f'{{"nodes": [{{{node}}}], "gates": {gates}{more}}}'
 
 
 def test_this_text_is_a_graph() -> None:
@@ -98,12 +98,12 @@ def test_nodes_that_all_look_alike_end_in_an_error_not_in_hours() -> None:
         gates[0] = "through"
         for i in range(1, n, 2):
             gates[i, i + 1] = gates[i + 1, i] = "linear"
-        return ktg.Graph(("cnn",) * n, gates)  # type: ignore[arg-type]
+        return ktg.Graph(("cnn",) * n, gates)
 
     few = pairs(4)
     shuffled = [0, 5, 6, 2, 1, 7, 8, 4, 3]
     gates = np.array(few.gates, object)[np.ix_(shuffled, shuffled)]
-    assert few.equivalent(ktg.Graph(few.nodes, gates))  # type: ignore[arg-type]
+    assert few.equivalent(ktg.Graph(few.nodes, gates))
     message = refusal(lambda: pairs(20).canonical())
     assert message.startswith("nodes: got 41; allowed: a graph in which fewer nodes look alike")
 
@@ -123,13 +123,13 @@ def test_the_picture_of_many_nodes_stays_small(tmp_path: Path) -> None:
     [
         (graph_text(more=f', "temperature": {BIG}'), "graph: got '{", "JSON (Exceeds the limit"),
         (graph_text(f'"model": "cnn", "prior_weight": {BIG}'), "graph: got", "JSON (Exceeds"),
-        (graph_text(more=f', "kl_weight": -{BIG}'), "graph: got", "JSON (Exceeds"),
+        (graph_text(gates=f'[[{{"weight": -{BIG}}}]]'), "graph: got", "JSON (Exceeds"),
         (graph_text(more=f', "temperature": {BIG[:4000]}'), "temperature: got an int", "finite"),
         (graph_text(more=', "temperature": 1e999'), "temperature: got inf", "a finite number"),
         (graph_text(more=', "temperature": -Infinity'), "temperature: got -inf", "a finite number"),
         (graph_text(more=', "temperature": 1e300'), "temperature: got 1e+300", "1e-15 to 1e+15"),
         (graph_text(more=', "temperature": 1e-300'), "temperature: got 1e-300", "1e-15 to 1e+15"),
-        (graph_text(more=', "kl_weight": 1e300'), "kl_weight: got 1e+300", "at most 1e+30"),
+        (graph_text(gates='[[{"weight": 1e300}]]'), "gates[0][0].weight: got 1e+300", "at most 1e"),
         (
             graph_text('"model": "cnn", "prior": "p", "prior_weight": 1e300'),
             "nodes[0].prior_weight: got 1e+300",
@@ -164,9 +164,10 @@ def test_extreme_json_is_refused_in_one_short_line(text: str, start: str, allowe
 def test_extreme_values_are_still_a_graph() -> None:
     name = "a" * 255
     fields = f'"model": "cnn", "name": "{name}", "weights": ""'
-    weights = ', "temperature": 1e15, "kl_weight": 1e30, "attention_weight": 0'
-    graph = Graph.from_json(graph_text(fields, weights))
-    assert (graph.nodes[0].name, graph.temperature, graph.kl_weight) == (name, 1e15, 1e30)
+    gates = '[[{"weight": 1e30}]]'
+    graph = Graph.from_json(graph_text(fields, ', "temperature": 1e15', gates))
+    assert (graph.nodes[0].name, graph.temperature) == (name, 1e15)
+    assert graph.edges[0][0].losses == {"cross_entropy": 1e30}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_extreme_values_are_still_a_graph() -> None:
         ('{"node": [], "gates": []}', "graph.node: got []", "nodes"),
         (graph_text(more=', "temprature": 4'), "graph.temprature: got 4", "temperature"),
         (graph_text(more=', "Temperature": 4'), "graph.Temperature: got 4", "temperature"),
-        (graph_text(more=', "attention": 4'), "graph.attention: got 4", "attention_weight"),
+        (graph_text(gates='[[{"wieght": 4}]]'), "gates[0][0].wieght: got 4", "weight"),
         (graph_text('"modle": "cnn"'), "nodes[0].modle: got 'cnn'", "model"),
         (graph_text('"model": "cnn", "weight": "a"'), "nodes[0].weight: got 'a'", "weights"),
         (

@@ -16,24 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from carried import carrying, outputs, stage_edge_losses
 from runs import end_of, finished, in_process, metrics, start
 from tiny_models import Staged
 
 import ktg_jax as ktg
-from experiments import ablation, evaluate, represent, search
+from experiments import evaluate
 from experiments import train as train_module
+from experiments.ablation import command as ablation
+from experiments.represent import command as represent
+from experiments.search import command as search
 from ktg_jax.gates import gate_weights
-from ktg_jax.node_terms import distance_metrics
-from ktg_jax.representing import NodePrior, stage_kernels
-from ktg_jax.stage_losses import EdgeWeights, stage_edge_losses
-from ktg_jax.step import eval_sums
+from ktg_jax.priors import NodePrior, stage_kernels
+from ktg_jax.training.node_terms import distance_metrics
+from ktg_jax.training.step import eval_sums
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.standard_normal((5, 4, 3)), jnp.float32)
 STAGES = [[jnp.asarray(RNG.standard_normal((4, 2, 2, 3)), jnp.float32)] for _ in range(5)]
 LABELS = np.array([0, 1, 2, 0], np.int32)
 GATES = np.array([np.roll(np.arange(5), shift) for shift in range(5)], np.int32)  # all, everywhere
-BAD_GATES = np.where(np.eye(5, dtype=bool), 7, GATES)
+BAD_GATES = np.where(np.eye(5, k=1, dtype=bool), 7, GATES)
 
 
 @contextmanager
@@ -43,16 +46,23 @@ def debugging() -> Iterator[None]:
         yield
 
 
+EVERYTHING = {
+    "cross_entropy": 1.0,
+    "kl": 0.5,
+    "reverse_kl": 1.0,
+    "attention": 10.0,
+    "features": 1.0,
+}
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "gate_weights": lambda gates, labels: gate_weights(gates, 0.5, jnp.ones((5, 4), bool)),
     "edge_losses": lambda gates, labels: ktg.edge_losses(LOGITS, labels, gates, 0.5, 2.0),
     "node_losses": lambda gates, labels: ktg.node_losses(LOGITS, labels, gates, 0.5),
     "graph_loss": lambda gates, labels: jax.grad(ktg.graph_loss)(LOGITS, labels, gates, 0.5),
     "graph_gradients": lambda gates, labels: ktg.graph_gradients(
-        list(LOGITS), labels, gates, 0.5, 1.0, STAGES, EdgeWeights(0.5, 10.0, 1.0)
+        outputs(LOGITS, STAGES), labels, carrying(gates, EVERYTHING), 0.5
     ),
     "stage_edge_losses": lambda gates, labels: stage_edge_losses(
-        STAGES, list(LOGITS), labels, gates, 0.5, EdgeWeights(attention=10.0, features=1.0)
+        STAGES, list(LOGITS), labels, 0.5, carrying(gates, {"attention": 10.0, "features": 1.0})
     ),
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
-from ktg_jax.representing import cluster_prior, layer_kernels, layer_prior, svd_prior
+from ktg_jax.priors import cluster_prior, layer_kernels, layer_prior, svd_prior
 
 RNG = np.random.default_rng(0)
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from carried import carrying, stage_edge_losses
 
 import ktg_jax as ktg
 from ktg_jax.losses import is_correct
-from ktg_jax.stage_losses import EdgeWeights, stage_edge_losses
-from ktg_jax.step import eval_sums
+from ktg_jax.training.step import eval_sums
 
 # Three nodes, two samples, three classes, as probabilities. Sample 1 is the one with a bad label.
 P = np.array([[[2, 1, 1], [1, 1, 2]], [[1, 2, 1], [1, 2, 1]], [[1, 1, 2], [2, 1, 1]]]) / 4
@@ -83,8 +83,8 @@ def test_no_sender_is_right_about_it(bad: int) -> None:
 @pytest.mark.parametrize("bad", NO_CLASS)
 def test_no_sender_of_stages_is_right_about_it(bad: int) -> None:
     here, there = jnp.array([[[[1.0, 0.0]]]] * 2), jnp.array([[[[0.0, 1.0]]]] * 2)
-    weights = EdgeWeights(features=1.0)
-    args = [[here], [there]], list(LOGITS[:2]), labels_with(bad), CORRECT[:2, :2], 0.5, weights
+    edges = carrying(CORRECT[:2, :2], {"features": 1.0})
+    args = [[here], [there]], list(LOGITS[:2]), labels_with(bad), 0.5, edges
     # Node 1 hears node 0 on sample 0, where the squared distance is 2.
     np.testing.assert_allclose(stage_edge_losses(*args), [[0, 0], [1, 0]], rtol=1e-6)
 
@@ -130,9 +130,8 @@ TAKE_LABELS: dict[str, Callable[[Any], Any]] = {
         [[jnp.ones((2, 1, 1, 1), jnp.float32)]] * 3,
         list(LOGITS),
         labels,
-        THROUGH,
         0.5,
-        EdgeWeights(features=1.0),
+        carrying(THROUGH, {"features": 1.0}),
     ),
     "eval_sums": lambda labels: eval_sums(list(LOGITS), labels),
     "eval_sums, some": lambda labels: eval_sums(list(LOGITS), labels, jnp.array([True, False])),
@@ -161,8 +160,8 @@ def test_a_mask_and_stages_for_other_batches_are_refused() -> None:
     labels = np.array([0, 1])
     with pytest.raises(AssertionError):
         eval_sums(list(LOGITS), labels, jnp.array([True]))
-    output, weights = jnp.ones((1, 1, 1, 1), jnp.float32), EdgeWeights(features=1.0)
+    output, edges = jnp.ones((1, 1, 1, 1), jnp.float32), carrying(THROUGH, {"features": 1.0})
     with pytest.raises(AssertionError):
-        stage_edge_losses([[output]] * 3, list(LOGITS), labels, THROUGH, 0.5, weights)
+        stage_edge_losses([[output]] * 3, list(LOGITS), labels, 0.5, edges)
     with pytest.raises(AssertionError):
-        stage_edge_losses([[output]] * 2, list(LOGITS[:2]), labels[:1], THROUGH, 0.5, weights)
+        stage_edge_losses([[output]] * 2, list(LOGITS[:2]), labels[:1], 0.5, edges)

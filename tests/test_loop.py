@@ -16,9 +16,9 @@ from tiny_models import Tiny
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, Parallel, RunError
-from ktg_jax.data.pipeline import plan_batch, take_batch
-from ktg_jax.engines import Batches, fused_engine
-from ktg_jax.loop import Arrays, make_evaluator, make_train_step, train_epochs
+from ktg_jax.training.batches import plan_batch, take_batch
+from ktg_jax.training.engines import Batches, fused_engine
+from ktg_jax.training.loop import Arrays, make_evaluator, make_train_step, train_epochs
 
 NAMES = ("student", "assistant")
 RNG = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_parameters_that_are_not_finite_are_found_at_the_end_of_the_epoch(value:
 
 def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
     graph = ktg.graphs.mutual(["tiny", "tiny"], temperature=2.0)
-    gates, key, optimizer = jnp.asarray(graph.gate_codes), jax.random.key(5), optax.sgd(0.1)
+    edges, key, optimizer = graph.edge_arrays, jax.random.key(5), optax.sgd(0.1)
     augmented: dict[str, Any] = {"num_images": 23, "batch_size": 8, "max_offset": 1, "flip": True}
     node_fns = (TINY, TINY)
     params, model_state = zip(
@@ -241,16 +241,14 @@ def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
     @jax.jit
     def expected_step(state: GraphState) -> tuple[GraphState, Metrics]:
         images, labels = take_batch(*DATA, plan_batch(key, 3, **augmented))
-        fixed: dict[str, Any] = {"node_fns": node_fns, "optimizer": optimizer, "temperature": 2.0}
-        return ktg.train_step(state, images, labels, gates, 4 / 10, **fixed)
+        fixed: dict[str, Any] = {"node_fns": node_fns, "optimizer": optimizer}
+        return ktg.train_step(state, images, labels, edges, 4 / 10, **fixed)
 
-    step = make_train_step(
-        node_fns, optimizer, Parallel(), total_steps=10, temperature=2.0, **augmented
-    )
+    step = make_train_step(node_fns, optimizer, Parallel(), total_steps=10, **augmented)
     with compiled_once():
         expected = expected_step(state)
         parallel = Parallel()
-        ours = step(parallel.replicate(state), *parallel.replicate((DATA, gates, key)))
+        ours = step(parallel.replicate(state), *parallel.replicate((DATA, edges, key)))
     chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert int(ours[0].step) == 4
 

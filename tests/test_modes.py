@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ktg_jax import InputError, NodeFns, from_linen, from_nnx
-from ktg_jax.modes import in_training
+from ktg_jax.models.modes import in_training
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((8, 4, 4, 3), np.float32))
 MEAN = jnp.mean(IMAGES, axis=(0, 1, 2))

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from native import require_onednn
 
 from ktg_jax import Parallel
-from ktg_jax.convolution import formulation
 from ktg_jax.cpu import operations
-from ktg_jax.normalization import batch_norm_relu, normalize_relu
+from ktg_jax.cpu.convolution import formulation
+from ktg_jax.cpu.normalization import batch_norm_relu, normalize_relu
 
 EPSILON = 1e-5
 

@@ -11,9 +11,9 @@ from runs import end_of, in_process, metrics, options, own_cache, result, start,
 from searches import small_search
 
 from experiments import evaluate
-from experiments.searching.config import check
-from experiments.searching.folder import load_search
-from experiments.workdir import Workdir
+from experiments.runs.workdir import Workdir
+from experiments.search.config import check
+from experiments.search.folder import load_search
 from ktg_jax.errors import InputError
 
 SIZES = {"train": 64, "val": 24, "test": 12}

@@ -10,7 +10,7 @@ from random_variables import random_variables
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, Parallel
-from ktg_jax.data.pipeline import plan_batch, take_batch
+from ktg_jax.training.batches import plan_batch, take_batch
 
 DEVICES = jax.local_devices()
 RNG = np.random.default_rng(0)

@@ -15,12 +15,12 @@ from random_variables import random_variables
 from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
-from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel, per_node
-from ktg_jax.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
-from ktg_jax.loop import Arrays, make_evaluator
-from ktg_jax.per_node import balanced, forward_cost, per_node_eval, per_node_step, place
-from ktg_jax.stage_losses import EdgeWeights
-from ktg_jax.step import KL_ALONE
+from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel
+from ktg_jax.cpu.convolution import formulation
+from ktg_jax.training import per_node
+from ktg_jax.training.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
+from ktg_jax.training.loop import Arrays, make_evaluator
+from ktg_jax.training.per_node import balanced, forward_cost, per_node_eval, per_node_step, place
 
 DEVICES = jax.local_devices()
 RNG = np.random.default_rng(0)
@@ -49,12 +49,16 @@ class Case(NamedTuple):
     """Networks, and what the graph's transfer edges carry."""
 
     node_fns: tuple[NodeFns, ...] = NODE_FNS
-    edge_weights: EdgeWeights = KL_ALONE
+    loss: "str | dict[str, float]" = "kl"
+
+    @property
+    def edges(self) -> ktg.EdgeArrays:
+        return GRAPH.carrying(self.loss).edge_arrays
 
 
 CASES = {
     "logits": Case(),
-    "stages": Case((STAGED, WIDE, STAGED, WIDE), EdgeWeights(kl=0.5, attention=20.0)),
+    "stages": Case((STAGED, WIDE, STAGED, WIDE), {"kl": 0.5, "attention": 20.0}),
 }
 
 
@@ -76,18 +80,17 @@ def stepped(
     node_fns: Sequence[NodeFns],
     placement: per_node.Placement,
     k: int = 0,
-    edge_weights: EdgeWeights = KL_ALONE,
 ) -> tuple[GraphState, dict[str, jax.Array]]:
     """The k-th of four steps; each has a batch of its own."""
     batch = jnp.roll(IMAGES, k, axis=2)
     images = {device: jax.device_put(batch, device) for device in placement}
     labels = jax.device_put(LABELS, placement[0])
-    fixed = {"placement": placement, **options(Case(tuple(node_fns), edge_weights))}
+    fixed: dict[str, Any] = {"placement": placement, **options(Case(tuple(node_fns)))}
     return per_node_step(state, images, labels, gates, (k + 1) / 4, **fixed)
 
 
 def options(case: Case) -> dict[str, Any]:
-    return {"optimizer": OPTIMIZER, "temperature": 2.0, **case._asdict()}
+    return {"optimizer": OPTIMIZER, "temperature": 2.0, "node_fns": case.node_fns}
 
 
 @contextmanager
@@ -115,7 +118,7 @@ def expected(case: Case) -> tuple[GraphState, list[Any]]:
 
     @jax.jit
     def step(state: GraphState, images: jax.Array, progress: float) -> Any:
-        return ktg.train_step(state, images, LABELS, GRAPH.gate_codes, progress, **options(case))
+        return ktg.train_step(state, images, LABELS, case.edges, progress, **options(case))
 
     state, history = started(case.node_fns), []
     for k in range(4):
@@ -132,8 +135,7 @@ def test_training_node_by_node_is_that_of_one_program(
     before = started(case.node_fns)
     state, history = place(before, placement), []
     for k in range(4):
-        node_fns, edge_weights = case
-        state, metrics = stepped(state, GRAPH.gate_codes, node_fns, placement, k, edge_weights)
+        state, metrics = stepped(state, case.edges, case.node_fns, placement, k)
         history.append(jax.device_get(metrics))
     expected_state, expected_history = expected
     chex.assert_trees_all_close(history, expected_history, rtol=1e-4, atol=1e-5)
@@ -155,11 +157,11 @@ def test_training_node_by_node_is_that_of_one_program(
 
 
 def test_what_edges_carry_counts_node_by_node() -> None:
-    (node_fns, edge_weights), placement = CASES["stages"], (DEVICES[0],) * 4
+    case, placement = CASES["stages"], (DEVICES[0],) * 4
     losses = []
-    for weights in (KL_ALONE, edge_weights):
-        given = place(started(node_fns), placement), GRAPH.gate_codes, node_fns, placement, 0
-        losses.append(stepped(*given, weights)[1]["edge_losses"])
+    for edges in (GRAPH.edge_arrays, case.edges):
+        given = place(started(case.node_fns), placement), edges, case.node_fns, placement
+        losses.append(stepped(*given)[1]["edge_losses"])
     diagonal = np.eye(4, dtype=bool)
     open_edges = (GRAPH.gate_codes != ktg.gates.CUTOFF) & ~diagonal
     plain, ours = losses
@@ -169,9 +171,10 @@ def test_what_edges_carry_counts_node_by_node() -> None:
 
 
 def test_a_network_without_stages_is_refused_node_by_node() -> None:
-    given = place(started(), (DEVICES[0],) * 4), GRAPH.gate_codes, NODE_FNS, (DEVICES[0],) * 4
+    edges = GRAPH.carrying("attention").edge_arrays
+    given = place(started(), (DEVICES[0],) * 4), edges, NODE_FNS, (DEVICES[0],) * 4
     with pytest.raises(InputError, match=r"^stages: got 'Tiny'; allowed: a module with submodules"):
-        stepped(*given, edge_weights=EdgeWeights(attention=1.0))
+        stepped(*given)
 
 
 def test_evaluation_node_by_node_is_that_of_one_program() -> None:
@@ -264,7 +267,7 @@ def test_a_convolution_costs_what_xla_says_whatever_computes_it() -> None:
     costs = {}
     params, model_state = random_variables(CNN, IMAGES, 0)
     for name in ("xla", "chunked"):
-        with ktg.convolution.formulation(name):
+        with formulation(name):
             costs[name] = forward_cost(CNN, params, model_state, (8, 8, 3))
     # Of the three convolutions: a multiplication and an addition for each pair of channels, pixel
     # and position in the kernel that is not beyond the image's edge; and little else.
@@ -277,22 +280,22 @@ def test_a_convolution_costs_what_xla_says_whatever_computes_it() -> None:
 
 BATCHES = Batches(num_images=23, batch_size=8, max_offset=1, flip=True)
 DATA = Arrays(RNG.integers(0, 256, (23, 8, 8, 3), np.uint8), np.arange(23, dtype=np.int32) % 5)
-TASK: dict[str, Any] = {"image_shape": (8, 8, 3), "total_steps": 6, "temperature": 2.0}
+TASK: dict[str, Any] = {"image_shape": (8, 8, 3), "total_steps": 6}
 
 
 def fused(parallel: Parallel, case: Case) -> Engine:
     given = OPTIMIZER, parallel, BATCHES
-    return fused_engine(case.node_fns, *given, edge_weights=case.edge_weights, **TASK)
+    return fused_engine(case.node_fns, *given, **TASK)
 
 
 def by_node(num_devices: int, case: Case) -> Engine:
     given = OPTIMIZER, started(case.node_fns), DEVICES[:num_devices], BATCHES
-    return per_node_engine(case.node_fns, *given, edge_weights=case.edge_weights, **TASK)
+    return per_node_engine(case.node_fns, *given, **TASK)
 
 
 def trained(engine: Engine, case: Case) -> tuple[GraphState, list[Any], Any, list[str]]:
     """After four steps: state, metrics, evaluation, and what was compiled after the first step."""
-    step = engine.make_step(engine.load(DATA), GRAPH.gate_codes, jax.random.key(3))
+    step = engine.make_step(engine.load(DATA), case.edges, jax.random.key(3))
     state, metrics = step(engine.place(started(case.node_fns)), 1)
     history = [jax.device_get(metrics)]
     with compilations() as compiled:

@@ -17,10 +17,10 @@ from PIL import Image
 from searches import STUDY, PretendedTrainer, begin, small_search, study_url, worker
 
 import ktg_jax as ktg
-from experiments.searching.pictures import Pictures, announce
-from experiments.searching.storage import open_storage
-from experiments.searching.study import run_again
-from ktg_jax.search.engine import optuna
+from experiments.search.engine import optuna
+from experiments.search.pictures import Pictures, announce
+from experiments.search.storage import open_storage
+from experiments.search.study import run_again
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -215,6 +215,6 @@ def test_where_no_picture_can_be_announced_there_is_still_a_trial(tmp_path: Path
 
 
 def test_matplotlib_is_imported_with_the_first_picture() -> None:
-    code = "import sys, experiments.searching.coordinate; print('matplotlib' in sys.modules)"
+    code = "import sys, experiments.search.coordinate; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

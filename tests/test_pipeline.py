@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ktg_jax import InputError, Parallel
-from ktg_jax.data.pipeline import (
+from ktg_jax.training.batches import (
     BatchPlan,
     plan_batch,
     shuffled,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from runs import own_cache, result, train
 
-from experiments.workdir import Workdir
+from experiments.runs.workdir import Workdir
 
 DISTILLATION: dict[str, Any] = {
     "graph": "distillation",

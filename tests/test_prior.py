@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ktg_jax.errors import InputError
-from ktg_jax.representing import (
+from ktg_jax.io.trees import digest
+from ktg_jax.priors import (
     PRIOR_FILE,
     Prior,
     about_prior,
@@ -29,7 +30,6 @@ from ktg_jax.representing import (
     save_prior,
     soft_threshold,
 )
-from ktg_jax.trees import digest
 
 RNG = np.random.default_rng(0)
 PATHS = ("stage1_block1.conv2.kernel", "stage2_block1.conv2.kernel")

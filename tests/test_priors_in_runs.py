@@ -28,9 +28,9 @@ from tiny_models import Staged
 import ktg_jax as ktg
 from experiments import evaluate
 from experiments import train as train_module
-from experiments.workdir import Workdir
+from experiments.runs.workdir import Workdir
 from ktg_jax.data.sources import load_dataset
-from ktg_jax.representing import PRIOR_FILE, normalised, stage_kernels
+from ktg_jax.priors import PRIOR_FILE, normalised, stage_kernels
 
 EPOCHS = 4
 DIGITS: dict[str, Any] = {"student": "staged", "num_classes": 10, "image_shape": (8, 8, 1)}

@@ -9,7 +9,7 @@ from ktg_jax import InputError
 
 optuna = pytest.importorskip("optuna")
 
-from ktg_jax.search.pruners import PRUNERS, make_pruner  # noqa: E402
+from experiments.search.pruners import PRUNERS, make_pruner  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

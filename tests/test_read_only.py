@@ -12,12 +12,12 @@ from runs import finished, in_process, options, own_cache, result, small, train
 from searches import STUDY, small_search, study_url, work
 
 import experiments.evaluate
-import experiments.report
-import experiments.search
+import experiments.report.command
+import experiments.search.command
 import experiments.train
-from experiments.searching.config import resolved
-from experiments.searching.folder import SearchFolder, load_search
-from ktg_jax.weights import load_weights
+from experiments.search.config import resolved
+from experiments.search.folder import SearchFolder, load_search
+from ktg_jax.training.warm_start import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SEARCHED = small_search(trials=5, pruner="none", epochs=2)
@@ -71,13 +71,13 @@ def test_a_run_that_is_to_go_on_says_that_it_cannot(run: Path, tmp_path: Path) -
 
 def test_a_search_is_reported_elsewhere(search: Path, tmp_path: Path) -> None:
     files = sorted(search.rglob("*"))
-    ended = in_process(experiments.report.main, search)
+    ended = in_process(experiments.report.command.main, search)
     assert ended.code == 2
     assert ended.err.startswith(f"error: output: got '{search}/report.html'; allowed: a file that")
     assert "--output FILE" in ended.err
     assert ended.err.count("\n") == 1
     page = tmp_path / "page.html"
-    ended = in_process(experiments.report.main, search, "--output", page)
+    ended = in_process(experiments.report.command.main, search, "--output", page)
     assert (ended.code, ended.err) == (0, "")
     assert f"Wrote {page}." in ended.out
     assert STUDY in page.read_text()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
-from ktg_jax.representing import (
+from ktg_jax.priors import (
     READERS_FILE,
     Readers,
     aggregate_prior,

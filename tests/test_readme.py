@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 import ktg_jax as ktg
-from experiments import config
-from experiments.ablating import config as ablating
-from experiments.representing import config as representing
-from experiments.searching import config as searching
+from experiments.ablation import config as ablating
+from experiments.represent import config as representing
+from experiments.runs import config
+from experiments.search import config as searching
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (

@@ -11,7 +11,7 @@ import pytest
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
-from ktg_jax.representing import (
+from ktg_jax.priors import (
     dead_zone_loss,
     l1_recoding,
     recoding_threshold,

@@ -35,28 +35,28 @@ from made_up_studies import (
 from runs import in_process
 from searches import STUDY, small_search, study_url, work
 
-import experiments.report
+import experiments.report.command
 import experiments.train
-from experiments.config import TrainConfig, build_graph
-from experiments.config import parse as parse_training
-from experiments.options import training_fields
-from experiments.reporting import write_report
-from experiments.reporting.figures import curves_picture, points
-from experiments.reporting.measures import (
+from experiments.comparison import compare, contenders
+from experiments.report.figures import curves_picture, points
+from experiments.report.measures import (
     EDGE_KINDS,
     best_tenth,
     compute_curve,
     count_gates,
     summarise,
 )
-from experiments.reporting.page import short_form
-from experiments.reporting.svg import inline
-from experiments.searching.comparison import compare, contenders
-from experiments.searching.config import SearchConfig, resolved
-from experiments.searching.display import count
-from experiments.searching.folder import SearchFolder, load_search
-from experiments.searching.records import TrialRecord
-from ktg_jax import Graph, InputError, Node, SearchSpace, graphs
+from experiments.report.page import short_form, write_report
+from experiments.report.svg import inline
+from experiments.runs.config import TrainConfig, build_graph
+from experiments.runs.config import parse as parse_training
+from experiments.runs.options import training_fields
+from experiments.search.config import SearchConfig, resolved
+from experiments.search.display import count
+from experiments.search.folder import SearchFolder, load_search
+from experiments.search.records import TrialRecord
+from ktg_jax import Graph, InputError, Node, SearchSpace
+from ktg_jax.graph import named as graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -479,7 +479,7 @@ def test_the_modules_of_a_search_are_imported(
 ) -> None:
     monkeypatch.setattr("ktg_jax.models.registry._registered", {})
     monkeypatch.delitem(sys.modules, "tiny_models")
-    end = in_process(experiments.report.main, folder)
+    end = in_process(experiments.report.command.main, folder)
     assert end.code == 0, end.err
     assert (folder / "report.html").is_file()
     monkeypatch.setattr("ktg_jax.models.registry._registered", {})
@@ -491,7 +491,7 @@ def test_a_module_that_is_gone_is_named(folder: Path) -> None:
     begun = json.loads((folder / "config.json").read_text())
     begun["config"]["imports"] = ["no_such_module"]
     (folder / "config.json").write_text(json.dumps(begun))
-    end = in_process(experiments.report.main, folder)
+    end = in_process(experiments.report.command.main, folder)
     assert end.code == 2
     assert "imports: got 'no_such_module'; allowed: a module" in end.err
 
@@ -562,7 +562,7 @@ def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
         names = ("tiny-0", "tiny-1")
         (run / "result.json").write_text(json.dumps(result_of(names, values)))
     assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
-    end = in_process(experiments.report.main, folder)
+    end = in_process(experiments.report.command.main, folder)
     assert end.code == 0, end.err
     assert "31.25 %" in Parsed(folder / "report.html").text
     run.rename(of_best / "seed-4-epochs-9")
@@ -576,7 +576,8 @@ def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
 @pytest.mark.parametrize("missing", ["jinja2", "optuna"])
 def test_without_the_extra_the_error_names_it(missing: str, folder: Path) -> None:
     hide = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['report', {str(folder)!r}]; "
-    code = f"{hide}import experiments.report as r; from experiments import cli; cli.run(r.main)"
+    command = "from experiments.report.command import main"
+    code = f"{hide}{command}; from experiments.runs import cli; cli.run(main)"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
     )

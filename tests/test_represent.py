@@ -27,13 +27,13 @@ from runs import (
 )
 
 import ktg_jax as ktg
-from experiments import represent as command
-from experiments.representing import aggregation
-from experiments.representing.account import Account
-from experiments.representing.config import RepresentConfig
-from experiments.representing.measures import prior_gradients, share_kept, singular_values
-from ktg_jax.representing import about_prior, fit_readers, layer_prior, load_prior, svd_prior
-from ktg_jax.weights import load_weights
+from experiments.represent import aggregation
+from experiments.represent import command as command
+from experiments.represent.account import Account
+from experiments.represent.config import RepresentConfig
+from experiments.represent.measures import prior_gradients, share_kept, singular_values
+from ktg_jax.priors import about_prior, fit_readers, layer_prior, load_prior, svd_prior
+from ktg_jax.training.warm_start import load_weights
 
 PATHS = ("stage1_conv.kernel", "stage2_conv.kernel")
 SMALL: dict[str, Any] = {
@@ -369,7 +369,7 @@ def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
     name = f"npz:{npz(path, 8, 4)}"
     train(run, data=name, train_limit=None, models=("staged_wide",), epochs=1)
     for data, size, classes, message in (
-        ("digits", 8, 4, "(data: digits, not npz)"),
+        ("digits", 8, 4, f"(data: digits, not {name})"),
         (name, 8, 5, "(classes: 5, not 4)"),
         (name, 6, 4, "(image_shape: [6, 6, 1], not [8, 8, 1])"),
     ):

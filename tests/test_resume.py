@@ -27,7 +27,7 @@ from runs import (
 )
 
 from experiments import train as train_module
-from experiments.workdir import Workdir
+from experiments.runs.workdir import Workdir
 from ktg_jax.errors import InputError
 
 EPOCHS = 5

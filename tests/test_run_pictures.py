@@ -108,7 +108,7 @@ def test_an_evaluation_that_fails_at_the_end_keeps_what_was_trained(
         raise MemoryError("RESOURCE_EXHAUSTED: out of memory\nand more")
 
     with monkeypatch.context() as patched:
-        patched.setattr("experiments.assemble.Run.evaluate_val_and_test", fails)
+        patched.setattr("experiments.runs.assemble.Run.evaluate_val_and_test", fails)
         with pytest.raises(RunError) as raised:
             train(tmp_path / "run", **ONE)
     assert str(raised.value) == (

@@ -14,8 +14,8 @@ from ktg_jax import GATES, Graph, InputError, SearchSpace
 
 optuna = pytest.importorskip("optuna")
 
-from ktg_jax.search.pruners import make_pruner  # noqa: E402
-from ktg_jax.search.samplers import make_sampler, suggest_graph  # noqa: E402
+from experiments.search.pruners import make_pruner  # noqa: E402
+from experiments.search.samplers import make_sampler, suggest_graph  # noqa: E402
 
 SPACE = SearchSpace(3, "cnn", ("cnn", "resnet8", "wrn10_2"), GATES[:4], (1.0, 4.0))
 SMALL = SearchSpace(2, "cnn", ("cnn", "resnet8"), ("through", "cutoff"))
@@ -245,6 +245,6 @@ def test_a_bad_seed_is_refused(seed: Any) -> None:
 def test_without_optuna_the_extra_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     for loaded in ("engine", module):
-        monkeypatch.delitem(sys.modules, f"ktg_jax.search.{loaded}", raising=False)
+        monkeypatch.delitem(sys.modules, f"experiments.search.{loaded}", raising=False)
     with pytest.raises(InputError, match=r'search: .*; allowed: .* "ktg_jax\[search\]"'):
-        importlib.import_module(f"ktg_jax.search.{module}")
+        importlib.import_module(f"experiments.search.{module}")

@@ -16,17 +16,17 @@ from runs import Ended, end_of, in_process, options, own_cache, start
 from searches import small_search
 
 import experiments.evaluate
-import experiments.search
+import experiments.search.command
 import experiments.train
 import ktg_jax as ktg
-from experiments.config import TrainConfig, build_graph
-from experiments.searching.config import SearchConfig
-from experiments.searching.folder import SearchFolder, load_search
-from experiments.searching.records import StudyRecord, TrialRecord
-from experiments.searching.storage import open_storage
-from experiments.searching.study import records
+from experiments.runs.config import TrainConfig, build_graph
+from experiments.search.config import SearchConfig
+from experiments.search.engine import optuna
+from experiments.search.folder import SearchFolder, load_search
+from experiments.search.records import StudyRecord, TrialRecord
+from experiments.search.storage import open_storage
+from experiments.search.study import records
 from ktg_jax.errors import InputError
-from ktg_jax.search.engine import optuna
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -178,7 +178,7 @@ def test_a_trial_that_is_not_there_is_named(finished: tuple[Path, Ended]) -> Non
 def test_a_study_of_another_search_is_refused(finished: tuple[Path, Ended], tmp_path: Path) -> None:
     workdir, _ = finished
     other = small_search(workdir, trials=8, gates=("through", "cutoff"), epochs=4)
-    end = in_process(experiments.search.main, *options(other))
+    end = in_process(experiments.search.command.main, *options(other))
     assert end.code == 2
     assert "space.gates" in end.err
     assert "training.epochs: 3, now 4" in end.err
@@ -188,7 +188,7 @@ def test_a_study_of_another_search_is_refused(finished: tuple[Path, Ended], tmp_
         storage=f"sqlite:///{workdir}/study.db",
         study=load_search(workdir).name,
     )
-    end = in_process(experiments.search.main, *options(shared))
+    end = in_process(experiments.search.command.main, *options(shared))
     assert end.code == 2
     assert "study" in end.err
     assert "train_limit: 200, now 100" in end.err

@@ -21,14 +21,14 @@ from benchmarks.plain_search import PlainTrainer, found
 from benchmarks.search_quality import SharedTrainer, best_at, search_until
 from benchmarks.search_throughput import check_same_graphs, prepare_cache
 from benchmarks.task import Figures
-from experiments.assemble import load
-from experiments.reporting.measures import ComputePoint
-from experiments.searching.config import SearchConfig
-from experiments.searching.records import TrialRecord
-from experiments.searching.trial import Trainer
+from experiments.report.measures import ComputePoint
+from experiments.runs.assemble import load
+from experiments.search.config import SearchConfig
+from experiments.search.engine import optuna
+from experiments.search.records import TrialRecord
+from experiments.search.trial import Trainer
 from ktg_jax import Graph
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.search.engine import optuna
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,16 +13,16 @@ import tiny_models  # noqa: F401  (registers its models)
 from runs import in_process, options
 from searches import small_search
 
-import experiments.search
+import experiments.search.command
 import ktg_jax as ktg
-from experiments.searching import coordinate
-from experiments.searching.config import default_workdir
-from experiments.searching.folder import SearchFolder, load_search
-from experiments.searching.storage import open_storage
-from experiments.searching.study import begin_trial
-from experiments.searching.team import Orders
+from experiments.search import coordinate
+from experiments.search.config import default_workdir
+from experiments.search.engine import optuna
+from experiments.search.folder import SearchFolder, load_search
+from experiments.search.storage import open_storage
+from experiments.search.study import begin_trial
+from experiments.search.team import Orders
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.search.engine import optuna
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -65,7 +65,7 @@ def test_bad_options_are_refused_before_anything_is_written(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = small_search(tmp_path / "search", **changes)
-    end = in_process(experiments.search.main, *options(config))
+    end = in_process(experiments.search.command.main, *options(config))
     assert end.code == 2
     assert message in end.err
     assert len(end.err.splitlines()) == 1
@@ -75,7 +75,7 @@ def test_bad_options_are_refused_before_anything_is_written(
 def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
     storage = "postgresql+psycopg://me:secret@127.0.0.1:1/studies"
     config = small_search(tmp_path / "search", storage=storage)
-    end = in_process(experiments.search.main, *options(config))
+    end = in_process(experiments.search.command.main, *options(config))
     assert end.code == 2
     assert "127.0.0.1:1" in end.err
     assert "secret" not in end.err
@@ -89,7 +89,7 @@ def test_a_search_that_cannot_be_begun_leaves_nothing(
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "study.db").write_text("Some text that is no database. " * 100)
-    end = in_process(experiments.search.main, *options(small_search(damaged)))
+    end = in_process(experiments.search.command.main, *options(small_search(damaged)))
     assert end.code == 2
     assert "file is not a database" in end.err
     assert [path.name for path in damaged.iterdir()] == ["study.db"]
@@ -98,7 +98,7 @@ def test_a_search_that_cannot_be_begun_leaves_nothing(
         raise InputError("storage", "sqlite:///study.db", "a disk with room")
 
     monkeypatch.setattr(coordinate, "begin_study", refuse)
-    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    end = in_process(experiments.search.command.main, *options(small_search(tmp_path / "search")))
     assert end.code == 2
     assert "a disk with room" in end.err
     assert not (tmp_path / "search").exists()
@@ -153,7 +153,7 @@ def test_what_ends_a_search_is_told_also_where_the_database_fails(
 ) -> None:
     monkeypatch.setattr(coordinate, "Team", FailingTeam)
     monkeypatch.setattr(FailingTeam, "failure", failure)
-    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    end = in_process(experiments.search.command.main, *options(small_search(tmp_path / "search")))
     assert end.code == code
     assert end.err.startswith(message)
     assert len(end.err.splitlines()) == 1
@@ -172,7 +172,7 @@ def test_a_file_is_kept_as_it_is_found_from_every_folder(
     # Also in the folder of the search itself, which is not there yet.
     for name in ("shared.db", "search/own.db"):
         config = small_search("search", storage=f"sqlite:///{name}")
-        end = in_process(experiments.search.main, *options(config))
+        end = in_process(experiments.search.command.main, *options(config))
         assert end.code == 1, end.err  # of its team
         storage = f"sqlite:///{tmp_path}/{name}"
         monkeypatch.chdir("/")
@@ -194,7 +194,7 @@ def test_studies_of_other_names_have_folders_of_their_own() -> None:
 def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    end = in_process(experiments.search.main, *options(small_search(tmp_path / "search")))
+    end = in_process(experiments.search.command.main, *options(small_search(tmp_path / "search")))
     assert end.code == 2
     assert "100 MiB free (1 MiB are)" in end.err
     assert not (tmp_path / "search").exists()
@@ -202,7 +202,8 @@ def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_optuna_the_error_names_the_extra(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['optuna'] = None; sys.argv = ['search']; "
-    code = f"{hide}import experiments.search as s; from experiments import cli; cli.run(s.main)"
+    command = "from experiments.search.command import main"
+    code = f"{hide}{command}; from experiments.runs import cli; cli.run(main)"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
     )

@@ -13,12 +13,12 @@ from postgres import PostgresServer
 from runs import Ended, end_of, options, own_cache, start
 from searches import small_search
 
-from experiments.searching.config import SearchConfig
-from experiments.searching.database import without_password
-from experiments.searching.folder import SearchFolder
-from experiments.searching.storage import Storage, open_storage
-from experiments.searching.study import State, is_counted
-from ktg_jax.search.engine import optuna
+from experiments.search.config import SearchConfig
+from experiments.search.database import without_password
+from experiments.search.engine import optuna
+from experiments.search.folder import SearchFolder
+from experiments.search.storage import Storage, open_storage
+from experiments.search.study import State, is_counted
 
 pytestmark = [
     pytest.mark.slow,

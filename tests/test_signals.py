@@ -6,13 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 from runs import ROOT, Ended, end_of, in_process, metrics, options, small, start
 
-from ktg_jax.checkpoint import checkpoint_epochs
+from ktg_jax.training.checkpoint import checkpoint_epochs
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LINES = {
@@ -22,7 +21,8 @@ LINES = {
 }
 SLEEPS = """
 import time
-from experiments import cli, signals
+from experiments.runs import cli
+from experiments.runs import signals
 
 def main():
     try:
@@ -46,7 +46,7 @@ def number(request: pytest.FixtureRequest) -> signal.Signals:
 
 @pytest.fixture
 def light(tmp_path: Path) -> Path:
-    """A folder in which `experiments.cli` is imported at once: what it needs, without JAX."""
+    """A folder in which `experiments.runs.cli` is imported at once: what it needs, without JAX."""
     (tmp_path / "ktg_jax").mkdir()
     (tmp_path / "ktg_jax" / "__init__.py").touch()
     (tmp_path / "ktg_jax" / "errors.py").symlink_to(ROOT / "ktg_jax" / "errors.py")
@@ -62,15 +62,16 @@ def run(light: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str, ignored: signal.Signals | None = None) -> "subprocess.Popen[str]":
-        ignore = None if ignored is None else partial(signal.signal, ignored, signal.SIG_IGN)
+        command = [sys.executable, *words]
+        if ignored is not None:
+            command = ["sh", "-c", f"trap '' {ignored.value}; exec \"$@\"", "sh", *command]
         process = subprocess.Popen(
-            [sys.executable, *words],
+            command,
             cwd=light,
             env={"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=ignore,
         )
         started.append(process)
         assert process.stdout is not None
@@ -183,8 +184,8 @@ def test_an_output_that_is_closed_ends_the_command_quietly(
 ) -> None:
     program = f"""
 import time
-from experiments import cli
-from experiments.console import make_console
+from experiments.runs import cli
+from experiments.runs.console import make_console
 
 def main():
     print("ready", flush=True)

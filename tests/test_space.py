@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -211,9 +210,11 @@ def test_named_methods_are_in_the_space() -> None:
             r"nodes\[1\].prior: got 'p'; .* no pr",
         ),
         (SEEN, r"nodes\[1\].projection: got 'readers'; allowed: no projection"),
-        (replace(PAIR, kl_weight=0.5), "kl_weight: got 0.5; allowed: 1.0, as in all"),
-        (replace(PAIR, attention_weight=10), "attention_weight: got 10.0; allowed: 0.0, as in all"),
-        (replace(PAIR, feature_weight=1), "feature_weight: got 1.0; allowed: 0.0, as in all"),
+        (PAIR.carrying({"kl": 0.5}), r"gates\[0\]\[1\]: got .*; allowed: an edge of the space"),
+        (
+            ktg.Graph(["cnn"] * 2, [["through"] * 2, ["cutoff", ktg.Edge(weight=2)]]),
+            r"gates\[1\]\[1\]: got .*; allowed: a gate, on a label edge",
+        ),
     ],
 )
 def test_a_graph_of_another_space_is_refused(graph: Graph, message: str) -> None:

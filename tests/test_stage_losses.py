@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from carried import Weights, carrying, stage_edge_losses
 from random_variables import random_variables
 from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, NodeFns, Parallel
 from ktg_jax.errors import InputError
-from ktg_jax.loop import Arrays, make_train_step
-from ktg_jax.stage_losses import EdgeWeights, stage_edge_losses
+from ktg_jax.outputs import Outputs
+from ktg_jax.training.loop import Arrays, make_train_step
+from ktg_jax.transfer import EdgeArrays
 
 RNG = np.random.default_rng(0)
 LOSSES = [ktg.attention_transfer_loss, ktg.feature_transfer_loss]
@@ -186,12 +188,10 @@ ATTENTION, FEATURES = np.array([1.0, 0.4]), np.array([2.0, 2 - 2 * (3 / 7) ** 0.
 LOGITS = [jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[0.0, 1.0], [1.0, 0.0]])]
 LABELS = jnp.zeros(2, jnp.int32)
 BY_HAND = [
-    (EdgeWeights(attention=1.0), ATTENTION),
-    (EdgeWeights(features=1.0), FEATURES),
-    (EdgeWeights(kl=7.0, attention=2.0, features=3.0), 2 * ATTENTION + 3 * FEATURES),
+    ({"attention": 1.0}, ATTENTION),
+    ({"features": 1.0}, FEATURES),
+    ({"attention": 2.0, "features": 3.0}, 2 * ATTENTION + 3 * FEATURES),
 ]
-
-EDGE_LOSSES = jax.jit(stage_edge_losses, static_argnums=5)
 
 
 def every(gate: str, num_nodes: int = 2) -> jax.Array:
@@ -207,7 +207,7 @@ def gates_of(*rows: str) -> jax.Array:
 @pytest.mark.parametrize(("edge_weights", "losses"), BY_HAND)
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_edge_losses_are_as_worked_out_by_hand(
-    edge_weights: EdgeWeights, losses: np.ndarray, progress: float
+    edge_weights: Weights, losses: np.ndarray, progress: float
 ) -> None:
     expected = {
         "through": [losses.mean(), losses.mean()],
@@ -218,24 +218,25 @@ def test_edge_losses_are_as_worked_out_by_hand(
         "negative_linear": [(1 - progress) * losses.mean(), (1 - progress) * losses.mean()],
     }
     for gate, (of_0, of_1) in expected.items():
-        found = EDGE_LOSSES(STAGES, LOGITS, LABELS, every(gate), progress, edge_weights)
+        edges = carrying(every(gate), edge_weights)
+        found = stage_edge_losses(STAGES, LOGITS, LABELS, progress, edges)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, [[0, of_0], [of_1, 0]], rtol=1e-5, err_msg=gate)
 
 
 def test_each_edge_has_its_own_gate() -> None:
-    gates, weights = gates_of("cr", "nc"), EdgeWeights(attention=1.0)
-    found = EDGE_LOSSES(STAGES, LOGITS, LABELS, gates, 0.75, weights)
+    edges = carrying(gates_of("cr", "nc"), {"attention": 1.0})
+    found = stage_edge_losses(STAGES, LOGITS, LABELS, 0.75, edges)
     np.testing.assert_allclose(found, [[0, 0.4 / 2], [0.25 * 0.7, 0]], rtol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def heard(ours: jax.Array, theirs: jax.Array, gates: jax.Array, edge_weights: EdgeWeights) -> Any:
+@jax.jit
+def heard(ours: jax.Array, theirs: jax.Array, edges: EdgeArrays) -> Any:
     """What node 0 hears from `theirs` and from node 1, and its gradient."""
 
     def row(ours: jax.Array) -> jax.Array:
         stages, logits = [[ours], [theirs], STAGES[1]], [LOGITS[0], theirs[:, 0, :, 0], LOGITS[1]]
-        return jnp.sum(stage_edge_losses(stages, logits, LABELS, gates, 0.5, edge_weights)[0])
+        return jnp.sum(stage_edge_losses(stages, logits, LABELS, 0.5, edges)[0])
 
     return jax.value_and_grad(row)(ours)
 
@@ -243,19 +244,18 @@ def heard(ours: jax.Array, theirs: jax.Array, gates: jax.Array, edge_weights: Ed
 @pytest.mark.parametrize("broken", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("edge_weights", [weights for weights, _ in BY_HAND])
 def test_a_cut_edge_is_exactly_nothing_whatever_its_sender_is(
-    edge_weights: EdgeWeights, broken: float
+    edge_weights: Weights, broken: float
 ) -> None:
     ours, nothing = STAGES[0][0], jnp.full_like(STAGES[1][0], broken)
-    loss, gradient = heard(ours, nothing, every("cutoff", 3), edge_weights)
+    loss, gradient = heard(ours, nothing, carrying(every("cutoff", 3), edge_weights))
     assert loss == 0
     np.testing.assert_array_equal(gradient, np.zeros(ours.shape))
     # What else the node hears is as if its sender were any other.
-    found = heard(ours, nothing, gates_of("tct", "ttt", "ttt"), edge_weights)
-    chex.assert_trees_all_equal(
-        found, heard(ours, 3 + ours, gates_of("tct", "ttt", "ttt"), edge_weights)
-    )
+    edges = carrying(gates_of("tct", "ttt", "ttt"), edge_weights)
+    found = heard(ours, nothing, edges)
+    chex.assert_trees_all_equal(found, heard(ours, 3 + ours, edges))
     assert found[0] > 0.5
-    assert np.isnan(heard(ours, nothing, every("through", 3), edge_weights)[0])
+    assert np.isnan(heard(ours, nothing, carrying(every("through", 3), edge_weights))[0])
 
 
 SHAPES = [(8, 8, 3), (4, 4, 5)], [(4, 4, 2), (4, 4, 2)], [(8, 8, 6), (2, 2, 1)]
@@ -288,12 +288,11 @@ RIGHT = np.array([[1, 0, 1], [0, 1, 1], [0, 1, 0]])  # [node, sample]
 def on_three_nodes() -> tuple[Any, Any]:
     """Stages, and each receiver's gradient with respect to all nodes' stages and logits."""
     stages = [outputs(*((3, *shape) for shape in shapes)) for shapes in SHAPES]
-    labels, weights = jnp.arange(3), EdgeWeights(attention=10.0)
+    labels, edges = jnp.arange(3), carrying(gates_of(*ROWS), {"attention": 10.0})
     logits = [jax.nn.one_hot(labels + 1 - right, 4) for right in RIGHT]
 
     def losses(stages: Any, logits: Any) -> jax.Array:
-        gates = gates_of(*ROWS)
-        return stage_edge_losses(stages, logits, labels, gates, 0.25, weights).sum(axis=1)
+        return stage_edge_losses(stages, logits, labels, 0.25, edges).sum(axis=1)
 
     return stages, jax.jit(jax.jacrev(losses, (0, 1)))(stages, logits)
 
@@ -333,8 +332,8 @@ def test_a_receivers_gradient_is_that_of_its_own_loss(on_three_nodes: Any, recei
 
 # --- of a whole graph, on logits and stages
 
-WEIGHTS = EdgeWeights(0.5, 40.0)
-GRADIENTS = jax.jit(ktg.graph_gradients, static_argnames="edge_weights")
+WEIGHTS = {"cross_entropy": 1.0, "kl": 0.5, "attention": 40.0}
+GRADIENTS = jax.jit(ktg.graph_gradients)
 
 
 def logits_of(num_nodes: int) -> list[jax.Array]:
@@ -361,9 +360,8 @@ def on_logits(logits: Any, gates: jax.Array, weight: Any) -> Any:
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_the_weight_of_the_divergence_leaves_the_label_alone(gate: str, weight: float) -> None:
     logits, gates = logits_of(3), every(gate, 3)
-    found, metrics = GRADIENTS(
-        logits, LABELS_OF_6, gates, 0.25, 2.0, edge_weights=EdgeWeights(kl=weight)
-    )
+    edges = carrying(gates, {"cross_entropy": 1.0, "kl": weight}, 2.0)
+    found, metrics = GRADIENTS(logits, LABELS_OF_6, edges, 0.25)
     gradients, losses = on_logits(logits, gates, weight)
     np.testing.assert_allclose(metrics["edge_losses"], losses, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], losses.sum(axis=1), rtol=1e-5)
@@ -372,12 +370,14 @@ def test_the_weight_of_the_divergence_leaves_the_label_alone(gate: str, weight: 
 
 def test_losses_on_logits_and_on_stages_add_up_and_each_has_its_own_gradient() -> None:
     logits, stages = logits_of(2), [outputs((6, 4, 4, 3), (6, 2, 2, 5)) for _ in range(2)]
-    gates, weights = gates_of("rl", "nt"), EdgeWeights(2.0, 30.0, 0.5)
-    inputs = logits, LABELS_OF_6, gates, 0.25
-    found, metrics = GRADIENTS(*inputs, 2.0, stages, edge_weights=weights)
+    gates, on_stages_alone = gates_of("rl", "nt"), {"attention": 30.0, "features": 0.5}
+    all_losses = {"cross_entropy": 1.0, "kl": 2.0} | on_stages_alone
+    nodes = [Outputs(z, tuple(s)) for z, s in zip(logits, stages, strict=True)]
+    found, metrics = GRADIENTS(nodes, LABELS_OF_6, carrying(gates, all_losses, 2.0), 0.25)
 
     def summed(stages: Any) -> Any:
-        losses = stage_edge_losses(stages, *inputs, weights)
+        edges = carrying(gates, on_stages_alone)
+        losses = stage_edge_losses(stages, logits, LABELS_OF_6, 0.25, edges)
         return losses.sum(), losses
 
     of_stages, on_stages = jax.jit(jax.grad(summed, has_aux=True))(stages)
@@ -385,15 +385,16 @@ def test_losses_on_logits_and_on_stages_add_up_and_each_has_its_own_gradient() -
     assert on_stages[0, 1] > 0.1
     np.testing.assert_allclose(metrics["edge_losses"], losses + on_stages, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (losses + on_stages).sum(axis=1), rtol=1e-5)
-    expected = [(z, tuple(s)) for z, s in zip(of_logits, of_stages, strict=True)]
+    expected = [Outputs(z, tuple(s)) for z, s in zip(of_logits, of_stages, strict=True)]
     chex.assert_trees_all_close(list(found), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradients_of_stages_are_in_their_own_dtype() -> None:
     stages = [outputs((6, 4, 4, 3), (6, 2, 2, 5)) for _ in range(2)]
     stages[1][0] = stages[1][0].astype(jnp.bfloat16)
-    given = logits_of(2), LABELS_OF_6, every("through"), 0.25, 2.0, stages
-    found, _ = jax.eval_shape(functools.partial(ktg.graph_gradients, edge_weights=WEIGHTS), *given)
+    nodes = [Outputs(z, tuple(s)) for z, s in zip(logits_of(2), stages, strict=True)]
+    edges = carrying(every("through"), WEIGHTS)
+    found, _ = jax.eval_shape(ktg.graph_gradients, nodes, LABELS_OF_6, edges, 0.25)
     chex.assert_trees_all_equal_shapes_and_dtypes([list(s) for _, s in found], stages)
 
 
@@ -406,22 +407,17 @@ def test_the_papers_weights_give_every_bit_of_the_papers_gradients() -> None:
     np.testing.assert_array_equal(metrics["edge_losses"], losses)
     # Stages that nothing is said about have no gradient, and change nothing.
     stages = tuple(tuple(outputs((6, 2, 2, 3))) for _ in range(3))
-    pairs, same = GRADIENTS(logits, *inputs, stages=stages)
-    expected = tuple(zip(found, jax.tree.map(jnp.zeros_like, stages), strict=True))
-    chex.assert_trees_all_equal((pairs, same), (expected, metrics))
+    nodes = tuple(Outputs(z, s) for z, s in zip(logits, stages, strict=True))
+    given, same = GRADIENTS(nodes, *inputs)
+    nothing = jax.tree.map(jnp.zeros_like, stages)
+    expected = tuple(Outputs(z, s) for z, s in zip(found, nothing, strict=True))
+    chex.assert_trees_all_equal((given, same), (expected, metrics))
 
 
 def test_stages_that_are_needed_must_be_given() -> None:
-    with pytest.raises(InputError, match=r"^stages: got None; allowed: the stage outputs of each"):
-        ktg.graph_gradients(
-            logits_of(2), LABELS_OF_6, every("through"), 0.5, edge_weights=EdgeWeights(features=1.0)
-        )
-
-
-def test_edge_weights_are_the_papers_unless_said_otherwise() -> None:
-    assert EdgeWeights() == (1.0, 0.0, 0.0)
-    assert all(weights.needs_stages for weights, _ in BY_HAND)
-    assert not EdgeWeights(kl=0.0).needs_stages
+    edges = carrying(every("through"), {"features": 1.0})
+    with pytest.raises(InputError, match=r"node 1 as seen by node 0: .*: got 0; allowed: at least"):
+        ktg.graph_gradients(logits_of(2), LABELS_OF_6, edges, 0.5)
 
 
 # --- in a step
@@ -444,11 +440,11 @@ def started(frozen: Sequence[int] = ()) -> GraphState:
     return GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def step(state: GraphState, gates: jax.Array, edge_weights: EdgeWeights = WEIGHTS) -> Any:
-    options: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD, "temperature": 2.0}
-    given = state, IMAGES, DIGITS, gates, 0.25
-    return ktg.train_step(*given, edge_weights=edge_weights, **options)
+@jax.jit
+def step(state: GraphState, gates: jax.Array) -> Any:
+    edges = carrying(gates, WEIGHTS, 2.0)
+    options: dict[str, Any] = {"node_fns": NODE_FNS, "optimizer": SGD}
+    return ktg.train_step(state, IMAGES, DIGITS, edges, 0.25, **options)
 
 
 def seen(i: int, params: Any, train: bool = True) -> tuple[jax.Array, list[jax.Array]]:
@@ -539,49 +535,49 @@ def test_a_diverged_node_does_not_disturb_those_it_is_cut_off_from() -> None:
     assert np.isnan(heard["loss"][0])
 
 
-def test_the_papers_weights_need_no_stages_and_leave_the_program_as_it_was() -> None:
+def test_the_papers_losses_need_no_stages_and_leave_the_program_as_it_was() -> None:
     silent = [NodeFns(fns.init, fns.apply) for fns in NODE_FNS]
 
-    def program(node_fns: Sequence[NodeFns], **given: EdgeWeights) -> str:
-        def plain_step(state: GraphState) -> Any:
-            options: dict[str, Any] = {"node_fns": node_fns, "optimizer": SGD, **given}
-            return ktg.train_step(state, IMAGES, DIGITS, every("through", 3), 0.5, **options)
+    def program(node_fns: Sequence[NodeFns], gates: Any) -> str:
+        options: dict[str, Any] = {"node_fns": node_fns, "optimizer": SGD}
 
-        return str(jax.make_jaxpr(plain_step)(started()))
+        def plain_step(state: GraphState, gates: Any) -> Any:
+            return ktg.train_step(state, IMAGES, DIGITS, gates, 0.5, **options)
 
-    ours = program(NODE_FNS, edge_weights=EdgeWeights())
-    assert program(NODE_FNS) == program(silent) == ours
-    assert program(NODE_FNS, edge_weights=WEIGHTS) != ours
+        return str(jax.make_jaxpr(plain_step)(started(), gates))
+
+    gates = every("through", 3)
+    assert program(NODE_FNS, gates) == program(silent, gates)
+    assert program(NODE_FNS, carrying(gates, WEIGHTS)) != program(silent, gates)
 
 
+ON_EDGES = {"kl": 0.5, "attention": 40.0}
 TINY, CNN = ktg.from_linen(Tiny(5)), ktg.build_model("cnn", 5)
 
 
 @pytest.mark.parametrize(
-    ("other", "edge_weights", "message"),
+    ("other", "weights", "message"),
     [
-        (TINY, WEIGHTS, "stages: got 'Tiny'; allowed: a module with submodules stage1_..., "),
-        (NodeFns(TINY.init, TINY.apply), WEIGHTS, "stages: got None; allowed: a network that "),
-        (CNN, WEIGHTS, "teacher_stages: got 3; allowed: 2, as many as "),
+        (TINY, ON_EDGES, "stages: got 'Tiny'; allowed: a module with submodules stage1_..., "),
+        (NodeFns(TINY.init, TINY.apply), ON_EDGES, "stages: got None; allowed: a network that "),
+        (CNN, ON_EDGES, "teacher_stages: got 3; allowed: 2, as many as "),
         (
             NODE_FNS[1],
-            EdgeWeights(features=1.0),
+            {"features": 1.0},
             "a sender's stage output: got (4, 4, 4, 8); allowed: (4, 4, 4, 4), as the receiver's",
         ),
     ],
     ids=["no named stages", "no stages", "other stages", "other shapes"],
 )
 def test_nodes_whose_stages_do_not_fit_are_refused(
-    other: NodeFns, edge_weights: EdgeWeights, message: str
+    other: NodeFns, weights: Weights, message: str
 ) -> None:
     def train(key: jax.Array) -> Any:
         graph, node_fns = ktg.graphs.mutual(["a", "b"]), (NODE_FNS[0], other)
         state = ktg.init_state(graph, node_fns, SGD, key, IMAGES)
         options: dict[str, Any] = {"node_fns": node_fns, "optimizer": SGD}
-        gates = graph.gate_codes
-        return ktg.train_step(
-            state, IMAGES, DIGITS, gates, 0.5, edge_weights=edge_weights, **options
-        )
+        edges = graph.carrying(weights).edge_arrays
+        return ktg.train_step(state, IMAGES, DIGITS, edges, 0.5, **options)
 
     with pytest.raises(InputError) as error:
         jax.eval_shape(train, jax.random.key(0))
@@ -615,9 +611,9 @@ PLAIN = plain(4), plain(6)
 
 
 @functools.cache
-def trained(strategy: str, devices: int, calls: int, edge_weights: EdgeWeights = WEIGHTS) -> Any:
+def trained(strategy: str, devices: int, calls: int, attention: float = 40.0) -> Any:
     """Parameters and the last edge losses after four steps in so many calls."""
-    graph = ktg.graphs.mutual(["a", "b"])
+    graph = ktg.graphs.mutual(["a", "b"]).carrying({"kl": 0.5, "attention": attention})
     parallel = Parallel(strategy, jax.local_devices()[:devices])
     sizes: dict[str, Any] = {
         "num_images": 16,
@@ -625,10 +621,10 @@ def trained(strategy: str, devices: int, calls: int, edge_weights: EdgeWeights =
         "total_steps": 4,
         "steps_per_call": 4 // calls,
     }
-    compiled = make_train_step(PLAIN, SGD, parallel, edge_weights=edge_weights, **sizes)
+    compiled = make_train_step(PLAIN, SGD, parallel, **sizes)
     state = ktg.init_state(graph, PLAIN, SGD, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     state = parallel.replicate(state)
-    inputs = parallel.replicate((DATA, graph.gate_codes, jax.random.key(1)))
+    inputs = parallel.replicate((DATA, graph.edge_arrays, jax.random.key(1)))
     for _ in range(calls):
         state, metrics = compiled(state, *inputs)
     return jax.device_get((state.params, metrics["edge_losses"].reshape(-1, 2, 2)[-1]))
@@ -639,4 +635,4 @@ def test_devices_and_calls_make_no_difference(how: tuple[str, int, int]) -> None
     expected = trained("jit", 1, 4)
     chex.assert_trees_all_close(trained(*how), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(trained("jit", 1, 4, EdgeWeights(0.5)), expected, atol=1e-2)
+        chex.assert_trees_all_close(trained("jit", 1, 4, attention=0.0), expected, atol=1e-2)

@@ -13,8 +13,8 @@ from random_variables import random_variables
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
-from ktg_jax.nodes import stage_number
-from ktg_jax.representing import stage_convolutions, stage_kernels, stage_outputs
+from ktg_jax.models.network import stage_number
+from ktg_jax.priors import stage_convolutions, stage_kernels, stage_outputs
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((2, 8, 8, 3), np.float32))
 KEY = jax.random.key(0)

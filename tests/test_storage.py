@@ -14,15 +14,15 @@ import sqlalchemy as sa
 import storage_workers as workers
 from postgres import PostgresServer
 
-from experiments.searching.database import without_password
-from experiments.searching.storage import Storage, Turn, open_storage
+from experiments.search.database import without_password
+from experiments.search.engine import optuna
+from experiments.search.storage import Storage, Turn, open_storage
 from ktg_jax import InputError
-from ktg_jax.search.engine import optuna
 
 FAIL, COMPLETE = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
 # Its processes are forked from one that has imported what they need, and nothing else.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["experiments.searching.storage"])
+PROCESSES.set_forkserver_preload(["experiments.search.storage"])
 PATIENCE = 60  # seconds
 
 

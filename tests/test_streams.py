@@ -21,9 +21,9 @@ from tiny_models import Regularised
 import ktg_jax as ktg
 from experiments import evaluate
 from ktg_jax import NodeFns, from_linen, from_nnx
-from ktg_jax.engines import Batches, fused_engine, per_node_engine
-from ktg_jax.loop import Arrays
-from ktg_jax.weights import load_weights, with_weights
+from ktg_jax.training.engines import Batches, fused_engine, per_node_engine
+from ktg_jax.training.loop import Arrays
+from ktg_jax.training.warm_start import load_weights, with_weights
 
 KEY = jax.random.key(0)
 IMAGES = jnp.ones((6, 8, 8, 1))

@@ -30,10 +30,10 @@ from runs import (
 import ktg_jax as ktg
 from experiments import evaluate
 from experiments import train as train_module
-from experiments.workdir import Workdir
-from ktg_jax.checkpoint import read_nodes
+from experiments.runs.workdir import Workdir
 from ktg_jax.errors import InputError
-from ktg_jax.trees import FlatTree
+from ktg_jax.io.trees import FlatTree
+from ktg_jax.training.checkpoint import read_nodes
 
 
 def node_arrays(workdir: Path, epoch: int, name: str) -> FlatTree:
@@ -437,16 +437,17 @@ def test_a_node_that_learns_starts_from_its_weights(
 # --- losses on stages
 
 
-def distilling(folder: Path, **weights: float) -> dict[str, Any]:
-    """A student that hears its label and a frozen teacher, through edges with these weights."""
+def distilling(folder: Path, attention: float) -> dict[str, Any]:
+    """A student that hears its label, and looks where a frozen teacher looks."""
     nodes = [{"model": "staged"}, {"model": "staged_wide", "weights": str(folder / "teacher")}]
-    graph = {"nodes": nodes, "gates": [["through"] * 2, ["cutoff"] * 2], **weights}
-    path = folder / f"{'-'.join(map(str, weights.values()))}.json"
+    edge = {"gate": "through", "loss": {"attention": attention}}
+    graph = {"nodes": nodes, "gates": [["through", edge], ["cutoff"] * 2]}
+    path = folder / f"{attention}.json"
     path.write_text(json.dumps(graph))
     return {"graph": str(path), "models": (), "epochs": 4}
 
 
-ATTENTIVE = {"kl_weight": 0.0, "attention_weight": 1000.0}
+ATTENTIVE = 1000.0
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +455,7 @@ def attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher of other widths, and a student that looks where it looks."""
     folder = tmp_path_factory.mktemp("attentive")
     train(folder / "teacher", graph="independent", models=("staged_wide",), epochs=1)
-    train(folder / "run", **distilling(folder, **ATTENTIVE))
+    train(folder / "run", **distilling(folder, ATTENTIVE))
     return folder
 
 
@@ -464,7 +465,7 @@ def heard(workdir: Path) -> np.ndarray:
 
 
 def test_a_student_comes_to_look_where_its_teacher_looks(attentive: Path, tmp_path: Path) -> None:
-    ignored = distilling(attentive, **ATTENTIVE | {"attention_weight": 1e-6})
+    ignored = distilling(attentive, 1e-6)
     train(tmp_path / "run", **ignored)
     distance, without = heard(attentive / "run") / 1000, heard(tmp_path / "run") / 1e-6
     assert 0 < distance[-1] < 0.5 * without.min()
@@ -480,17 +481,17 @@ def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) ->
         np.testing.assert_allclose(sum(student["edge_losses"]), student["train_loss"], rtol=1e-5)
         assert frozen["edge_losses"] == [0, 0]
     graph = ktg.Graph.load(attentive / "run" / "graph.json")
-    assert graph.edge_weights == (0.0, 1000.0, 0.0)
+    assert graph.edges[0][1].losses == {"attention": 1000.0}
 
 
 def test_the_engines_train_alike_on_stages(attentive: Path, tmp_path: Path) -> None:
-    changes = distilling(attentive, **ATTENTIVE)
+    changes = distilling(attentive, ATTENTIVE)
     train(tmp_path / "run", engine="fused", steps_per_call=3, **changes)
     np.testing.assert_allclose(heard(tmp_path / "run"), heard(attentive / "run"), rtol=1e-2)
 
 
 def test_edges_that_carry_something_else_make_another_run(attentive: Path) -> None:
-    assert "is finished" in train(attentive / "run", **distilling(attentive, **ATTENTIVE))
-    with pytest.raises(InputError, match=r"graph\.attention_weight: ") as error:
-        train(attentive / "run", **distilling(attentive, kl_weight=0.0, attention_weight=999.0))
+    assert "is finished" in train(attentive / "run", **distilling(attentive, ATTENTIVE))
+    with pytest.raises(InputError, match=r"graph\.gates: ") as error:
+        train(attentive / "run", **distilling(attentive, 999.0))
     assert error.value.field == "workdir"

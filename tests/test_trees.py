@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from ktg_jax.errors import InputError
-from ktg_jax.trees import digest, flatten, unflatten
+from ktg_jax.io.trees import digest, flatten, unflatten
 
 
 def tree() -> Any:

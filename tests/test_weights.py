@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import Tiny, dropping
 
 import ktg_jax as ktg
-from ktg_jax.checkpoint import Checkpoints
 from ktg_jax.errors import InputError
-from ktg_jax.trees import flatten
-from ktg_jax.weights import load_node, load_weights, save_node, with_weights
+from ktg_jax.io.trees import flatten
+from ktg_jax.models.weights import load_node, save_node
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.warm_start import load_weights, with_weights
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((5, 8, 8, 1), np.float32))
 NAMES = ("student", "teacher")
@@ -323,7 +324,7 @@ def test_a_written_file_is_whole_or_not_there(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("ktg_jax.tensors.save_file", fail)
+    monkeypatch.setattr("ktg_jax.io.tensors.save_file", fail)
     with refused("export"):
         save_node(exported, *TINY_WEIGHTS, model="tiny", num_classes=10, image_shape=(8, 8, 1))
     assert exported.read_bytes() == former

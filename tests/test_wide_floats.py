@@ -17,13 +17,12 @@ from tiny_models import Tiny
 
 import ktg_jax as ktg
 from experiments import evaluate
-from ktg_jax.convolution import conv2d, formulation
 from ktg_jax.cpu import operations
-from ktg_jax.data.pipeline import plan_batch, take_batch
-from ktg_jax.loop import Arrays, make_evaluator, make_train_step
+from ktg_jax.cpu.convolution import conv2d, formulation
 from ktg_jax.models.layers import BatchNormRelu
-from ktg_jax.per_node import per_node_step, place
-from ktg_jax.stage_losses import EdgeWeights
+from ktg_jax.training.batches import plan_batch, take_batch
+from ktg_jax.training.loop import Arrays, make_evaluator, make_train_step
+from ktg_jax.training.per_node import per_node_step, place
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 1), np.uint8)
@@ -146,8 +145,7 @@ GRAPH = ktg.Graph(
         ("cutoff", "cutoff", "cutoff"),
     ),
     temperature=2.0,
-)
-EDGE_WEIGHTS = EdgeWeights(attention=10.0, features=0.1)
+).carrying({"kl": 1.0, "attention": 10.0, "features": 0.1})
 OPTIMIZER = ktg.sgd(ktg.step_schedule(0.1, 10, warmup_steps=3))
 
 
@@ -161,13 +159,12 @@ def two_steps(engine: str) -> Any:
     state = state.replace(params=params, model_state=model_state)  # type: ignore[attr-defined]
     data, seen = Arrays(jnp.asarray(IMAGES), jnp.asarray(LABELS)), []
     how: dict[str, Any] = {"node_fns": node_fns, "optimizer": OPTIMIZER}
-    what: dict[str, Any] = {"temperature": 2.0, "edge_weights": EDGE_WEIGHTS}
     if engine == "fused":
         step = make_train_step(
-            parallel=parallel, num_images=12, batch_size=12, total_steps=10, **how, **what
+            parallel=parallel, num_images=12, batch_size=12, total_steps=10, **how
         )
         for _ in range(2):
-            state, metrics = step(state, data, jnp.asarray(GRAPH.gate_codes), jax.random.key(1))
+            state, metrics = step(state, data, GRAPH.edge_arrays, jax.random.key(1))
             seen.append(metrics)
     else:
         device = parallel.devices[0]
@@ -177,11 +174,10 @@ def two_steps(engine: str) -> Any:
                 state,
                 {device: jnp.asarray(IMAGES, jnp.float32) / 255},
                 data.labels,
-                GRAPH.gate_codes,
+                GRAPH.edge_arrays,
                 k / 10,
                 placement=(device,) * 3,
                 **how,
-                **what,
             )
             seen.append(metrics)
     sums = make_evaluator(node_fns, parallel, batch_size=8)(state, data)

@@ -22,17 +22,17 @@ from searches import (
 )
 
 import ktg_jax as ktg
-from experiments.folder import Folder
-from experiments.searching.storage import open_storage
-from experiments.searching.study import (
+from experiments.runs.folder import Folder
+from experiments.search.engine import optuna
+from experiments.search.storage import open_storage
+from experiments.search.study import (
     State,
     begin_trial,
     open_study,
     run_all_again,
 )
-from experiments.searching.worker import MOST_FAILURES
+from experiments.search.worker import MOST_FAILURES
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.search.engine import optuna
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),

@@ -20,8 +20,10 @@ from searches import (
 )
 
 import ktg_jax as ktg
-from experiments.searching.storage import open_storage
-from experiments.searching.study import (
+from experiments.search.engine import optuna
+from experiments.search.samplers import suggest_graph
+from experiments.search.storage import open_storage
+from experiments.search.study import (
     MOST_DEATHS,
     State,
     begin_trial,
@@ -30,11 +32,9 @@ from experiments.searching.study import (
     run_again,
     run_all_again,
 )
-from experiments.searching.team import MOST_DEATHS as MOST_DEATHS_OF_A_WORKER
-from experiments.searching.team import Team, orders_for
+from experiments.search.team import MOST_DEATHS as MOST_DEATHS_OF_A_WORKER
+from experiments.search.team import Team, orders_for
 from ktg_jax.errors import RunError
-from ktg_jax.search.engine import optuna
-from ktg_jax.search.samplers import suggest_graph
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.typing import ArrayLike
 
-from ktg_jax.nodes import PyTree
-from ktg_jax.trees import FlatTree, flatten
+from ktg_jax.io.trees import FlatTree, flatten
+from ktg_jax.models.network import PyTree
 
 torch = pytest.importorskip("torch", reason='needs: pip install "ktg_jax[reference]"')
 from benchmarks import torch_baseline as baseline  # noqa: E402 - it needs torch

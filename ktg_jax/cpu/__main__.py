@@ -5,8 +5,8 @@ python -m ktg_jax.cpu
 
 import sys
 
-from ktg_jax.convolution import cpu_convolution
 from ktg_jax.cpu.build import BuildError, find_onednn, library_path
+from ktg_jax.cpu.convolution import cpu_convolution
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from ktg_jax.files import atomic_path, cache_folder
+from ktg_jax.io.files import atomic_path, cache_folder
 
 SOURCES = Path(__file__).parent / "src"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")

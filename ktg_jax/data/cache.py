@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ktg_jax.data.dataset import Split
 from ktg_jax.errors import InputError
-from ktg_jax.files import atomic_path, cache_folder
+from ktg_jax.io.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 250  # images between two updates of the progress bar

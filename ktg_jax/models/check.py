@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError, in_a_line
-from ktg_jax.nodes import NodeFns, PyTree
-from ktg_jax.outputs import Shown, arrays, check_logits, check_pair, check_same_form
-from ktg_jax.trees import by_path
+from ktg_jax.io.trees import by_path
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.returned import Shown, arrays, check_logits, check_pair, check_same_form
 
 
 def check_network(

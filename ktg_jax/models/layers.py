@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ktg_jax.convolution import conv_general_dilated
-from ktg_jax.normalization import batch_norm_relu, normalize_relu
+from ktg_jax.cpu.convolution import conv_general_dilated
+from ktg_jax.cpu.normalization import batch_norm_relu, normalize_relu
 
 # Authors' initialisers: He-normal by fan-out for convolutions, by fan-in for the classifier.
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

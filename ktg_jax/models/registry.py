@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktg_jax.errors import InputError, in_a_line
-from ktg_jax.linen_node import from_linen
 from ktg_jax.models.cnn import CNN
+from ktg_jax.models.linen_node import from_linen
+from ktg_jax.models.modes import Mode
+from ktg_jax.models.network import NodeFns
 from ktg_jax.models.resnet import ResNet
 from ktg_jax.models.wide_resnet import WideResNet
-from ktg_jax.modes import Mode
-from ktg_jax.nodes import NodeFns
 
 ModelFactory = Callable[[int], nn.Module | NodeFns]
 

@@ -1,0 +1,178 @@
+"""What the ablation is asked to do: the command line's fields, and their checks."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from experiments.ablation.arms import ARMS, chosen
+from experiments.represent import config as representing
+from experiments.represent.config import RepresentConfig
+from experiments.represent.options import FitOptions, TeacherOptions
+from experiments.runs import command_line
+from experiments.runs.config import TrainConfig
+from experiments.runs.folder import place_of
+from experiments.runs.identity import data_kind, identity
+from experiments.runs.options import (
+    DATA_AND_TRAINING,
+    MOST_SEEDS,
+    Training,
+    at_least,
+    check_seeds,
+    digest,
+    training_fields,
+)
+from ktg_jax.errors import InputError
+from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.models import check_model
+
+VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
+"""What an arm calls an aggregation, where it is one with options of its own."""
+
+
+@dataclass(frozen=True)
+class _StudyOptions:
+    students: Annotated[tuple[str, ...], "MODEL"] = ("resnet8",)
+    """Models of the students; each goes through all arms."""
+    arms: Annotated[tuple[str, ...], "ARM"] = ()
+    """Arms to run; else all of them."""
+    seeds: int = 5
+    """With how many seeds, --seed and those after it; arms are paired by seed, and each seed has
+    priors of its own."""
+    temperature: float = 4.0
+    """Of the distillation."""
+    prior_weight: float = 1.0
+    """Of the priors' losses."""
+    prior_schedule: Literal["linear", "constant"] = "linear"
+    """linear: their weights fall to 0 over the training; constant: they stay. The arm `schedule`
+    has the other one."""
+    attention_weight: float = 1000.0
+    """Of attention transfer."""
+    feature_weight: float = 1.0
+    """Of feature transfer."""
+    reach: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """Validation accuracies of which is told in which epoch they are reached."""
+
+
+@dataclass(frozen=True)
+class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # the last's come first
+    """Find out what of Knowledge Representing does what: the same student, trained in many ways.
+
+    Each arm is trained with each seed by experiments.train, in a folder of its own. Running the
+    same command again goes on where it stopped; with more --arms or --seeds it goes on, too.
+    """
+
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+    workdir: str | None = None
+    """Folder of the study; else runs/ablation-DATA-HASH, the same for the same options."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the study; absolute, for graphs name their priors by path."""
+        return Path(os.path.expanduser(self.workdir or ".")).absolute()
+
+    def folder_of(self, student: str) -> Path:
+        """Of the runs of one student."""
+        return self.folder / student
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds."""
+        return [self.seed + i for i in range(self.seeds)]
+
+    def represent(self, student: str, seed: int, aggregation: str) -> RepresentConfig:
+        """How a prior is made, `undecayed` being a fit without weight decay."""
+        shared = {
+            field.name: getattr(self, field.name)
+            for options in (Training, FitOptions, TeacherOptions)
+            for field in dataclasses.fields(options)
+        }
+        return RepresentConfig(
+            **shared
+            | {
+                "student": student,
+                "seed": seed,
+                "aggregation": aggregation,
+                **VARIANTS.get(aggregation, {}),
+                "prior_weight": self.prior_weight,
+                "prior_schedule": self.prior_schedule,
+                "compile_cache": self.compile_cache,
+                "workdir": str(self.folder_of(student) / "priors" / f"{aggregation}-{seed}"),
+            }
+        )
+
+    def training(self, seed: int, **changes: Any) -> TrainConfig:
+        """How an arm is trained."""
+        own = {"imports": self.imports, "compile_cache": self.compile_cache, "seed": seed}
+        return TrainConfig(**training_fields(self) | own | changes)
+
+
+def check(config: AblationConfig) -> None:
+    """Raises InputError for the first value that is out of range, before anything is loaded."""
+    at_least(config, 1, "seeds", most=MOST_SEEDS)
+    check_seeds(config.seed, config.seeds)
+    chosen(config.arms)
+    if not config.students or len(set(config.students)) < len(config.students):
+        raise InputError("students", list(config.students), "different models, at least one")
+    for i, student in enumerate(config.students):
+        check_model(student, f"students[{i}]")
+        representing.check(config.represent(student, config.seed, "fit"))
+    checked_temperature("temperature", config.temperature)
+    for field in ("attention_weight", "feature_weight"):
+        if not 0 < getattr(config, field) < float("inf"):
+            raise InputError(field, getattr(config, field), "a finite number above 0")
+        checked_number(field, getattr(config, field))
+    for share in config.reach:
+        if not 0 < share <= 1:
+            raise InputError("reach", share, "accuracies above 0, at most 1")
+
+
+def resolved(config: AblationConfig) -> dict[str, Any]:
+    """What determines the runs, as JSON; students, arms and seeds may become more."""
+    fields = dataclasses.asdict(config)
+    more = ("students", "arms", "seeds", "reach")
+    for field in ("workdir", "data_dir", "compile_cache", "teacher", *more):
+        del fields[field]
+    return json.loads(json.dumps(fields))
+
+
+def default_workdir(config: AblationConfig, facts: Mapping[str, Any]) -> Path:
+    """A folder's name from the same and the teacher: checksums in the place of paths.
+
+    Args:
+        config: without a workdir.
+        facts: `data_facts` of a user's own data, and the checksum of the `teacher` that is given.
+    """
+    fields = resolved(config)
+    data = {field: value for field, value in facts.items() if field == "data_facts"}
+    teacher = {"teacher": facts.get("teacher")}
+    keys = (digest(identity(fields | data) | teacher), digest(fields | {"teacher": config.teacher}))
+    name = f"ablation-{data_kind(config.data)}"
+    return place_of("runs", name, fields | data, keys, inner=config.students[0])
+
+
+def parse(arguments: list[str] | None = None) -> AblationConfig:
+    """The configuration of a command line (default: this process's)."""
+    arms = "\n".join(f"  {arm.name}: {arm.about}" for arm in ARMS.values())
+    epilog = f"Arms:\n{arms}\n\n{EXAMPLES}"
+    return command_line.parse(AblationConfig, "experiments.ablation", GROUPS, epilog, arguments)
+
+
+GROUPS = {
+    "teacher": "teacher",
+    "study": "students",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
+  python -m experiments.ablation --data cifar10 --train-limit 10000 \
+      --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
+      --epochs 20 --reach 0.4 0.5 0.55"""

@@ -1,0 +1,30 @@
+"""The folder of an ablation: its priors, the runs of its arms, and what came of them."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from experiments.runs.folder import Folder
+from experiments.runs.workdir import Workdir
+
+
+class AblationFolder(Folder):
+    """A study's folder.
+
+    `config.json` says what is studied; `priors/<aggregation>-<seed>/prior` have the priors,
+    `arms/<arm>/seed-<seed>` the runs; `results.json`, `results.md` and `curves.*` what came of the
+    seeds that all arms are done with.
+
+    Args:
+        path: of the folder; need not exist.
+    """
+
+    command = "experiments.ablation"
+    shapes: ClassVar = {"config.json": {"config": {}}, "results.json": {"entries": list}}
+
+    def run(self, arm: str, seed: int) -> Workdir:
+        """The run of an arm with a seed."""
+        return Workdir(self.path / "arms" / arm / f"seed-{seed}")
+
+    def graph_file(self, arm: str, seed: int) -> Path:
+        """The graph of that run, before the run begins."""
+        return self.path / "arms" / arm / f"seed-{seed}.json"

@@ -1,0 +1,96 @@
+"""What came of the arms' runs: numbers for `results.json`, from the files that the runs wrote."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.ablation.arms import Arm
+from experiments.comparison import Contender, compare
+from experiments.runs.workdir import Workdir
+from ktg_jax.errors import RunError
+from ktg_jax.priors import load_prior
+
+Record = dict[str, Any]
+Runs = Mapping[str, Sequence[Workdir]]
+"""The runs of each arm by its name, one a seed."""
+
+
+def results_of(
+    arms: Sequence[Arm], runs: Runs, seeds: Sequence[int], reach: Sequence[float]
+) -> Record:
+    """The content of `results.json`.
+
+    Args:
+        arms: that were run.
+        runs: finished, of each arm.
+        seeds: of the runs, in their order.
+        reach: accuracies.
+
+    Returns:
+        As `comparison.compare` returns it, the accuracies being those on the test images after the
+        last epoch; each entry with `about`, `epochs_to` (by accuracy in `reach`: with each seed the
+        first epoch in which the validation accuracy is no less, None if there is none),
+        `val_accuracy_by_epoch` (mean over seeds; None without validation images), `prior_kernels`
+        (the parameters that the prior speaks of; None without one) and `prior_distance_by_epoch`
+        (mean over seeds, a number for each of these).
+
+    Raises:
+        RunError: a run without a result on test images.
+    """
+    names = [arm.name for arm in arms]
+    contenders = [
+        Contender(
+            arm.name,
+            "arm",
+            runs[arm.name][0].graph,
+            baselines=tuple(name for name in arm.controls if name in names),
+        )
+        for arm in arms
+    ]
+    accuracies = {name: [final_accuracy(run) for run in runs[name]] for name in names}
+    results = compare(contenders, accuracies, seeds)
+    for arm, entry in zip(arms, results["entries"], strict=True):
+        targets = [[line["nodes"][0] for line in run.records()] for run in runs[arm.name]]
+        curves = [[node["val_accuracy"] for node in nodes] for nodes in targets]
+        entry["about"] = arm.about
+        entry["epochs_to"] = {
+            str(share): [first_epoch(curve, share) for curve in curves] for share in reach
+        }
+        entry["val_accuracy_by_epoch"] = _mean(curves)
+        prior = runs[arm.name][0].graph.nodes[0].prior
+        entry["prior_kernels"] = None if prior is None else list(load_prior(prior).paths)
+        distances = [[node.get("prior_distance") for node in nodes] for nodes in targets]
+        entry["prior_distance_by_epoch"] = _mean(distances)
+    return results
+
+
+def final_accuracy(run: Workdir) -> float:
+    """The target's, after the last epoch.
+
+    Raises:
+        RunError: the run is not finished, or the data has no test images.
+    """
+    result = run.result
+    if result is None or result["target"]["test_accuracy"] is None:
+        raise RunError(f"{run.path}: a run of the ablation has no result on the test images")
+    return result["target"]["test_accuracy"]
+
+
+def first_epoch(accuracies: Sequence[float | None], share: float) -> int | None:
+    """The first epoch, from 1, with at least that accuracy; None: none has.
+
+    >>> first_epoch([0.1, 0.5, 0.4], 0.4), first_epoch([0.1], 0.4), first_epoch([None], 0.4)
+    (2, None, None)
+    """
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        if accuracy is not None and accuracy >= share:
+            return epoch
+    return None
+
+
+def _mean(values: list[list[Any]]) -> list[Any] | None:
+    """The mean over the first axis, the runs; None where there are no numbers."""
+    if values[0][0] is None:
+        return None
+    return np.mean(np.array(values, np.float64), axis=0).tolist()

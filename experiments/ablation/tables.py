@@ -1,0 +1,134 @@
+"""The results of the ablation for people: Markdown for a file, a table for a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.runs.console import Table
+
+Record = dict[str, Any]
+
+
+def markdown(results: Record) -> str:
+    """The results as tables of GitHub's Markdown."""
+    seeds = ", ".join(map(str, results["seeds"]))
+    parts = [
+        f"Accuracy of the student on the test images after the last epoch, in per cent; seeds "
+        f"{seeds}.",
+        _table(*_accuracies(results)),
+    ]
+    if results["comparisons"]:
+        parts += [
+            "Differences, paired by seed, in percentage points; p of two-sided paired t-tests, "
+            f"corrected for all {results['num_tests']} by Holm's method.",
+            _table(*_differences(results)),
+        ]
+    parts += [
+        "Mean epoch in which a validation accuracy is first reached (in brackets: with how many "
+        "seeds it is, where not with all).",
+        _table(*_epochs(results)),
+    ]
+    if any(entry["prior_distance_by_epoch"] for entry in results["entries"]):
+        parts += [
+            "Distance from the prior, mean over seeds, a number for each kernel that it speaks of: "
+            "of each stage the last one, in the arm `layers` all.",
+            _table(*_distances(results)),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(results: Record) -> Table:
+    """The accuracies, and the differences from the first arm that each is compared with."""
+    shown = Table("arm", "", box=None)
+    for title in ("test", "difference", "from", "p (Holm)"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    first: dict[str, Record] = {}
+    for comparison in results["comparisons"]:
+        first.setdefault(comparison["entry"], comparison)
+    for entry in results["entries"]:
+        cells = ["-", "-", "-"]
+        if entry["name"] in first:
+            found = first[entry["name"]]
+            cells = [_points(found["difference"]), found["baseline"], _p_value(found["p_holm"])]
+        shown.add_row(entry["name"], entry["about"], _mean_and_std(entry), *cells)
+    return shown
+
+
+Titles = Sequence[str]
+Rows = list[list[str]]
+
+
+def _accuracies(results: Record) -> tuple[Titles, Rows]:
+    titles = ["arm", "what", "mean", *(f"seed {seed}" for seed in results["seeds"])]
+    return titles, [
+        [entry["name"], entry["about"], _mean_and_std(entry), *map(_per_cent, entry["accuracies"])]
+        for entry in results["entries"]
+    ]
+
+
+def _differences(results: Record) -> tuple[Titles, Rows]:
+    rows = []
+    for found in results["comparisons"]:
+        interval = "-"
+        if found["low"] is not None:
+            interval = f"{_points(found['low'])} to {_points(found['high'])}"
+        p_values = [_p_value(found[key]) for key in ("p", "p_holm")]
+        difference = _points(found["difference"])
+        rows.append([found["entry"], found["baseline"], difference, interval, *p_values])
+    return ["arm", "control", "difference", "95 % interval", "p", "p (Holm)"], rows
+
+
+def _epochs(results: Record) -> tuple[Titles, Rows]:
+    shares = list(results["entries"][0]["epochs_to"])
+    rows = [
+        [entry["name"], *(_mean_epoch(entry["epochs_to"][share]) for share in shares)]
+        for entry in results["entries"]
+    ]
+    return ["arm", *(f"{100 * float(share):g} %" for share in shares)], rows
+
+
+def _distances(results: Record) -> tuple[Titles, Rows]:
+    rows = []
+    for entry in results["entries"]:
+        by_epoch = entry["prior_distance_by_epoch"]
+        if by_epoch:
+            first, middle, last = (
+                ", ".join(f"{distance:.3f}" for distance in by_epoch[i])
+                for i in (0, len(by_epoch) // 2, -1)
+            )
+            rows.append([entry["name"], first, middle, last])
+    return ["arm", "first epoch", "half-way", "last epoch"], rows
+
+
+def _table(titles: Titles, rows: Rows) -> str:
+    """A Markdown table; numbers are aligned to the right."""
+    rule = ["---" if title in ("arm", "what", "control") else "---:" for title in titles]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, rule, *rows])
+
+
+def _mean_epoch(epochs: Sequence[int | None]) -> str:
+    reached = [epoch for epoch in epochs if epoch is not None]
+    if not reached:
+        return "-"
+    share = "" if len(reached) == len(epochs) else f" ({len(reached)})"
+    return f"{np.mean(reached):.1f}{share}"
+
+
+def _mean_and_std(entry: Record) -> str:
+    spread = "" if entry["std"] is None else f" ± {_per_cent(entry['std'])}"
+    return _per_cent(entry["mean"]) + spread
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f}"
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,181 @@
+"""What `experiments.represent` is asked to do: the command line's fields, and their checks."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ktg_jax as ktg
+import ktg_jax.models
+from experiments.represent.folder import PRIOR
+from experiments.represent.options import (
+    FitOptions,
+    StudentOptions,
+    TeacherOptions,
+    check_fit,
+)
+from experiments.runs import command_line
+from experiments.runs.config import TrainConfig, resolved
+from experiments.runs.folder import place_of
+from experiments.runs.identity import data_kind, identity
+from experiments.runs.options import (
+    DATA_AND_TRAINING,
+    Training,
+    check_training,
+    digest,
+    training_fields,
+)
+from ktg_jax.errors import InputError
+
+STUDENT = "student"
+"""The student's name in its graph: with the seed it determines the initial weights."""
+
+
+@dataclass(frozen=True)
+class _PriorOptions:
+    prior: Annotated[str | None, "DIR|FILE"] = None
+    """Take this prior and fit none: a file, or the folder that it is in (WORKDIR/prior of another
+    run). No teacher is needed then. Without it one is made."""
+    aggregation: Literal["fit", "svd", "cluster", "layers"] = "fit"
+    """fit: a downscaling layer for each stage of the teacher, fitted on the training images; svd,
+    cluster: the teacher's own kernels, stage by stage, reduced by truncated SVD or by clustering;
+    layers: no aggregation, one of the teacher's layers for each of the student's, by SVD."""
+    prior_weight: float = 1.0
+    """Of the prior's loss beside the cross-entropy; 0: the prior only says how the student begins,
+    with --prior-matching initialise."""
+    prior_quantile: float = 0.7
+    """Share of the prior's gradient, the smallest entries, that is cut off; 0 to 1."""
+    prior_schedule: Literal["linear", "constant"] = "linear"
+    """linear: the weight falls to 0 over the training; constant: it stays."""
+    prior_matching: Literal["initialise", "assignment", "none"] = "initialise"
+    """initialise: the student starts from the prior; assignment: the prior's filters are assigned
+    to those that the student starts from; none: filter i speaks of filter i."""
+
+
+@dataclass(frozen=True)
+class RepresentConfig(  # the last's fields come first
+    Training, FitOptions, _PriorOptions, StudentOptions, TeacherOptions
+):
+    """Train a student with prior knowledge from a teacher's parameters (Knowledge Representing).
+
+    The teacher's stages are aggregated into a prior, kernels of the student's shape; the student is
+    then trained with it as by experiments.train, whose files the workdir has, next to prior/.
+    Running the same command again goes on where it stopped.
+    """
+
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+    workdir: str | None = None
+    """Folder of the run; else runs/represent-DATA-STUDENT-HASH, the same for the same options."""
+    resume: bool = True
+    """Go on with what the folder holds. --no-resume: start over, prior included; the former run is
+    kept beside it under another name."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (extra: tensorboard)."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run; absolute, for a graph names its prior by its path."""
+        return Path(os.path.expanduser(self.workdir or ".")).absolute()
+
+    @property
+    def prior_path(self) -> Path:
+        """Where the student's prior is, or will be."""
+        given = os.path.expanduser(self.prior or "")
+        return Path(given).absolute() if self.prior else self.folder / PRIOR
+
+    def graph(self) -> ktg.Graph:
+        """The student alone, with its prior.
+
+        Raises:
+            InputError: an option of the prior is out of range.
+        """
+        options = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name.startswith("prior_")
+        }
+        try:
+            node = ktg.Node(self.student, STUDENT, prior=str(self.prior_path), **options)
+            return ktg.graphs.independent([node])
+        except InputError as error:
+            field = error.field.removeprefix("nodes[0].")
+            raise InputError(field, error.value, error.allowed) from None
+
+    def training(self, **changes: Any) -> TrainConfig:
+        """The training of the student, or, with changes, of another network in the same way."""
+        fields = training_fields(self) | {
+            "imports": self.imports,
+            "compile_cache": self.compile_cache,
+            "tensorboard": self.tensorboard,
+            "workdir": str(self.folder),
+        }
+        return TrainConfig(**fields | changes)
+
+
+def check(config: RepresentConfig) -> None:
+    """Raises InputError for the first value that is out of range, before anything is loaded."""
+    check_training(config)
+    ktg.models.check_model(config.student, "student")
+    config.graph()
+    check_fit(config)
+    default = RepresentConfig()
+    if config.prior is not None:
+        _check_left_out(config, default, "a prior", "teacher", "teacher_model", "student_layers")
+    if config.teacher is not None:
+        _check_left_out(config, default, "a teacher", "teacher_model")
+    elif config.prior is None:
+        ktg.models.check_model(config.teacher_model, "teacher_model")
+
+
+def _check_left_out(
+    config: RepresentConfig, default: RepresentConfig, given: str, *fields: str
+) -> None:
+    for field in fields:
+        if getattr(config, field) != getattr(default, field):
+            raise InputError(field, getattr(config, field), f"nothing, for {given} is given")
+
+
+def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
+    """A folder's name from the options that determine the run: checksums in the place of paths.
+
+    Args:
+        config: without a workdir.
+        facts: `data_facts` of a user's own data, and checksums of the `teacher` and the `prior`
+            that are given.
+    """
+    fields = dataclasses.asdict(config)
+    for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache"):
+        del fields[field]
+    name = f"represent-{data_kind(config.data)}-{config.student}"
+    keys = (digest(identity({**fields, **facts})), digest(fields))
+    data = {field: value for field, value in facts.items() if field == "data_facts"}
+    return place_of("runs", name, resolved(config.training(), config.graph()) | data, keys)
+
+
+def parse(arguments: list[str] | None = None) -> RepresentConfig:
+    """The configuration of a command line (default: this process's)."""
+    return command_line.parse(RepresentConfig, "experiments.represent", GROUPS, EXAMPLES, arguments)
+
+
+GROUPS = {
+    "teacher": "teacher",
+    "student": "student",
+    "prior": "prior",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.represent
+  python -m experiments.represent --teacher runs/teacher --student resnet8 \
+      --data cifar10 --epochs 60 --workdir runs/student
+  python -m experiments.represent --teacher runs/dml:resnet32-1 \
+      --aggregation svd --data cifar100 --prior-quantile 0.9 \
+      --prior-schedule constant
+  python -m experiments.represent --prior runs/student/prior --prior-weight 0 \
+      --data cifar10"""

@@ -1,0 +1,1 @@
+"""What every command shares: options, the folder of a run, and how a command ends."""

@@ -1,0 +1,121 @@
+"""The networks of a graph, built for the data and the devices, and found fit for them."""
+
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import ktg_jax as ktg
+from experiments.runs.config import TrainConfig
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.errors import InputError, part_of
+from ktg_jax.models import check_network
+from ktg_jax.models.returned import errors_of
+from ktg_jax.priors import load_readers, projected
+from ktg_jax.training.loop import evaluation_batch_size
+
+
+def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> ktg.Parallel:
+    """How the devices (default: all of this process's) are used."""
+    return ktg.Parallel(config.parallel, devices or jax.local_devices())
+
+
+def node_functions(
+    config: TrainConfig, graph: ktg.Graph, dataset: Dataset, parallel: ktg.Parallel
+) -> list[ktg.NodeFns]:
+    """Each node's functions; the stages of a node with a projection are as the others see them.
+
+    Raises:
+        InputError: a model that cannot be made, or not in bfloat16.
+    """
+    node_fns = []
+    for i, node in enumerate(graph.nodes):
+        with part_of(f"nodes[{i}].model"):
+            fns = _build(config, node.model, dataset, parallel)
+        with part_of(f"nodes[{i}].projection"):
+            seen = node.projection
+            node_fns.append(fns if seen is None else projected(fns, load_readers(seen)))
+    return node_fns
+
+
+def check_networks(
+    config: TrainConfig,
+    graph: ktg.Graph,
+    dataset: Dataset,
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
+    """Raises InputError unless the nodes' networks can be trained on the data; computes nothing."""
+    for i, node in enumerate(graph.nodes):
+        with errors_of(f"node {node.name}"):
+            check_models(config, {f"nodes[{i}].model": node.model}, dataset, devices)
+    if graph.edge_arrays.needs_stages:
+        node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
+        images = jnp.zeros((1, *dataset.image_shape))
+        jax.eval_shape(functools.partial(_losses, graph, node_fns), jax.random.key(0), images)
+
+
+def check_models(
+    config: TrainConfig,
+    models: Mapping[str, str],
+    dataset: Dataset,
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
+    """Raises InputError unless these models can be trained on the data; computes nothing.
+
+    Args:
+        config: of their training.
+        models: their names, by what an error calls each.
+        dataset: to train on.
+        devices: to train on (default: all of this process's).
+    """
+    parallel = parallel_of(config, devices)
+    mapped, number = parallel.axis_name, len(parallel.devices)
+    for field, model in models.items():
+        try:
+            fns = _build(config, model, dataset, parallel)
+        except InputError as error:
+            raise InputError(field, error.value, error.allowed) from error.__cause__
+        is_hashable = all(isinstance(each, Hashable) for each in (fns.init, fns.apply, fns.stages))
+        check = _check if is_hashable else _check.__wrapped__
+        check(
+            fns,
+            model,
+            num_classes=dataset.num_classes,
+            image_shape=dataset.image_shape,
+            batch_size=max(config.batch_size // (number if mapped else 1), 1),
+            evaluation_size=evaluation_batch_size(
+                dataset.image_shape, parallel.devices[0].platform
+            ),
+            axis=(mapped, number) if mapped else None,
+            field=field,
+        )
+
+
+_check = functools.lru_cache(maxsize=256)(check_network)
+"""Each network once, though it is in graph after graph."""
+
+
+def _build(
+    config: TrainConfig, model: str, dataset: Dataset, parallel: ktg.Parallel
+) -> ktg.NodeFns:
+    dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
+    axis_name = parallel.axis_name
+    return ktg.build_model(model, dataset.num_classes, dtype=dtype, axis_name=axis_name)
+
+
+def _losses(
+    graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], rng: jax.Array, images: jax.Array
+) -> Any:
+    """What the edges make of what the nodes put out, stages included."""
+    outputs: list[Any] = []
+    for i, fns in enumerate(node_fns):
+        node = *fns.init(rng, images), images
+        try:
+            outputs.append(ktg.node_forward(*node, fns=fns, frozen=True, with_stages=True)[0])
+        except InputError as error:
+            name = f"{error.field} of nodes[{i}]"
+            raise InputError(name, error.value, error.allowed) from None
+    labels = jnp.zeros(len(images), jnp.int32)
+    return ktg.graph_gradients(outputs, labels, graph.edge_arrays, 1.0)

@@ -1,0 +1,96 @@
+"""Networks trained alone, once for each setting, to be the frozen nodes of many graphs.
+
+A frozen node whose weights are `pretrained` is trained first, alone, on the same data and in the
+same way as the graph that it is for. The run is kept in the user's cache, under a name made of
+everything that it depends on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ktg_jax as ktg
+from experiments.runs.assemble import data_facts
+from experiments.runs.config import PRETRAINED, TrainConfig, build_graph, resolved, with_weights
+from experiments.runs.folder import place_of
+from experiments.runs.identity import identity
+from experiments.runs.locks import lock_if_possible
+from experiments.runs.options import digest
+from experiments.runs.workdir import Workdir
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.io.files import cache_folder
+
+Train = Callable[[TrainConfig, Dataset], Any]
+
+
+def locate_pretrained(
+    graph: ktg.Graph, config: TrainConfig, dataset: Dataset, train: Train
+) -> ktg.Graph:
+    """The graph with the folders of runs in place of `pretrained`; trains those that are missing.
+
+    Args:
+        graph: of the run.
+        config: of the run, which says how its networks are trained.
+        dataset: of the run; its test images are not used.
+        train: trains a configuration on a data set.
+
+    Raises:
+        RunError: the training fails.
+    """
+    models = dict.fromkeys(node.model for node in graph.nodes if node.weights == PRETRAINED)
+    found = {model: trained_alone(model, config, dataset, train) for model in models}
+    return with_weights(
+        graph,
+        lambda _, node: str(found[node.model]) if node.weights == PRETRAINED else node.weights,
+    )
+
+
+def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Train) -> Path:
+    """The folder of the run of one network; makes the run if it is not there.
+
+    Args:
+        model: the network.
+        config: says how it is trained.
+        dataset: to train on; its test images are not used.
+        train: trains a configuration on a data set.
+
+    Raises:
+        RunError: the training fails.
+    """
+    alone = dataclasses.replace(
+        config,
+        graph="independent",
+        models=(model,),
+        weights=(),
+        temperature=None,
+        prune=False,
+        resume=True,
+        tensorboard=False,
+    )
+    dataset = dataclasses.replace(dataset, test=None)
+    facts = data_facts(dataset)
+    fields = resolved(alone, build_graph(alone))
+    known = fields | {"data_facts": facts}
+    formerly = fields | {"data_facts": {field: facts[field] for field in _FORMER_FACTS}}
+    keys = [digest(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
+    path = place_of(cache_folder() / PRETRAINED, model, known, keys)
+    if Workdir(path).result is None:
+        with _turn(path.with_name(f"{path.name}.lock")):
+            if Workdir(path).result is None:  # by who had the turn before
+                train(dataclasses.replace(alone, workdir=str(path)), dataset)
+    return path
+
+
+_FORMER_FACTS = ("classes", "image_shape", "train", "val", "test", "train_crc32")
+"""What the name was made of when there were no other checksums."""
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Waits until no other process makes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        lock_if_possible(file, wait=True)
+        yield

@@ -1,0 +1,216 @@
+"""What a search is asked to do: the command line's fields, and their checks."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+import ktg_jax as ktg
+from experiments.runs import command_line
+from experiments.runs.config import TrainConfig
+from experiments.runs.folder import place_of
+from experiments.runs.identity import data_kind, identity, without_facts
+from experiments.runs.options import (
+    DATA_AND_TRAINING,
+    MOST_SEEDS,
+    Training,
+    at_least,
+    check_seeds,
+    check_training,
+    digest,
+    training_fields,
+    with_tuples,
+)
+from ktg_jax.data.sources import has_val_images
+from ktg_jax.errors import InputError
+
+MOST_WORKERS = 1000
+MOST_HEARTBEAT = 86_400
+"""Seconds; after three of them a dead worker's trial is run again."""
+
+Pruner = Literal["asha", "patient", "hyperband", "none"]
+
+
+@dataclass(frozen=True)
+class _SpaceOptions:
+    nodes: int = 3
+    """Nodes of a graph, 1 to 7, the target included."""
+    target: Annotated[str, "MODEL"] = "cnn"
+    """Model of the target, node 0."""
+    candidates: Annotated[tuple[str, ...], "MODEL"] = ("cnn", "resnet8")
+    """Models that each other node is chosen from."""
+    gates: Annotated[tuple[str, ...], "GATE"] = ktg.GATES[:4]
+    """Gates that each edge is chosen from."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Temperatures that a graph's transfer edges are chosen from."""
+    allow_large: bool = False
+    """Accept more than 7 nodes."""
+    imports: Annotated[tuple[str, ...], "MODULE"] = ()
+    """Python modules to import first, such as those that call ktg_jax.register_model."""
+
+    trials: int = 30
+    """Trials in all, the baselines, pruned and equivalent ones included."""
+    timeout: float | None = None
+    """Seconds after which no further trial begins; else there is no end to them."""
+    workers: int = 2
+    """Processes that train, each on its share of the cores, or on one accelerator."""
+    sampler: Literal["random", "tpe"] = "random"
+    """How graphs are drawn: uniformly, or by a tree-structured Parzen estimator."""
+    pruner: Pruner = "asha"
+    """How trials are stopped early: asha (rungs at epochs 1, 2, 4, ...), patient (the same from
+    --patience of the training on), hyperband, or none."""
+    min_epochs: int = 1
+    """No trial is pruned before this epoch."""
+    patience: float = 0.5
+    """Share of the training after which the first rung of the pruner patient comes."""
+    duplicates: Literal["reuse", "retrain"] = "reuse"
+    """Equivalent graphs: use the earlier trial's values, or train again with another seed."""
+    baselines: bool = True
+    """Begin with independent, mutual and distillation."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(Training, _SpaceOptions):  # the fields of the last come first
+    """Search for the knowledge transfer graph that makes its target best.
+
+    The best graphs are then trained again on all training images, next to independent training,
+    mutual learning of the same nodes and distillation, and only then is the test set read.
+    Running the same command again goes on where it stopped; with more --trials it goes on, too.
+    """
+
+    val_fraction: float = 0.2
+    """Share of the training images held out, by which graphs are compared (stratified). Not used
+    where the data has validation images of its own."""
+
+    retrain_top: int = 2
+    """How many of the best graphs are trained again in the end; 0: none, and no test set."""
+    retrain_seeds: int = 3
+    """With how many seeds, --seed and those after it; graphs are paired by seed."""
+    retrain_epochs: int | None = None
+    """Epochs of that training; else --epochs."""
+
+    workdir: str | None = None
+    """Folder of the search; else runs/search-DATA-HASH, the same for the same options, or
+    runs/search-DATA-HASH-STUDY with --study."""
+    storage: Annotated[str | None, "URL"] = None
+    """Where the trials are: sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE for workers
+    on many machines; else study.db in the workdir."""
+    study: Annotated[str | None, "NAME"] = None
+    """Name of the study in the storage; else search-DATA-HASH."""
+    heartbeat: float = 20
+    """Seconds between a worker's heartbeats; silent for three, its trial is run by another."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for the other workers and searches."""
+
+    def space(self) -> ktg.SearchSpace:
+        """The graphs that are searched."""
+        return ktg.SearchSpace(
+            self.nodes,
+            self.target,
+            self.candidates if self.nodes > 1 else (),
+            gates=self.gates,
+            temperatures=self.temperatures,
+            allow_large=self.allow_large,
+        )
+
+    def training(self, **changes: Any) -> TrainConfig:
+        """The training of one graph, node by node: what was compiled serves every graph."""
+        fields = training_fields(self) | {"imports": self.imports, "engine": "per_node"} | changes
+        return TrainConfig(**fields)
+
+
+def check(config: SearchConfig) -> ktg.SearchSpace:
+    """Raises InputError for the first value that is out of range; returns the space."""
+    check_training(config)
+    at_least(config, 1, "trials", "min_epochs", "retrain_epochs")
+    at_least(config, 1, "workers", most=MOST_WORKERS)
+    at_least(config, 0, "retrain_top")
+    if config.retrain_top:
+        at_least(config, 1, "retrain_seeds", most=MOST_SEEDS)
+    check_seeds(config.seed, max(config.trials, config.retrain_seeds))
+    if config.min_epochs > config.epochs:
+        raise InputError("min_epochs", config.min_epochs, f"1 to epochs ({config.epochs})")
+    if not 0 <= config.patience <= 1:
+        raise InputError("patience", config.patience, "a share of the epochs, 0 to 1")
+    if config.val_fraction == 0 and not has_val_images(config.data):
+        allowed = "above 0: graphs are compared on validation images"
+        raise InputError("val_fraction", config.val_fraction, allowed)
+    if config.timeout is not None and not config.timeout > 0:
+        raise InputError("timeout", config.timeout, "a number of seconds above 0")
+    if not (math.isfinite(config.heartbeat) and config.heartbeat > 0):
+        raise InputError("heartbeat", config.heartbeat, "a number of seconds above 0")
+    at_least(config, 0, "heartbeat", most=MOST_HEARTBEAT)
+    try:
+        return config.space()
+    except InputError as error:
+        if error.field != "num_nodes":
+            raise
+        allowed = error.allowed.replace("allow_large=True", "--allow-large")
+        raise InputError("nodes", config.nodes, allowed) from None
+
+
+def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:
+    """What determines the trials, as JSON; searches that agree in it are the same search."""
+    training = training_fields(config)
+    del training["data_dir"]
+    how = ("imports", "sampler", "pruner", "min_epochs", "patience", "duplicates", "baselines")
+    fields = {"space": space.describe(), "training": training}
+    return json.loads(json.dumps(fields | {name: getattr(config, name) for name in how}))
+
+
+def default_name(config: SearchConfig, fields: Mapping[str, Any]) -> str:
+    """A study's name from what determines the search."""
+    return f"search-{data_kind(config.data)}-{digest(identity(fields))}"
+
+
+def default_workdir(config: SearchConfig, fields: Mapping[str, Any]) -> Path:
+    """A folder's name from the same, and from the study's where one is given.
+
+    Args:
+        config: of the search.
+        fields: `resolved`; for a user's own data, with its checksums.
+
+    >>> default_workdir(SearchConfig(study="a/b"), {}).name
+    'search-digits-44136fa3-a%2Fb'
+    """
+    study = f"-{quote(config.study, safe='')}" if config.study else ""
+    keys = [f"{digest(k)}{study}" for k in (identity(fields), without_facts(fields))]
+    return place_of("runs", f"search-{data_kind(config.data)}", fields, keys)
+
+
+def parse(arguments: list[str] | None = None) -> SearchConfig:
+    """The configuration of a command line (default: this process's)."""
+    return command_line.parse(SearchConfig, "experiments.search", GROUPS, EXAMPLES, arguments)
+
+
+def to_json(config: SearchConfig) -> str:
+    """The configuration for a worker."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def from_json(text: str) -> SearchConfig:
+    """The inverse of `to_json`."""
+    return SearchConfig(**with_tuples(json.loads(text)))
+
+
+GROUPS = {
+    "graph": "nodes",
+    "search": "trials",
+    **DATA_AND_TRAINING,
+    "ending": "retrain_top",
+    "folder": "workdir",
+    "speed": "compile_cache",
+}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.search
+  python -m experiments.search --target resnet8 --candidates resnet8 resnet20 \
+      --data cifar10 --train-limit 5000 --image-size 16 --epochs 8 --trials 60
+  python -m experiments.search --target resnet32 \
+      --candidates resnet32 resnet110 wrn28_2 --data cifar100 --epochs 200 \
+      --trials 1500 --pruner patient --workers 8 --study cifar100 \
+      --storage postgresql+psycopg://me@db.example.org/studies"""

@@ -1,0 +1,259 @@
+"""A search from its options to its results: checked, begun or resumed, run, and ended fairly."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from rich.console import Console
+
+import ktg_jax as ktg
+from experiments.runs import cli
+from experiments.runs.assemble import check_steps, data_facts, load, without_test
+from experiments.runs.console import busy
+from experiments.runs.identity import is_own
+from experiments.runs.networks import check_models
+from experiments.runs.options import import_modules
+from experiments.runs.process import check_platform
+from experiments.search.config import (
+    SearchConfig,
+    check,
+    default_name,
+    default_workdir,
+    resolved,
+)
+from experiments.search.database import (
+    absolute,
+    explained_outage,
+    sqlite_file,
+    without_password,
+)
+from experiments.search.display import SearchDisplay, count
+from experiments.search.engine import optuna
+from experiments.search.folder import SearchFolder, load_search
+from experiments.search.pictures import Pictures
+from experiments.search.records import TrialRecord
+from experiments.search.storage import Storage, Turn, open_storage
+from experiments.search.study import (
+    Trials,
+    begin_study,
+    check_study,
+    is_counted,
+    note_death,
+    records,
+    run_all_again,
+)
+from experiments.search.team import Team, orders_for
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.data.sources import has_test_images
+from ktg_jax.errors import InputError
+
+_POLL_SECONDS = 1.0
+_LEAST_FREE_BYTES = 100 * 2**20
+_DATABASE = ("study.db", "study.db.lock")
+"""What a storage adds to the folder of a search."""
+
+
+def search(config: SearchConfig, console: Console) -> None:
+    """Searches, or goes on searching, and ends fairly.
+
+    Raises:
+        InputError: bad input, found before anything is computed or written.
+        RunError: the search cannot go on.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    import_modules(config.imports)
+    check_platform()
+    space = check(config)
+    with busy(console, "Preparing convolutions"):
+        ktg.cpu_convolution()
+    fields = resolved(config, space)
+    dataset = None
+    if config.workdir is None and is_own(config.data):
+        dataset = _loaded(config)  # for the folder's name
+        fields |= {"data_facts": without_test(data_facts(dataset))}
+    folder = SearchFolder(config.workdir or default_workdir(config, fields))
+    folder.check(fields)
+    dataset = dataset or _loaded(config)
+    setting = fields | {"data_facts": without_test(data_facts(dataset))}
+    name = config.study or folder.study or default_name(config, setting)
+
+    url = folder.own_storage if config.storage is None else absolute(config.storage)
+    kept = None if config.storage is None else without_password(url)
+    _check_space_left(folder)
+    opened = None if folder.exists else _opened(url, name, setting, config)
+    words = [word.replace(str(config.storage), str(kept)) for word in sys.argv[1:]]
+    with (
+        folder.begun_search(setting, name, kept, config.data_dir, words) as added,
+        explained_outage(url),
+    ):
+        with _nothing_left(folder.path, added):
+            storage = opened or open_storage(url, config.heartbeat)
+            with Turn(url, name):
+                study = begin_study(storage, name, config, space, setting)
+                run_all_again(study, folder.owner)
+        cli.say(
+            console,
+            f"Searching in {folder.path}: {_many(space.size())} graphs of {space.num_nodes} nodes, "
+            f"{config.trials} trials of {config.epochs} epochs, {config.workers} workers on "
+            f"{len(dataset.train)} training and {len(dataset.val or ())} validation images "
+            f"({dataset.name}).",
+        )
+        _run(config, console, folder, study, url)
+        if config.retrain_top:
+            from experiments.search.ending import finish  # SciPy's tests take long to import
+
+            finish(load_search(folder.path, url), folder, config, console)
+        cli.say(
+            console,
+            f"python -m experiments.report {quote(str(folder.path))} makes the report.",
+        )
+
+
+def _loaded(config: SearchConfig) -> Dataset:
+    """The data, without its test images, found fit for the trials and the fair ending."""
+    dataset = load(config, with_test=False)
+    check_steps(config, dataset)
+    if config.retrain_epochs is not None:
+        check_steps(config, dataset, "retrain_epochs")
+    candidates = config.space().candidates
+    models = {f"candidates[{i}]": model for i, model in enumerate(candidates)}
+    check_models(config.training(), {"target": config.target, **models}, dataset)
+    if config.retrain_top and not has_test_images(config.data):
+        allowed = "0, for the data has no test images"
+        raise InputError("retrain_top", config.retrain_top, allowed)
+    return dataset
+
+
+def _opened(
+    url: str, name: str, setting: Mapping[str, Any], config: SearchConfig
+) -> Storage | None:
+    """The storage that was given, if it is there already, found fit for this search.
+
+    To be called before the folder is written, which would tie the search to this storage.
+
+    Raises:
+        InputError: it cannot be used, or the study in it is of another search.
+    """
+    file = sqlite_file(url)
+    if config.storage is None or (file is not None and not file.is_file()):
+        return None
+    storage = open_storage(url, config.heartbeat)
+    with explained_outage(url):
+        check_study(storage, name, setting)
+    return storage
+
+
+def _many(number: int) -> str:
+    """A number in digits, or where these are no help its magnitude.
+
+    >>> _many(2322432), _many(4**100)
+    ('2322432', 'about 10^60')
+    """
+    if number < 10**40:
+        return str(number)
+    return f"about 10^{round((number.bit_length() - 1) * math.log10(2))}"
+
+
+def _names(folder: Path) -> set[str] | None:
+    """What is in a folder; None: it is not there."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else None
+
+
+@contextmanager
+def _nothing_left(folder: Path, added: Sequence[str]) -> Iterator[None]:
+    """Takes away what was added to the folder, which is kept, where the search cannot be begun.
+
+    Else the folder would refuse the command that was put right.
+    """
+    before = set(os.listdir(folder))
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first reason counts
+            for name in (*added, *(set(_DATABASE) - before)):
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _run(
+    config: SearchConfig,
+    console: Console,
+    folder: SearchFolder,
+    study: optuna.Study,
+    url: str,
+) -> None:
+    """Runs trials until there are as many as asked for, or time is up."""
+    watched = _Watched(study)
+    trials, known = watched.read()
+    display = SearchDisplay(config.trials, config.epochs, console)
+    display.update(known)
+    pictures = Pictures(study, folder.artifacts, folder.owner, console)
+    if sum(map(is_counted, trials)) < config.trials:
+        deadline = None if config.timeout is None else time.time() + config.timeout
+        orders = orders_for(
+            config,
+            folder.owner,
+            storage=url,
+            study=study.study_name,
+            artifacts=str(folder.artifacts.absolute()),
+            deadline=deadline,
+        )
+
+        def on_death(worker: str, signal: int) -> int:
+            with Turn(url, study.study_name):
+                return note_death(study, worker, signal)
+
+        try:
+            with display, Team(orders, folder.logs, on_death) as team:
+                while team.is_at_work():
+                    trials, known = watched.read()
+                    display.update(known)
+                    pictures.draw_one(trials)
+                    time.sleep(_POLL_SECONDS)
+                display.update(watched.read()[1])
+        except BaseException:
+            # Where this fails, too, the first reason counts: the next command does it again.
+            with suppress(InputError), explained_outage(url):
+                # Anew: an interrupt may have left the study's session in the midst of a commit.
+                storage = open_storage(url, config.heartbeat)
+                left = optuna.load_study(study_name=study.study_name, storage=storage)
+                with Turn(url, study.study_name):
+                    run_all_again(left, folder.owner)
+            raise
+    trials, known = watched.read()
+    pictures.draw_all(trials)
+    counts = count(known)
+    counts.pop("running")
+    numbers = ", ".join(f"{number} {state}" for state, number in counts.items())
+    cli.say(console, f"Trials: {numbers}.")
+
+
+class _Watched:
+    """The trials of a study as they stand; what is known of one that has ended is read once."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._ended: dict[int, TrialRecord] = {}
+
+    def read(self) -> tuple[Trials, list[TrialRecord]]:
+        """All trials, and what is known of those that do not wait."""
+        trials = self._study.get_trials(deepcopy=False)
+        new = records([trial for trial in trials if trial.number not in self._ended])
+        known = self._ended | {record.number: record for record in new}
+        self._ended = {t.number: known[t.number] for t in trials if t.state.is_finished()}
+        return trials, [known[number] for number in sorted(known)]
+
+
+def _check_space_left(folder: SearchFolder) -> None:
+    above = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    free = shutil.disk_usage(above).free
+    if free < _LEAST_FREE_BYTES:
+        allowed = f"a disk with {_LEAST_FREE_BYTES >> 20} MiB free ({free >> 20} MiB are)"
+        raise InputError("workdir", str(folder.path), allowed)

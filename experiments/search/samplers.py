@@ -1,0 +1,162 @@
+"""Optuna samplers that draw whole, valid graphs (extra: search).
+
+A trial's random numbers depend on the seed and the trial's number alone. So worker processes that
+share a study and a seed never draw by the same numbers, and together draw what one would.
+"""
+
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+
+from experiments.search.engine import optuna
+from ktg_jax.errors import InputError
+from ktg_jax.graph.graph import Graph
+from ktg_jax.space import SearchSpace, draw
+
+Distributions = dict[str, optuna.distributions.BaseDistribution]
+
+
+def make_sampler(name: str, space: SearchSpace, seed: int) -> "GraphSampler":
+    """A sampler by name.
+
+    Args:
+        name: `random` (the papers': uniform over the valid graphs) or `tpe`.
+        space: what the study's trials choose from, by `suggest_graph`.
+        seed: 0 or above.
+
+    Raises:
+        InputError: no such sampler, or a bad seed.
+
+    >>> sampler = make_sampler("random", SearchSpace(2, "cnn", ("resnet8", "cnn")), seed=0)
+    >>> isinstance(sampler, optuna.samplers.BaseSampler)
+    True
+    """
+    if name not in _SAMPLERS:
+        raise InputError("sampler", name, ", ".join(_SAMPLERS))
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError("seed", seed, "an integer, 0 or above")
+    return _SAMPLERS[name](space, seed)
+
+
+def suggest_graph(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Graph:
+    """The trial's graph: each choice of the space is one of the trial's categorical parameters.
+
+    A graph is enqueued as `study.enqueue_trial(space.parameters(graph))`.
+
+    Args:
+        trial: of a study with a sampler of `make_sampler`; another sampler may draw invalid graphs.
+        space: the space of that sampler.
+
+    Raises:
+        InputError: the trial's parameters, enqueued or drawn by another sampler, make no valid
+            graph.
+
+    >>> space = SearchSpace(1, "cnn", (), gates=("linear",))
+    >>> trial = optuna.trial.FixedTrial({"gate.0.0": "linear", "temperature": 1.0})
+    >>> suggest_graph(trial, space).gates
+    (('linear',),)
+    """
+    choices = space.choices()
+    return space.graph({name: trial.suggest_categorical(name, choices[name]) for name in choices})
+
+
+class GraphSampler(optuna.samplers.BaseSampler):
+    """Draws all of a graph's parameters together: uniformly over the space's valid graphs.
+
+    Parameters that a trial was enqueued with stay; the rest is drawn so that the graph is valid.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> Distributions:
+        """The choices of the space that are choices: those of more than one value."""
+        return {
+            name: optuna.distributions.CategoricalDistribution(allowed)
+            for name, allowed in self._space.choices().items()
+            if len(allowed) > 1
+        }
+
+    def sample_relative(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: Distributions
+    ) -> dict[str, Any]:
+        """A graph's parameters, those that the search space asks for."""
+        rng = np.random.default_rng([self._seed, trial.number])
+        drawn = self._draw(study, trial, search_space, rng)
+        given = trial.params | trial.system_attrs.get("fixed_params", {})
+        parameters = _with_a_heard_edge(self._space, drawn, given, rng)
+        return {name: parameters[name] for name in search_space}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        param_name: str,
+        param_distribution: optuna.distributions.BaseDistribution,
+    ) -> Any:
+        """Draws a parameter that is none of the graph's uniformly."""
+        rng = np.random.default_rng([self._seed, trial.number, zlib.crc32(param_name.encode())])
+        return optuna.samplers.RandomSampler(seed=_legacy_seed(rng)).sample_independent(
+            study, trial, param_name, param_distribution
+        )
+
+    def _draw(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: Distributions,
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        return self._space.parameters(self._space.sample(rng))
+
+
+class TPEGraphSampler(GraphSampler):
+    """Optuna's tree-structured Parzen estimator, over all parameters jointly.
+
+    Its first 10 graphs are uniform. What other workers are at counts as bad (`constant_liar`), so
+    that they do not all try the same. Where the target would hear nobody, its gates are drawn anew,
+    uniformly among the valid rows.
+    """
+
+    def _draw(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: Distributions,
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        uniform = super()._draw(study, trial, search_space, rng)
+        with warnings.catch_warnings():  # in Optuna 4 these options are still experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # The estimator is made of the study's trials; only random numbers would be kept in it.
+            tpe = optuna.samplers.TPESampler(
+                seed=_legacy_seed(rng), multivariate=True, constant_liar=True, n_startup_trials=10
+            )
+        return uniform | tpe.sample_relative(study, trial, search_space)
+
+
+_SAMPLERS: dict[str, type[GraphSampler]] = {"random": GraphSampler, "tpe": TPEGraphSampler}
+
+
+def _with_a_heard_edge(
+    space: SearchSpace,
+    parameters: dict[str, Any],
+    given: dict[str, Any],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The parameters and the given ones, the target's free gates redrawn until it hears someone."""
+    parameters = parameters | {name: given[name] for name in parameters if name in given}
+    free = dict.fromkeys((name for name in space.target_row() if name not in given), space.gates)
+    while free and not space.hears(parameters):
+        parameters |= draw(free, rng)
+    return parameters
+
+
+def _legacy_seed(rng: np.random.Generator) -> int:
+    """A seed as Optuna takes it, of 32 bits."""
+    return int(rng.integers(2**32))

@@ -1,0 +1,93 @@
+"""A trial: one graph, trained as far as it is needed to know how good its target gets."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+
+import ktg_jax as ktg
+from experiments.runs.assemble import Run, assemble
+from experiments.runs.config import TrainConfig, with_pretrained
+from experiments.runs.console import make_console
+from experiments.runs.pretrained import locate_pretrained
+from experiments.train import train
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.training.engines import make_per_node_evaluator
+from ktg_jax.training.loop import evaluation_batch_size, train_epochs
+from ktg_jax.training.state import GraphState
+
+_FROZEN_COST = 1 / 3
+"""Of a forward pass against a whole step."""
+
+
+class Trainer:
+    """Trains graph after graph on data that is loaded once, with programs compiled once a model.
+
+    Args:
+        config: of the training; its graph does not count.
+        dataset: with validation images.
+        device: to train on.
+
+    Attributes:
+        node_epochs: compute spent by the last `epochs`: nodes times epochs, a frozen node's a
+            third.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: jax.Device) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self.node_epochs = 0.0
+
+    def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
+        """Trains the graph, as far as it matters for its target, as one asks for epochs.
+
+        Frozen nodes are trained alone first, unless that was done before.
+
+        Args:
+            graph: of which the nodes that the target needs are trained.
+            seed: of the initial weights and the data.
+
+        Yields:
+            The epoch, from 1, and the target's validation accuracy after it.
+
+        Raises:
+            RunError: a loss or parameter that is not finite.
+            InputError: the graph's models do not fit the data.
+        """
+        self.node_epochs = 0.0
+        config = dataclasses.replace(self._config, seed=seed)
+        graph = with_pretrained(graph.pruned())
+        located = locate_pretrained(graph, config, self._dataset, self._train_alone)
+        run = assemble(config, located, self._dataset, [self._device])
+        frozen = len(graph.frozen)
+        cost = len(graph.nodes) - frozen + _FROZEN_COST * frozen
+        epochs = train_epochs(
+            run.state,
+            run.step,
+            [str(node.name) for node in graph.nodes],
+            epochs=run.epochs,
+            steps_per_epoch=run.steps_per_epoch,
+            batch_size=run.batch_size,
+        )
+        evaluate = self._target_evaluator(run)
+        for record, state in epochs:
+            self.node_epochs += cost
+            yield record["epoch"], evaluate(state)
+
+    def _train_alone(self, config: TrainConfig, dataset: Dataset) -> None:
+        train(config, make_console(), dataset, [self._device])
+        self.node_epochs += config.epochs
+
+    def _target_evaluator(self, run: Run) -> Callable[[GraphState], float]:
+        """Evaluates the target on the validation images; no other node is needed for that."""
+        size = evaluation_batch_size(self._dataset.image_shape, self._device.platform)
+        evaluate = make_per_node_evaluator(run.node_fns[:1], (self._device,), size)
+
+        def of_target(state: GraphState) -> float:
+            target = GraphState(
+                state.params[:1], state.model_state[:1], state.opt_state[:1], state.step
+            )
+            return float(evaluate(target, run.val)["accuracy"][0])
+
+        return of_target

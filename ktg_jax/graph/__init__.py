@@ -1,0 +1,1 @@
+"""Knowledge transfer graphs: nodes, edges, and what makes two graphs the same."""

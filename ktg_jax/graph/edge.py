@@ -1,0 +1,125 @@
+"""The description of an edge: its gate, and what it carries."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ktg_jax.errors import InputError, did_you_mean
+from ktg_jax.gates import gate_names
+from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.io.json_input import check_fields
+from ktg_jax.named_losses import loss_names
+
+LABEL_LOSS = "cross_entropy"
+TRANSFER_LOSS = "kl"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edge: through which gate it carries which losses.
+
+    Attributes:
+        gate: the name of a gate.
+        loss: the name of a loss, or several with the weight of each. Of a label edge `kl` stands
+            for `cross_entropy`, which a label edge carries unless it is said otherwise.
+        weight: of all that the edge carries; finite, not negative.
+        temperature: T > 0 of the losses that have one; None: the graph's.
+
+    >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4.0).losses
+    {'kl': 1.0, 'attention': 1000.0}
+    >>> Edge(weight=0.5).losses
+    {'kl': 0.5}
+    """
+
+    gate: str = "through"
+    loss: "str | Mapping[str, float]" = TRANSFER_LOSS
+    weight: float = 1.0
+    temperature: float | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.gate, tuple(sorted(self.losses.items())), self.temperature))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Each loss that the edge carries, with its weight times the edge's."""
+        parts = self.loss if isinstance(self.loss, Mapping) else {self.loss: 1.0}
+        return {name: self.weight * weight for name, weight in parts.items()}
+
+    @property
+    def carries(self) -> bool:
+        """Whether anything can reach the receiver: the edge is not cut, and weighs something."""
+        return self.gate != "cutoff" and any(self.losses.values())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the gate says all: it carries what the paper's edges do."""
+        return self == Edge(self.gate) or self == Edge(self.gate, LABEL_LOSS)
+
+    def to_json(self) -> Any:
+        """The gate's name where it says all, else an object of the fields that are not default."""
+        if self.is_plain:
+            return self.gate
+        loss = self.loss if isinstance(self.loss, str) else dict(self.loss)
+        fields: dict[str, Any] = {"gate": self.gate, "loss": loss}
+        fields |= {"weight": self.weight} if self.weight != 1 else {}
+        return fields | ({} if self.temperature is None else {"temperature": self.temperature})
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Edge))
+
+
+def checked_edge(where: str, given: Any, on_label: bool) -> Edge:
+    """An edge from a gate's name, from an object of its fields, or as it is; checked.
+
+    Args:
+        where: it stands, for errors: `gates[0][1]`.
+        given: what is there.
+        on_label: whether it is a label edge.
+
+    Raises:
+        InputError: names the first field that is wrong.
+
+    >>> checked_edge("gates[0][0]", "linear", on_label=True)
+    Edge(gate='linear', loss='cross_entropy', weight=1.0, temperature=None)
+    """
+    default = LABEL_LOSS if on_label else TRANSFER_LOSS
+    if isinstance(given, str):
+        return Edge(_checked_gate(where, given), default)
+    if isinstance(given, Mapping):
+        check_fields(where, given, required=(), optional=_FIELDS)
+        given = Edge(**{"loss": default, **given})
+    elif not isinstance(given, Edge):
+        raise InputError(where, given, f"{', '.join(gate_names())}, or an object of an edge")
+    elif on_label and given.loss == TRANSFER_LOSS:
+        given = dataclasses.replace(given, loss=default)
+    temperature = given.temperature
+    if temperature is not None:
+        temperature = checked_temperature(f"{where}.temperature", temperature)
+    return Edge(
+        _checked_gate(f"{where}.gate", given.gate),
+        _checked_loss(f"{where}.loss", given.loss, on_label),
+        checked_number(f"{where}.weight", given.weight),
+        temperature,
+    )
+
+
+def _checked_gate(where: str, gate: Any) -> str:
+    if not isinstance(gate, str) or gate not in gate_names():
+        raise InputError(where, gate, ", ".join(gate_names()) + did_you_mean(gate, gate_names()))
+    return gate
+
+
+def _checked_loss(where: str, loss: Any, on_label: bool) -> str | dict[str, float]:
+    names = loss_names(on_label)
+    allowed = ", ".join(names)
+    if isinstance(loss, str):
+        if loss not in names:
+            raise InputError(where, loss, allowed + did_you_mean(loss, names))
+        return loss
+    if not isinstance(loss, Mapping) or not loss:
+        raise InputError(where, loss, f"{allowed}, or an object of several with their weights")
+    for name in loss:
+        if name not in names:
+            raise InputError(where, name, allowed + did_you_mean(name, names))
+    return {name: checked_number(f"{where}.{name}", weight) for name, weight in loss.items()}

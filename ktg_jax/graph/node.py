@@ -1,0 +1,199 @@
+"""The description of a node of a graph: its fields, their checks, and how they are written."""
+
+import dataclasses
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from ktg_jax.errors import InputError
+
+MATCHINGS = ("initialise", "assignment", "none")
+"""How a prior's filters meet a student's; see `ktg_jax.priors.match_prior`."""
+
+SCHEDULES = ("linear", "constant")
+"""How a prior's weight goes over the training."""
+
+NO_PRIOR = "nothing: the node has no prior"
+
+MOST_NODES = 100
+"""Of a graph. The published ones have up to 7."""
+
+MOST_WEIGHT = 1e30
+"""Of a loss."""
+
+TEMPERATURES = 1e-15, 1e15
+"""The lowest and the highest."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LONGEST_NAME = 255
+
+
+@dataclass(frozen=True)
+class Node:
+    """A network of the graph.
+
+    Attributes:
+        model: name of a registered model, such as `resnet32`.
+        name: unique within its graph: up to 255 letters, digits, `_`, `.` and `-`. A node's initial
+            weights depend on its name and the seed alone. None: the graph names it
+            `<model>-<index>`.
+        weights: where its initial weights come from (a run's folder, or one node of it as
+            `DIR:name`); None: random initialisation.
+        prior: where a prior for its kernels is (a file of `save_prior`, or its folder); None: it
+            has none, and the other fields of the prior say nothing.
+        prior_weight: of the prior's loss, beside the node's edges; finite, not negative. 0: the
+            prior only acts on how the node begins.
+        prior_quantile: in [0, 1], of the sparse recoding penalty on the prior's gradient.
+        prior_schedule: "linear": the weight falls to 0 over the training; "constant": it stays.
+        prior_matching: "initialise": the node starts from the prior's kernels; "assignment": the
+            prior's filters are assigned to the node's initial ones; "none": neither.
+        projection: where the readers are through which others see its stage outputs (a file of
+            `save_readers`, or its folder); None: they see them as they are. For frozen nodes.
+
+    >>> Node("resnet32", name="teacher", weights="runs/teacher").model
+    'resnet32'
+    """
+
+    model: str
+    name: str | None = None
+    weights: str | None = None
+    prior: str | None = None
+    prior_weight: float = 1.0
+    prior_quantile: float = 0.7
+    prior_schedule: str = "linear"
+    prior_matching: str = "initialise"
+    projection: str | None = None
+
+    @property
+    def prior_options(self) -> dict[str, Any]:
+        """What the node says of its prior, by field; empty where it has none.
+
+        >>> Node("cnn").prior_options, Node("cnn", prior="runs/a").prior_options["prior_quantile"]
+        ({}, 0.7)
+        """
+        if self.prior is None:
+            return {}
+        return {field: getattr(self, field) for field in ("prior", *PRIOR_DEFAULTS)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON, those of prior and projection only where there are such."""
+        plain = {"name": self.name, "model": self.model, "weights": self.weights}
+        projection = {} if self.projection is None else {"projection": self.projection}
+        return plain | self.prior_options | projection
+
+
+PRIOR_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Node)
+    if field.name.startswith("prior_")
+}
+"""The options that only a node with a prior may have."""
+
+
+def checked_nodes(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
+    """Checks the nodes and names those that have no name.
+
+    Raises:
+        InputError: names the first node and field that is wrong.
+    """
+    if isinstance(nodes, str) or not isinstance(nodes, Iterable):
+        raise InputError("nodes", nodes, "a sequence of nodes")
+    if isinstance(nodes, Sized):
+        check_number_of_nodes(len(nodes))
+    nodes = list(itertools.islice(nodes, MOST_NODES + 1))
+    check_number_of_nodes(len(nodes))
+    named: dict[str, Node] = {}
+    for i, given in enumerate(nodes):
+        node = _with_checked_prior(f"nodes[{i}]", _checked_node(f"nodes[{i}]", given))
+        name = f"{node.model}-{i}" if node.name is None else node.name
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+            allowed = f"letters, digits, '_', '.' and '-', at most {_LONGEST_NAME}"
+            raise InputError(f"nodes[{i}].name", name, allowed)
+        if name in named:
+            raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
+        named[name] = dataclasses.replace(node, name=name)
+    return tuple(named.values())
+
+
+def check_number_of_nodes(number: int) -> None:
+    """Raises InputError unless a graph can have so many nodes."""
+    if number < 1:
+        raise InputError("nodes", [], "at least one node")
+    if number > MOST_NODES:
+        raise InputError("nodes", number, f"at most {MOST_NODES} nodes")
+
+
+def _checked_node(where: str, given: Any) -> Node:
+    node = Node(given) if isinstance(given, str) else given
+    if not isinstance(node, Node):
+        raise InputError(where, given, "a Node or a model's name")
+    if not isinstance(node.model, str) or not node.model:
+        raise InputError(f"{where}.model", node.model, "a model's name")
+    for field in ("weights", "prior", "projection"):
+        value = getattr(node, field)
+        if field == "weights" and value == "":
+            continue  # another way to write that there are none
+        if value is not None and not _is_path(value):
+            raise InputError(f"{where}.{field}", value, "a path, or null")
+    return node
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a file could have this name."""
+    try:
+        return isinstance(value, str) and 0 < len(os.fsencode(value)) <= 4096 and "\0" not in value
+    except UnicodeEncodeError:
+        return False
+
+
+def _with_checked_prior(where: str, node: Node) -> Node:
+    if node.prior is None:
+        for field, default in PRIOR_DEFAULTS.items():
+            if getattr(node, field) != default:
+                raise InputError(f"{where}.{field}", getattr(node, field), NO_PRIOR)
+        return node
+    weight = checked_number(f"{where}.prior_weight", node.prior_weight)
+    if not _is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
+        raise InputError(f"{where}.prior_quantile", node.prior_quantile, "a number from 0 to 1")
+    for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
+        if getattr(node, field) not in names:
+            raise InputError(f"{where}.{field}", getattr(node, field), ", ".join(names))
+    quantile = float(node.prior_quantile)
+    return dataclasses.replace(node, prior_weight=weight, prior_quantile=quantile)
+
+
+def checked_number(field: str, value: Any) -> float:
+    """A weight: a finite number, not negative, and not so large that float32 cannot hold losses.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        raise InputError(field, value, "a finite number, at least 0")
+    if value > MOST_WEIGHT:
+        raise InputError(field, value, f"at most {MOST_WEIGHT:g}: float32 must hold the loss")
+    return float(value)
+
+
+def checked_temperature(field: str, value: Any) -> float:
+    """A temperature: a number above 0 whose square, and what it divides, float32 can hold.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
+        raise InputError(field, value, "a finite number above 0")
+    low, high = TEMPERATURES
+    if not low <= value <= high:
+        allowed = f"{low:g} to {high:g}: float32 must hold its square"
+        raise InputError(field, value, allowed)
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number as JSON knows them: no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Files, tensors and pytrees: what everything else reads and writes through."""

@@ -1,0 +1,57 @@
+"""What a network must offer to be a node."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+
+from ktg_jax.outputs import Outputs
+
+PyTree = Any
+StagedOutputs: TypeAlias = Outputs | tuple[jax.Array, tuple[jax.Array, ...]]
+"""Logits, and the output of each stage; a plain pair serves as well."""
+
+
+@dataclass(frozen=True)
+class NodeFns:
+    """A network as two pure functions: any model that can be written so is a node.
+
+    Attributes:
+        init: `init(rng, images) -> (params, model_state)`; images float32 `[B, H, W, C]`, of which
+            only the shape matters. `params` is what the optimiser updates, `model_state` what the
+            forward pass updates (batch statistics, or the state of a random stream); both are
+            pytrees of arrays.
+        apply: `apply(params, model_state, images, train) -> (logits, model_state)`; images
+            float32, as the network is to see them (the experiments divide uint8 by 255), logits
+            float `[B, classes]`. With `train=False` the model state comes back unchanged.
+        stages: as `apply`, with the output of each stage beside the logits: `stages(params,
+            model_state, images, train) -> (Outputs, model_state)`; or None: a network that does not
+            say what its stages are.
+
+    >>> import jax.numpy as jnp
+    >>> average = NodeFns(
+    ...     init=lambda rng, images: (jnp.ones(10), {}),
+    ...     apply=lambda params, state, images, train: (
+    ...         images.mean((1, 2, 3))[:, None] * params, state))
+    >>> params, state = average.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> average.apply(params, state, jnp.zeros((4, 8, 8, 1)), True)[0].shape
+    (4, 10)
+    """
+
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+    stages: Callable[[PyTree, PyTree, jax.Array, bool], tuple[StagedOutputs, PyTree]] | None = None
+
+
+def stage_number(path: Sequence[str]) -> int | None:
+    """The stage that a submodule belongs to, by the first of its names that is `stage<g>_...`.
+
+    >>> stage_number(("backbone", "stage2_block1", "conv2")), stage_number(("stem_conv",))
+    (2, None)
+    """
+    for name in path:
+        if match := re.match(r"stage(\d+)(?:_|$)", name):
+            return int(match[1])
+    return None

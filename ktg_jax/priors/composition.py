@@ -1,0 +1,141 @@
+"""Priors in a graph: each acts on its own node, in the step that also carries every other edge.
+
+That the penalised gradient of the prior is added to a node's own, and to no one else's, lets prior
+and posterior knowledge combine with any gates and any number of nodes. Ours; so is the default of
+a weight that falls linearly to 0.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ktg_jax.errors import InputError
+from ktg_jax.graph.graph import Graph
+from ktg_jax.graph.node import SCHEDULES, Node
+from ktg_jax.io.trees import by_path, replaced
+from ktg_jax.models.network import PyTree
+from ktg_jax.priors.files import load_prior
+from ktg_jax.priors.matching import match_prior
+from ktg_jax.priors.prior import Prior, check_prior, prior_distance
+from ktg_jax.priors.recoding import sparse_recoding
+from ktg_jax.training.state import GraphState
+
+
+@flax.struct.dataclass
+class NodePrior:
+    """A prior and how it acts on a node: what `train_step` takes as one of `priors`. A pytree.
+
+    Attributes:
+        prior: matched to the node.
+        weight: float scalar `[]` of the prior's loss.
+        quantile: of the sparse recoding penalty, in [0, 1]. Static.
+        schedule: "linear": the weight times 1 - progress; "constant": the weight. Static.
+
+    >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",))
+    >>> NodePrior(prior, weight=0.5, quantile=0.9).schedule
+    'linear'
+    """
+
+    prior: Prior
+    weight: ArrayLike = 1.0
+    quantile: float = flax.struct.field(pytree_node=False, default=0.7)
+    schedule: str = flax.struct.field(pytree_node=False, default="linear")
+
+    def add_to(
+        self, gradients: PyTree, params: PyTree, progress: ArrayLike
+    ) -> tuple[PyTree, jax.Array]:
+        """Adds the prior's gradient, soft-thresholded and weighted, to the node's own.
+
+        The penalty sees the prior's gradient alone (`prior_loss`, kernel by kernel); parameters of
+        which the prior does not speak keep their gradients as they are.
+
+        Args:
+            gradients: of the node's edges, in the structure of the parameters.
+            params: the node's parameters.
+            progress: scalar in [0, 1], k / k_end.
+
+        Returns:
+            The sum, and the `prior_distance` of each stage, float32 `[G]`.
+
+        Raises:
+            InputError: a prior of another student, or a bad option.
+
+        >>> params = {"stage1_conv": {"kernel": jnp.array([[[[2.0], [0.0]]]])}}
+        >>> prior = NodePrior(Prior((jnp.array([[[[0.0], [1.0]]]]),), ("stage1_conv.kernel",)),
+        ...                   weight=3.0, quantile=0.0)
+        >>> gradients, distance = prior.add_to(jax.tree.map(jnp.zeros_like, params), params, 0.5)
+        >>> gradients["stage1_conv"]["kernel"].ravel().tolist(), distance.tolist()
+        ([0.0, -1.5], [2.0])
+        """
+        if self.schedule not in SCHEDULES:
+            raise InputError("schedule", self.schedule, ", ".join(SCHEDULES))
+        check_prior(params, self.prior)
+        leaves, own = by_path(params), by_path(gradients)
+
+        def loss_of(kernels: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            distance = prior_distance(kernels, self.prior)
+            return jnp.mean(distance), distance
+
+        kernels = {path: leaves[path] for path in self.prior.paths}
+        from_prior, distance = jax.grad(loss_of, has_aux=True)(kernels)
+        penalty = sparse_recoding(self.quantile)
+        penalised, _ = penalty.update(from_prior, penalty.init(from_prior))
+        share = 1 - jnp.asarray(progress, jnp.float32) if self.schedule == "linear" else 1
+        strength = jnp.asarray(self.weight, jnp.float32) * share
+        sums = {
+            path: own[path] + (strength * gradient).astype(own[path].dtype)
+            for path, gradient in penalised.items()
+        }
+        return replaced(gradients, sums), distance
+
+
+def with_priors(state: GraphState, graph: Graph) -> tuple[GraphState, tuple[NodePrior | None, ...]]:
+    """Loads the priors of a graph's nodes and matches each to its node, before any training.
+
+    The result depends on the files and the initial state alone: a resumed run makes the same
+    priors from its initial state, not from where it stands.
+
+    Args:
+        state: initial, weights included; as `init_state` returns it.
+        graph: whose nodes say what their priors are.
+
+    Returns:
+        The state, where nodes that are matched by "initialise" start from their priors, and for
+        each node its prior, or None, as `train_step` takes them.
+
+    Raises:
+        InputError: a file that holds no prior, or one of another student; names the node.
+
+    >>> import ktg_jax as ktg
+    >>> graph = ktg.graphs.independent(["cnn", "cnn"])
+    >>> node_fns = [ktg.build_model("cnn", num_classes=10)] * 2
+    >>> images = jnp.zeros((1, 8, 8, 1))
+    >>> state = ktg.init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images)
+    >>> with_priors(state, graph)[1]
+    (None, None)
+    """
+    matched = [
+        _matched(f"nodes[{i}].prior", node, params)
+        for i, (node, params) in enumerate(zip(graph.nodes, state.params, strict=True))
+    ]
+    params, priors = zip(*matched, strict=True)
+    return dataclasses.replace(state, params=params), priors
+
+
+def _matched(field: str, node: Node, params: PyTree) -> tuple[PyTree, NodePrior | None]:
+    """What the node starts from, and its prior."""
+    if node.prior is None:
+        return params, None
+    try:
+        prior = load_prior(node.prior)
+    except InputError as error:
+        raise InputError(field, node.prior, error.allowed) from None
+    try:
+        params, prior = match_prior(params, prior, node.prior_matching)
+    except InputError as error:
+        allowed = f"{error.allowed}; found {error.field} {error.value!r}"
+        raise InputError(field, node.prior, allowed) from None
+    return params, NodePrior(prior, node.prior_weight, node.prior_quantile, node.prior_schedule)

@@ -1,0 +1,386 @@
+"""The space of graphs that a search draws from, as in the search of KTG's authors."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+import numpy as np
+
+from ktg_jax.errors import InputError
+from ktg_jax.gates import GATES
+from ktg_jax.graph.edge import TRANSFER_LOSS, Edge, checked_edge
+from ktg_jax.graph.graph import Graph
+from ktg_jax.graph.node import MOST_NODES, Node, checked_number, checked_temperature
+from ktg_jax.models import check_model
+
+_OF_EDGES: dict[str, tuple[Any, ...]] = {
+    "losses": (TRANSFER_LOSS,),
+    "weights": (1.0,),
+    "edge_temperatures": (),
+}
+"""The fields of what is chosen for edges beside their gates, as the papers have them."""
+
+_LARGEST = 7
+"""Nodes of the papers' largest graphs."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All valid graphs of so many nodes: the target's model is given, all else is chosen.
+
+    Each other node's model is one of the candidates; each of the N^2 edges, label edges included,
+    has one of the gates; all transfer edges share one of the temperatures, unless each has one of
+    its own; each carries one of the losses, times one of the weights. A graph is valid where at
+    least one gate of the target is not cutoff. The papers' spaces have the first four gates, and
+    edges that carry the divergence.
+
+    Attributes:
+        num_nodes: N, the target included.
+        target: the model of node 0.
+        candidates: models of the other nodes; may be empty where there are none.
+        gates: names of gates.
+        temperatures: of the transfer edges, one a graph.
+        losses: names of losses of transfer edges, or several with their weights, as of `Edge`; one
+            an edge.
+        weights: of transfer edges, one an edge.
+        edge_temperatures: of transfer edges, one an edge, in place of one a graph; none: that one.
+        allow_large: (not kept) accepts more than 7 nodes, up to 100.
+
+    Raises:
+        InputError: fewer than 1 or more than 7 nodes, an unknown model or gate, something twice,
+            a temperature that no graph may have, or a space without a valid graph.
+
+    >>> space = SearchSpace(3, "resnet32", ("resnet32", "resnet110", "wrn28_2"))
+    >>> space.size(), space.size(up_to_equivalence=True)
+    (2322432, 420878)
+    >>> graph = space.sample(np.random.default_rng(0))
+    >>> graph.nodes[0].model, space.graph(space.parameters(graph)) == graph
+    ('resnet32', True)
+    """
+
+    num_nodes: int
+    target: str
+    candidates: tuple[str, ...]
+    gates: tuple[str, ...] = GATES[:4]
+    temperatures: tuple[float, ...] = (1.0,)
+    losses: tuple[str | Mapping[str, float], ...] = (TRANSFER_LOSS,)
+    weights: tuple[float, ...] = (1.0,)
+    edge_temperatures: tuple[float, ...] = ()
+    allow_large: InitVar[bool] = False
+
+    def __post_init__(self, allow_large: bool) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
+        _check_num_nodes(self.num_nodes, allow_large)
+        check_model(self.target, "target")
+        set_field(self, "candidates", _distinct("candidates", self.candidates))
+        for i, model in enumerate(self.candidates):
+            check_model(model, f"candidates[{i}]")
+        if self.num_nodes > 1 and not self.candidates:
+            raise InputError("candidates", [], "at least one model for the nodes beside the target")
+        set_field(self, "gates", _checked_gates(self.gates))
+        for field, least in (("temperatures", 1), ("edge_temperatures", 0)):
+            set_field(self, field, _checked_temperatures(field, getattr(self, field), least))
+        set_field(self, "weights", _checked_weights(self.weights))
+        set_field(self, "losses", _checked_losses(self.losses))
+        if self.edge_temperatures and self.temperatures != (1.0,):
+            allowed = "(1.0,): each edge has a temperature of its own"
+            raise InputError("temperatures", list(self.temperatures), allowed)
+
+    def sample(self, rng: np.random.Generator) -> Graph:
+        """Draws a graph, each valid one with the same probability.
+
+        Args:
+            rng: a NumPy generator, which is advanced.
+
+        Raises:
+            InputError: `rng` is not such a generator.
+        """
+        if not isinstance(rng, np.random.Generator):
+            raise InputError("rng", rng, "a numpy.random.Generator")
+        parameters = draw(self.choices(), rng)
+        # Rows are independent, so rejecting the target's alone rejects no valid graph's part.
+        target_row = dict.fromkeys(self.target_row(), self.gates)
+        while not self.hears(parameters):
+            parameters |= draw(target_row, rng)
+        return self.graph(parameters)
+
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """What is chosen, by name: `node1.model`, `gate.<receiver>.<sender>` and `temperature`.
+
+        Where there is a choice, also `loss.<receiver>.<sender>` (several losses as JSON text),
+        `weight.<receiver>.<sender>` and `temperature.<receiver>.<sender>`.
+        """
+        nodes = range(self.num_nodes)
+        pairs = [(t, s) for t in nodes for s in nodes if t != s]
+        return {
+            **{f"node{i}.model": self.candidates for i in nodes[1:]},
+            **{_gate_name(t, s): self.gates for t in nodes for s in nodes},
+            **{
+                f"{what}.{t}.{s}": allowed
+                for what, allowed in self._edge_choices().items()
+                for t, s in pairs
+            },
+            "temperature": self.temperatures,
+        }
+
+    def _edge_choices(self) -> dict[str, tuple[Any, ...]]:
+        """What is chosen for each transfer edge beside its gate."""
+        of_edge = {
+            "loss": tuple(map(_written, self.losses)),
+            "weight": self.weights,
+            "temperature": self.edge_temperatures,
+        }
+        return {what: allowed for what, allowed in of_edge.items() if len(allowed) > 1}
+
+    def _edge(self, parameters: Mapping[str, Any], receiver: int, sender: int) -> Edge | str:
+        gate = parameters[_gate_name(receiver, sender)]
+        if receiver == sender:
+            return gate
+        pair = f"{receiver}.{sender}"
+        only = self.edge_temperatures[0] if self.edge_temperatures else None
+        return Edge(
+            gate,
+            self._loss(parameters.get(f"loss.{pair}")),
+            parameters.get(f"weight.{pair}", self.weights[0]),
+            parameters.get(f"temperature.{pair}", only),
+        )
+
+    def _loss(self, written: str | None) -> str | Mapping[str, float]:
+        return next(loss for loss in self.losses if written in (None, _written(loss)))
+
+    def _edge_parameters(self, graph: Graph) -> dict[str, Any]:
+        """The choices that make the edges of a graph, their gates apart."""
+        chosen = self._edge_choices()
+        parameters: dict[str, Any] = {}
+        for t, row in enumerate(graph.edges):
+            for s, edge in enumerate(row):
+                found = {
+                    "loss": _written(edge.loss) if edge.loss in self.losses else None,
+                    "weight": edge.weight if edge.weight in self.weights else None,
+                    "temperature": edge.temperature,
+                }
+                temperatures: tuple[Any, ...] = self.edge_temperatures or (None,)
+                fits = None not in (found["loss"], found["weight"])
+                if t == s and not edge.is_plain:
+                    raise InputError(f"gates[{t}][{s}]", edge.to_json(), "a gate, on a label edge")
+                if t != s and not (fits and edge.temperature in temperatures):
+                    raise InputError(f"gates[{t}][{s}]", edge.to_json(), "an edge of the space")
+                if t != s:
+                    parameters |= {f"{what}.{t}.{s}": found[what] for what in chosen}
+        return parameters
+
+    def target_row(self) -> tuple[str, ...]:
+        """The names of the target's gates."""
+        return tuple(_gate_name(0, sender) for sender in range(self.num_nodes))
+
+    def hears(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the target hears anybody, the label included; else the graph is not valid."""
+        return any(parameters[name] != "cutoff" for name in self.target_row())
+
+    def parameters(self, graph: Graph) -> dict[str, Any]:
+        """The choices that make a graph; `graph` is the inverse, but for the nodes' names.
+
+        Raises:
+            InputError: the graph is not of this space; names the first thing that is not.
+        """
+        if len(graph.nodes) != self.num_nodes:
+            raise InputError("nodes", len(graph.nodes), f"{self.num_nodes} nodes, as in the space")
+        if graph.nodes[0].model != self.target:
+            raise InputError("nodes[0].model", graph.nodes[0].model, f"the target, {self.target}")
+        for i, node in enumerate(graph.nodes):
+            for field in ("weights", "prior", "projection"):
+                if getattr(node, field) is not None:
+                    allowed = f"no {field} in the space"
+                    raise InputError(f"nodes[{i}].{field}", getattr(node, field), allowed)
+        parameters = {
+            **{f"node{i}.model": node.model for i, node in enumerate(graph.nodes) if i > 0},
+            **{
+                _gate_name(receiver, sender): gate
+                for receiver, row in enumerate(graph.gates)
+                for sender, gate in enumerate(row)
+            },
+            **self._edge_parameters(graph),
+            "temperature": graph.temperature,
+        }
+        self._check(parameters)
+        return parameters
+
+    def graph(self, parameters: Mapping[str, Any]) -> Graph:
+        """The graph of these choices, its nodes without names of their own and without weights.
+
+        Raises:
+            InputError: a choice is missing, unknown or not of this space, or the graph is invalid.
+        """
+        self._check(parameters)
+        nodes = range(self.num_nodes)
+        others = (parameters[f"node{i}.model"] for i in nodes[1:])
+        return Graph(
+            nodes=(Node(self.target), *(Node(model) for model in others)),
+            gates=tuple(tuple(self._edge(parameters, t, s) for s in nodes) for t in nodes),
+            temperature=parameters["temperature"],
+        )
+
+    def size(self, up_to_equivalence: bool = False) -> int:
+        """The number of valid graphs.
+
+        Args:
+            up_to_equivalence: counts graphs with the same `Graph.canonical` once.
+
+        Raises:
+            InputError: equivalent graphs of more than 3 nodes or with a choice of what edges
+                carry, which it cannot count.
+        """
+        if up_to_equivalence:
+            return self._num_classes()
+        num_gates = len(self.gates)
+        target_rows = num_gates**self.num_nodes - ("cutoff" in self.gates)
+        other_rows = num_gates ** (self.num_nodes * (self.num_nodes - 1))
+        models = len(self.candidates) ** (self.num_nodes - 1)
+        of_edge = math.prod(len(allowed) for allowed in self._edge_choices().values())
+        edges = of_edge ** (self.num_nodes * (self.num_nodes - 1))
+        return target_rows * other_rows * models * edges * len(self.temperatures)
+
+    def describe(self) -> dict[str, Any]:
+        """The space as what JSON can hold, by field: kept with a study, compared with the next.
+
+        What is chosen for edges beside their gates is left out where it is the papers'.
+
+        >>> SearchSpace(1, "cnn", (), ("through", "linear")).describe() == {
+        ...     "num_nodes": 1, "target": "cnn", "candidates": [], "gates": ["through", "linear"],
+        ...     "temperatures": [1.0]}
+        True
+        """
+        plain = {
+            "num_nodes": self.num_nodes,
+            "target": self.target,
+            "candidates": list(self.candidates),
+            "gates": list(self.gates),
+            "temperatures": list(self.temperatures),
+        }
+        of_edges = {field: getattr(self, field) for field in _OF_EDGES}
+        return plain | {f: list(value) for f, value in of_edges.items() if value != _OF_EDGES[f]}
+
+    def differing(self, description: Mapping[str, Any]) -> tuple[str, ...]:
+        """The fields in which another space's description differs; the order of choices counts.
+
+        >>> space = SearchSpace(1, "cnn", ())
+        >>> space.differing(SearchSpace(1, "resnet8", (), temperatures=(1, 4)).describe())
+        ('target', 'temperatures')
+        """
+        own = self.describe()
+        fields = {**own, **description}
+        return tuple(field for field in fields if own.get(field) != description.get(field))
+
+    def _check(self, parameters: Mapping[str, Any]) -> None:
+        """Checks that the parameters are exactly the choices, each with an allowed value."""
+        choices = self.choices()
+        for name, allowed in choices.items():
+            if name not in parameters:
+                raise InputError("parameters", f"no {name}", ", ".join(choices))
+            if parameters[name] not in allowed:
+                raise InputError(name, parameters[name], ", ".join(map(str, allowed)))
+        for name in parameters:
+            if name not in choices:
+                raise InputError("parameters", name, ", ".join(choices))
+
+    def _num_classes(self) -> int:
+        """Counts canonical graphs by the number of nodes that they keep.
+
+        Any graph of fewer nodes, all of them needed, is what is left of one of N nodes if edges
+        can be cut; if not, all nodes are always needed. Numbering the nodes beside the target
+        matters only for two of them: the graphs that a swap leaves alone are counted twice, and
+        then all are halved (Burnside's lemma). Two frozen nodes of one model are one network, which
+        the target hears through the sum of two gates; one sum is a gate itself.
+        """
+        if self.num_nodes > 3:
+            raise InputError("num_nodes", self.num_nodes, "1 to 3, to count equivalent graphs")
+        for field, papers in _OF_EDGES.items():
+            if getattr(self, field) != papers:
+                allowed = f"{papers}, to count equivalent graphs"
+                raise InputError(field, getattr(self, field), allowed)
+        models, temperatures = len(self.candidates), len(self.temperatures)
+        gates, cut = len(self.gates), int("cutoff" in self.gates)
+        open_gates = gates - cut
+        # On a label edge correct is through.
+        labels = len({"through" if gate == "correct" else gate for gate in self.gates})
+        one = labels - cut
+        two = models * labels**2 * open_gates * gates
+        # The target hears both others, or one of them, which hears the other.
+        wirings = open_gates**2 * gates**4 + 2 * cut * open_gates**2 * gates**3
+        numbered = models**2 * labels**3 * wirings
+        unmoved_by_swap = models * labels**2 * open_gates * gates**2
+        three = (numbered + unmoved_by_swap) // 2
+        if cut and {"linear", "negative_linear", "through"} <= set(self.gates):
+            three -= models * labels
+        kept = [one, temperatures * two, temperatures * three][: self.num_nodes]
+        return sum(kept) if cut else kept[-1]
+
+
+def draw(choices: Mapping[str, tuple[Any, ...]], rng: np.random.Generator) -> dict[str, Any]:
+    """Makes each choice uniformly and independently."""
+    return {name: allowed[rng.integers(len(allowed))] for name, allowed in choices.items()}
+
+
+def _written(loss: str | Mapping[str, float]) -> str:
+    return loss if isinstance(loss, str) else json.dumps(dict(loss), sort_keys=True)
+
+
+def _gate_name(receiver: int, sender: int) -> str:
+    return f"gate.{receiver}.{sender}"
+
+
+def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:
+    allowed = f"1 to {_LARGEST} nodes, or more with allow_large=True"
+    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
+        raise InputError("num_nodes", num_nodes, allowed)
+    if num_nodes > _LARGEST and not allow_large:
+        raise InputError("num_nodes", num_nodes, allowed)
+    if num_nodes > MOST_NODES:
+        raise InputError("num_nodes", num_nodes, f"1 to {MOST_NODES} nodes")
+
+
+def _distinct(field: str, values: Any) -> tuple[Any, ...]:
+    """The values as a tuple, none of them twice."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise InputError(field, values, "a sequence")
+    listed = tuple(values)
+    for i, value in enumerate(listed):
+        if value in listed[:i]:
+            raise InputError(f"{field}[{i}]", value, "each value once")
+    return listed
+
+
+def _checked_gates(gates: Any) -> tuple[str, ...]:
+    listed = _distinct("gates", gates)
+    for i, gate in enumerate(listed):
+        if not isinstance(gate, str) or gate not in GATES:
+            raise InputError(f"gates[{i}]", gate, ", ".join(GATES))
+    if not set(listed) - {"cutoff"}:
+        raise InputError("gates", list(listed), "at least one gate that is not cutoff")
+    return listed
+
+
+def _checked_temperatures(field: str, temperatures: Any, least: int) -> tuple[float, ...]:
+    listed = _distinct(field, temperatures)
+    if len(listed) < least:
+        raise InputError(field, [], "at least one finite number above 0")
+    return tuple(checked_temperature(f"{field}[{i}]", t) for i, t in enumerate(listed))
+
+
+def _checked_weights(weights: Any) -> tuple[float, ...]:
+    listed = _distinct("weights", weights)
+    if not listed:
+        raise InputError("weights", [], "at least one number")
+    return tuple(checked_number(f"weights[{i}]", weight) for i, weight in enumerate(listed))
+
+
+def _checked_losses(losses: Any) -> tuple[str | Mapping[str, float], ...]:
+    listed = _distinct("losses", losses)
+    if not listed:
+        raise InputError("losses", [], "at least one loss")
+    return tuple(
+        checked_edge(f"losses[{i}]", Edge(loss=loss), on_label=False).loss
+        for i, loss in enumerate(listed)
+    )

@@ -1,0 +1,146 @@
+"""From uint8 images on the device to training batches, inside the compiled step.
+
+All randomness comes from `(key, step)`: the position in the data is just the step number, and it
+depends neither on the number of nodes nor on the number of devices.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ktg_jax.errors import InputError
+from ktg_jax.models.pixels import to_float
+
+
+class BatchPlan(NamedTuple):
+    """Which images a batch holds and how each is augmented; every array has a leading axis B.
+
+    Attributes:
+        image_index: int32 `[B]`, positions in the data set.
+        offset: int32 `[B, 2]`, the crop's shift down and to the right, in pixels.
+        flip: bool `[B]`, whether the image is mirrored left to right.
+    """
+
+    image_index: jax.Array
+    offset: jax.Array
+    flip: jax.Array
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Full batches in an epoch; the last partial one is dropped.
+
+    Raises:
+        InputError: a batch larger than the data.
+    """
+    if not 1 <= batch_size <= num_images:
+        raise InputError("batch_size", batch_size, f"1 to the {num_images} training images")
+    return num_images // batch_size
+
+
+def plan_batch(
+    key: jax.Array,
+    step: jax.Array | int,
+    *,
+    num_images: int,
+    batch_size: int,
+    max_offset: int = 0,
+    flip: bool = False,
+) -> BatchPlan:
+    """Plans the batch of a step: a new order every epoch, every image at most once in it.
+
+    Args:
+        key: the run's data key.
+        step: int scalar, updates made so far.
+        num_images: size of the data set.
+        batch_size: B.
+        max_offset: crops are shifted by up to so many pixels in each direction, fewer than the
+            image has; 0: not cropped.
+        flip: whether to mirror half of the images.
+
+    Raises:
+        InputError: a batch larger than the data.
+    """
+    per_epoch = steps_per_epoch(num_images, batch_size)
+    order_key, augment_key = jax.random.split(key)
+    step = jnp.asarray(step)
+    position = (step % per_epoch) * batch_size + jnp.arange(batch_size, dtype=step.dtype)
+    index = shuffled(jax.random.fold_in(order_key, step // per_epoch), position, num_images)
+    offset_key, flip_key = jax.random.split(jax.random.fold_in(augment_key, step))
+    # With types of their own: the same random numbers where JAX's own integers and floats are wide.
+    offset = jax.random.randint(offset_key, (batch_size, 2), -max_offset, max_offset + 1, jnp.int32)
+    flips = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch_size,)) & flip
+    return BatchPlan(index, offset, flips)
+
+
+def shuffled(key: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    """The entries at `position` of a pseudo-random permutation of 0 .. size-1.
+
+    Costs O(positions), not O(size): sorting random numbers for 50,000 images in every step would
+    take longer on a CPU than training a small network. A Feistel network permutes the numbers of
+    just enough bits; what falls outside 0 .. size-1 is permuted on until it falls inside.
+
+    Args:
+        key: chooses the permutation.
+        position: int `[...]`, in 0 .. size-1.
+        size: at most 2^31.
+
+    Returns:
+        int32 `[...]`.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    round_keys = jax.random.bits(key, (4, 2), jnp.uint32)
+
+    def permute(x: jax.Array) -> jax.Array:
+        high, low = x >> low_bits, x & low_mask
+        for high_key, low_key in round_keys:
+            high = high ^ (_mix(low ^ high_key) & high_mask)
+            low = low ^ (_mix(high ^ low_key) & low_mask)
+        return (high << low_bits) | low
+
+    def walk_on(x: jax.Array) -> jax.Array:
+        return jnp.where(x < size, x, permute(x))
+
+    start = permute(jnp.asarray(position, jnp.uint32))
+    inside = jax.lax.while_loop(lambda x: jnp.any(x >= size), walk_on, start)
+    return inside.astype(jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3: every bit of a uint32 depends on every other."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def take_batch(
+    images: jax.Array, labels: jax.Array, plan: BatchPlan
+) -> tuple[jax.Array, jax.Array]:
+    """Takes a planned batch from the data and augments it.
+
+    A shifted crop sees the image reflected at its borders, as in the papers: reflect padding and a
+    random crop of the original size.
+
+    Args:
+        images: uint8 `[n, H, W, C]`.
+        labels: int `[n]`.
+        plan: from `plan_batch`, or a share of it.
+
+    Returns:
+        float32 `[B, H, W, C]` in [0, 1], and int `[B]`.
+    """
+    height, width = images.shape[1:3]
+    rows, columns = (jnp.arange(size, dtype=jnp.int32)[None] for size in (height, width))
+    rows = _reflect(rows + plan.offset[:, :1], height)
+    columns = jnp.where(plan.flip[:, None], columns[:, ::-1], columns)
+    columns = _reflect(columns + plan.offset[:, 1:], width)
+    batch = images[plan.image_index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return to_float(batch), labels[plan.image_index]
+
+
+def _reflect(position: jax.Array, size: int) -> jax.Array:
+    """Reflects positions in -size+1 .. 2 size-2 into 0 .. size-1, the border itself not doubled."""
+    position = jnp.abs(position)
+    return jnp.minimum(position, 2 * (size - 1) - position)

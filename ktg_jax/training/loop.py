@@ -1,0 +1,342 @@
+"""The training loop: epochs of compiled steps over data that lives on the device."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ktg_jax.errors import RunError
+from ktg_jax.models.network import NodeFns
+from ktg_jax.models.pixels import to_float
+from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
+from ktg_jax.training.node_terms import Priors
+from ktg_jax.training.parallel import Parallel
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.step import Metrics, eval_step, train_step
+from ktg_jax.transfer import EdgeArrays
+
+Record = dict[str, Any]
+
+
+Means = dict[str, np.ndarray]
+
+
+class Arrays(NamedTuple):
+    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`."""
+
+    images: Any
+    labels: Any
+
+
+Evaluator = Callable[[GraphState, Arrays], Means]
+
+
+def make_train_step(
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    parallel: Parallel,
+    *,
+    num_images: int,
+    batch_size: int,
+    total_steps: int,
+    max_offset: int = 0,
+    flip: bool = False,
+    steps_per_call: int = 1,
+) -> Callable[..., tuple[GraphState, Metrics]]:
+    """Compiles `step(state, data, edges, key, priors=None) -> (state, metrics)`.
+
+    It makes its own batch; the arguments are those of `train_step`.
+
+    Args:
+        node_fns: one a node.
+        optimizer: an optax transformation.
+        parallel: devices and strategy.
+        num_images: size of the data.
+        batch_size: of all devices together.
+        total_steps: k_end of the gates' progress.
+        max_offset: as in `plan_batch`.
+        flip: as in `plan_batch`.
+        steps_per_call: updates in one call; with several, the metrics are stacked along a first
+            axis.
+
+    Raises:
+        InputError: a batch larger than the data, or not divisible by the number of devices.
+    """
+    steps_per_epoch(num_images, batch_size)
+    parallel.check_batch_size(batch_size)
+
+    def step(
+        state: GraphState,
+        data: Arrays,
+        edges: EdgeArrays,
+        key: jax.Array,
+        priors: Priors | None = None,
+    ) -> tuple[GraphState, Metrics]:
+        plan = plan_batch(
+            key,
+            state.step,
+            num_images=num_images,
+            batch_size=batch_size,
+            max_offset=max_offset,
+            flip=flip,
+        )
+        images, labels = take_batch(data.images, data.labels, parallel.shard(plan))
+        return train_step(
+            state,
+            images,
+            labels,
+            edges,
+            (state.step + 1) / total_steps,
+            node_fns=node_fns,
+            optimizer=optimizer,
+            axis_name=parallel.axis_name,
+            priors=priors,
+        )
+
+    if steps_per_call == 1:
+        return parallel.compile(step)
+
+    def steps(state: GraphState, *inputs: Any) -> tuple[GraphState, Metrics]:
+        # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
+        unroll = parallel.devices[0].platform == "cpu"
+        return jax.lax.scan(
+            lambda state, _: step(state, *inputs), state, length=steps_per_call, unroll=unroll
+        )
+
+    return parallel.compile(steps)
+
+
+def evaluation_batch_size(image_shape: Sequence[int], platform: str) -> int:
+    """Images `[H, W, C]` of an evaluation batch: many where memory allows, few in a CPU's caches.
+
+    >>> evaluation_batch_size((32, 32, 3), "cpu"), evaluation_batch_size((32, 32, 3), "gpu")
+    (512, 4096)
+    """
+    pixels = 2**19 if platform == "cpu" else 2**22
+    return min(max(pixels // math.prod(image_shape[:2]), 16), 4096)
+
+
+def make_evaluator(
+    node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
+) -> Evaluator:
+    """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
+
+    Args:
+        node_fns: one a node.
+        parallel: whose devices are used.
+        batch_size: rounded up to a multiple of the number of devices.
+
+    Returns:
+        A function that returns float64 means on the host: `loss` `[N]`, `accuracy` `[N]`,
+        `ensemble_loss` `[]` and `ensemble_accuracy` `[]` (of the summed logits).
+    """
+    # Stored statistics need no averaging over devices: jit serves both strategies here.
+    mesh = Parallel("jit", parallel.devices)
+    batch_size = -(-batch_size // len(mesh.devices)) * len(mesh.devices)
+
+    @jax.jit
+    def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
+        position = mesh.shard(start + jnp.arange(batch_size))
+        return eval_step(state, *evaluation_batch(data, position), node_fns=node_fns)
+
+    def evaluate(state: GraphState, data: Arrays) -> Means:
+        starts = range(0, len(data.labels), batch_size)
+        return means_of([evaluate_batch(state, data, start) for start in starts])
+
+    return evaluate
+
+
+def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
+
+    >>> data = Arrays(jnp.zeros((3, 1, 1, 1), jnp.uint8), jnp.array([5, 6, 7]))
+    >>> _, labels, mask = evaluation_batch(data, jnp.array([2, 3]))
+    >>> labels.tolist(), mask.tolist()
+    ([7, 7], [True, False])
+    """
+    index = jnp.minimum(position, len(data.labels) - 1)
+    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
+
+
+def means_of(batches: Sequence[Metrics]) -> Means:
+    """Means over all samples, float64 on the host, from each batch's sums by `eval_step`."""
+    sums = jax.device_get(batches)
+    total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
+    count = total.pop("count")
+    return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
+
+
+def train_epochs(
+    state: GraphState,
+    step: Callable[[GraphState, int], tuple[GraphState, Metrics]],
+    names: Sequence[str],
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    steps_per_call: int = 1,
+    validate: Callable[[GraphState], Means] | None = None,
+    on_step: Callable[[int, Metrics], None] | None = None,
+) -> Iterator[tuple[Record, GraphState]]:
+    """Trains from where the state stands to the last epoch.
+
+    The metrics of a call are read after the next one was dispatched, so that the host never keeps
+    the devices waiting.
+
+    Args:
+        state: consumed.
+        step: `step(state, count) -> (state, metrics)`, compiled: so many updates, with metrics
+            stacked along a first axis where there are several.
+        names: the nodes' names.
+        epochs: k_end / steps_per_epoch.
+        steps_per_epoch: updates an epoch.
+        batch_size: for the images per second.
+        steps_per_call: the largest count; the last call of an epoch may make fewer.
+        validate: evaluates a state on the validation images.
+        on_step: called with the number of each update (from 1) and its metrics, on the host.
+
+    Yields:
+        After each epoch a record (`epoch`, `step`, `seconds` from its beginning to its last update,
+        `images_per_second` of this time, in the first one that is trained without its first call,
+        which compiles, if there are others; and for each of
+        `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` and `edge_losses`
+        (one a sender), `val_loss` and `val_accuracy` or None, and of nodes with a prior
+        `prior_distance`, one a stage), and the state, which must be copied or saved before the next
+        is asked for.
+
+    Raises:
+        RunError: a loss or a parameter that is not finite; names the step and the node.
+    """
+    epoch_of_first = int(state.step) // steps_per_epoch + 1
+    for epoch in range(epoch_of_first, epochs + 1):
+        first = (epoch - 1) * steps_per_epoch + 1
+        clock = _Clock()
+        means = _Means()
+        pending: tuple[range, Metrics] | None = None
+
+        def read(
+            numbers: range, metrics: Metrics, means: "_Means" = means, clock: "_Clock" = clock
+        ) -> None:
+            host = jax.device_get(metrics)
+            for i, number in enumerate(numbers):
+                one = host if len(numbers) == 1 else {key: host[key][i] for key in host}
+                _check_finite(one["loss"], names, f"step {number}", "loss")
+                means.add(one)
+                if on_step is not None:
+                    on_step(number, one)
+            clock.steps_done(len(numbers))
+
+        for numbers in _calls(first, steps_per_epoch, steps_per_call):
+            state, metrics = step(state, len(numbers))
+            if pending is not None:
+                read(*pending)
+            elif epoch == epoch_of_first:
+                jax.block_until_ready(metrics)
+                clock.compiled(len(numbers))
+            pending = numbers, metrics
+        assert pending is not None
+        read(*pending)
+
+        largest = jax.device_get([_largest(params) for params in state.params])
+        _check_finite(largest, names, f"step {int(state.step)}", "parameters")
+        validation = None if validate is None else validate(state)
+        record = {
+            "epoch": epoch,
+            "step": int(state.step),
+            "seconds": round(clock.seconds, 3),
+            "images_per_second": round(clock.rate * batch_size, 1),
+            "nodes": _node_records(names, means.result(), validation),
+        }
+        yield record, state
+
+
+def _node_records(
+    names: Sequence[str], means: dict[str, np.ndarray], validation: dict[str, np.ndarray] | None
+) -> list[Record]:
+    records: list[Record] = [
+        {
+            "name": name,
+            "train_loss": float(means["loss"][i]),
+            "train_accuracy": float(means["accuracy"][i]),
+            "val_loss": None if validation is None else float(validation["loss"][i]),
+            "val_accuracy": None if validation is None else float(validation["accuracy"][i]),
+            "edge_losses": means["edge_losses"][i].tolist(),
+        }
+        for i, name in enumerate(names)
+    ]
+    for record, distances in zip(records, means.get("prior_distance", ()), strict=False):
+        if there := distances[distances >= 0].tolist():  # NaN or -1: not there
+            record["prior_distance"] = there
+    return records
+
+
+def _calls(first: int, steps: int, steps_per_call: int) -> Iterator[range]:
+    """The numbers of the updates from `first` on, call by call."""
+    end = first + steps
+    for start in range(first, end, steps_per_call):
+        yield range(start, min(start + steps_per_call, end))
+
+
+@jax.jit
+def _largest(params: Any) -> jax.Array:
+    """The largest magnitude among a node's parameters; not finite if any of them is not."""
+    largest = [jnp.max(jnp.abs(leaf)).astype(float) for leaf in jax.tree.leaves(params)]
+    return jnp.max(jnp.stack([jnp.zeros(()), *largest]))
+
+
+def _check_finite(values: Sequence[Any], names: Sequence[str], where: str, what: str) -> None:
+    for name, value in zip(names, values, strict=True):
+        if not np.isfinite(value):
+            raise RunError(
+                f"{where}, node {name}: {what} not finite ({value}); a lower learning rate or a "
+                "warm-up may help; the last good checkpoint is kept"
+            )
+
+
+class _Means:
+    """Running means of the metrics, in float64 and in a fixed order: the same on every run."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + np.asarray(value, np.float64)
+        self._count += 1
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {key: value / self._count for key, value in self._sums.items()}
+
+
+class _Clock:
+    """Seconds of an epoch, and its steps a second, without those of a call that compiled."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._steps = 0
+        self._compiled = self._start, 0
+
+    def compiled(self, steps: int) -> None:
+        """So many steps, which compiled, are computed."""
+        self._compiled = time.perf_counter(), steps
+
+    def steps_done(self, count: int) -> None:
+        self._last = time.perf_counter()
+        self._steps += count
+
+    @property
+    def seconds(self) -> float:
+        return self._last - self._start
+
+    @property
+    def rate(self) -> float:
+        since, before = self._compiled
+        if before == self._steps:
+            return self._steps / self.seconds
+        return (self._steps - before) / (self._last - since)

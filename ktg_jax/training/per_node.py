@@ -1,0 +1,262 @@
+"""The training step node by node: one executable for each model instead of one for each graph.
+
+Nodes meet only in what they put out: logits, and stage outputs where edges compare them. So a
+node's forward pass (with its pullback), the losses of the graph, and a node's update are compiled
+apart, once for each distinct model: any graph over models that are already compiled, with any gates
+and any frozen nodes, starts at once. Every node lives on one device, and only what nodes put out
+travels between devices. `train_step` is the reference: both give the same update to float rounding.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.cpu.convolution import formulation
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.returned import check_for_labels, errors_of
+from ktg_jax.training.node_terms import NodeTerm, Priors, checked_priors, distance_metrics
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.step import (
+    Metrics,
+    eval_sums,
+    graph_gradients,
+    node_forward,
+)
+from ktg_jax.training.updates import check_states, node_update
+from ktg_jax.transfer import EdgeArrays, edge_arrays
+
+Placement = tuple[jax.Device, ...]
+
+
+def forward_cost(
+    fns: NodeFns, params: PyTree, model_state: PyTree, image_shape: Sequence[int]
+) -> float:
+    """Floating point operations of a forward pass on one image `[H, W, C]`, by XLA's count.
+
+    >>> def apply(params, model_state, images, train):
+    ...     return images.reshape(len(images), -1) @ params, model_state
+    >>> linear = NodeFns(init=lambda rng, images: (jnp.ones((64, 10)), {}), apply=apply)
+    >>> forward_cost(linear, jnp.ones((64, 10)), {}, (8, 8, 1))
+    1280.0
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with formulation("xla"):  # whose operations the compiler knows
+        forward = jax.jit(lambda params, state, images: fns.apply(params, state, images, False)[0])
+        lowered = forward.lower(params, model_state, images)
+    cost = lowered.cost_analysis() or {}
+    return float(cost.get("flops", 0.0))
+
+
+def balanced(costs: Sequence[float], devices: Sequence[jax.Device]) -> Placement:
+    """A device for each node, so that none has much more to do than the others.
+
+    The dearest node first, each to the device with the least to do.
+
+    Args:
+        costs: one a node, in any unit.
+        devices: at least one.
+
+    >>> device = jax.local_devices()[0]
+    >>> balanced([1.0, 3.0], [device]) == (device, device)
+    True
+    """
+    load = [0.0] * len(devices)
+    placement = [devices[0]] * len(costs)
+    for node in sorted(range(len(costs)), key=lambda node: (-costs[node], node)):
+        device = load.index(min(load))
+        placement[node] = devices[device]
+        load[device] += costs[node]
+    return tuple(placement)
+
+
+def place(state: GraphState, placement: Placement) -> GraphState:
+    """Moves every node to its device, and the step to the first node's."""
+
+    def move(trees: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(jax.device_put(tree, to) for tree, to in zip(trees, placement, strict=True))
+
+    return GraphState(
+        move(state.params),
+        move(state.model_state),
+        move(state.opt_state),
+        jax.device_put(state.step, placement[0]),
+    )
+
+
+def per_node_step(
+    state: GraphState,
+    images: Mapping[jax.Device, jax.Array],
+    labels: jax.Array,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    *,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    temperature: ArrayLike = 1.0,
+    priors: Priors | None = None,
+    where: ArrayLike | None = None,
+) -> tuple[GraphState, Metrics]:
+    """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
+
+    Args:
+        state: as `place` returns it; its optimiser states are consumed.
+        images: float `[B, H, W, C]`, as for `node_forward`, on each device that has nodes.
+        labels: int `[B]`, on the first node's device.
+        gates: as for `train_step`.
+        progress: scalar in (0, 1].
+        node_fns: one a node; equal ones share their executables.
+        optimizer: as given to `init_state`.
+        placement: the device of each node.
+        temperature: as for `train_step`.
+        priors: as for `train_step`; best already on their nodes' devices.
+        where: as for `train_step`, on the first node's device.
+
+    Returns:
+        The new state, and the metrics of `train_step` on the first node's device.
+
+    Raises:
+        InputError: as `train_step`.
+
+    >>> import ktg_jax as ktg
+    >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
+    >>> device = jax.local_devices()[0]
+    >>> placement = balanced([1.0, 1.0], [device])
+    >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
+    >>> state, metrics = per_node_step(
+    ...     place(state, placement), {device: images}, labels, graph.gate_codes, 0.1,
+    ...     node_fns=node_fns, optimizer=optimizer, placement=placement)
+    >>> int(state.step)
+    1
+    """
+    home = placement[0]
+    frozen = state.frozen
+    priors = checked_priors(priors, state)
+    check_states(state.opt_state, state.params, optimizer)
+    edges = edge_arrays(gates, temperature)
+    with_stages = edges.needs_stages
+    outputs, pullbacks, model_state = [], [], list(state.model_state)
+    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        inputs = state.params[i], state.model_state[i], images[device]
+        with errors_of(f"node {i}"):
+            if i in frozen:
+                output, pullback = _frozen_forward(fns, with_stages)(*inputs), None
+            else:
+                forward = _forward_with_pullback(fns, with_stages)
+                output, pullback, model_state[i] = forward(*inputs)
+            check_for_labels(output.logits if with_stages else output, labels)
+        outputs.append(jax.device_put(output, home))
+        pullbacks.append(pullback)
+
+    output_gradients, metrics, losses = _graph_gradients(
+        outputs, labels, edges, progress, where=where
+    )
+
+    params, opt_state = list(state.params), list(state.opt_state)
+    distances: list[jax.Array | None] = [None] * len(priors)
+    for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
+        if pullback is None:
+            continue
+        gradient, loss = jax.device_put((output_gradients[i], losses[i]), device)
+        update = pullback, gradient, params[i], opt_state[i], loss
+        if prior is None:
+            params[i], opt_state[i] = _backward_and_update(optimizer)(*update)
+        else:
+            extra = jax.device_put((prior, progress), device)
+            params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*update, *extra)
+            distances[i] = jax.device_put(distance, home)
+    if any(distance is not None for distance in distances):
+        metrics |= _distance_metrics(distances)
+    new_step = _next(state.step)
+    return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
+
+
+def per_node_eval(
+    state: GraphState,
+    images: Mapping[jax.Device, jax.Array],
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    node_fns: Sequence[NodeFns],
+    placement: Placement,
+) -> Metrics:
+    """`eval_step` node by node: the same sums."""
+    logits = []
+    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        inputs = state.params[i], state.model_state[i], images[device]
+        with errors_of(f"node {i}"):
+            output = _frozen_forward(fns, False)(*inputs)
+            check_for_labels(output, labels)
+        logits.append(jax.device_put(output, placement[0]))
+    return _eval_sums(tuple(logits), labels, mask)
+
+
+@jax.jit
+@functools.wraps(graph_gradients)
+def _graph_gradients(*inputs: Any, **options: Any) -> Any:
+    """What `graph_gradients` returns, and each node's loss apart: a scalar for its device."""
+    gradients, metrics = graph_gradients(*inputs, **options)
+    return gradients, metrics, tuple(metrics["loss"])
+
+
+_distance_metrics = jax.jit(distance_metrics)
+_eval_sums = jax.jit(eval_sums)
+_next = jax.jit(lambda step: step + 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_with_pullback(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
+    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
+        of_params = functools.partial(
+            node_forward, model_state=model_state, images=images, fns=fns, with_stages=with_stages
+        )
+        return jax.vjp(of_params, params, has_aux=True)
+
+    return jax.jit(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _frozen_forward(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
+    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
+        how: dict[str, Any] = {"fns": fns, "frozen": True, "with_stages": with_stages}
+        return node_forward(params, model_state, images, **how)[0]
+
+    return jax.jit(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    def update(
+        pullback: Any, gradient: Any, params: PyTree, opt_state: Any, loss: jax.Array
+    ) -> Any:
+        (gradients,) = pullback(gradient)
+        return node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
+
+    # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
+    return jax.jit(update, donate_argnums=3)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_with_prior(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    def update(
+        pullback: Any,
+        gradient: Any,
+        params: PyTree,
+        opt_state: Any,
+        loss: jax.Array,
+        prior: NodeTerm,
+        progress: jax.Array,
+    ) -> Any:
+        (gradients,) = pullback(gradient)
+        gradients, distance = prior.add_to(gradients, params, progress)
+        updated = node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
+        return *updated, distance
+
+    return jax.jit(update, donate_argnums=3)

@@ -1,0 +1,94 @@
+"""The state of a whole graph: one pytree of all nodes."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ktg_jax.errors import InputError
+from ktg_jax.graph.graph import Graph
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.pixels import has_floats
+from ktg_jax.models.returned import arrays, errors_of
+from ktg_jax.training.updates import init_opt_state
+
+
+@flax.struct.dataclass
+class GraphState:
+    """All nodes' parameters and what goes with them, in the order of the graph's nodes.
+
+    Attributes:
+        params: N pytrees, what optimisers update.
+        model_state: N pytrees, what forward passes update (batch statistics).
+        opt_state: N optimiser states; a frozen node has None, and no other node has: where an
+            optimiser's own state is None, `init_state` puts `NoOptState()` in its place.
+        step: int32 scalar, the number of updates made. With the seed it is the position in the
+            data, too.
+
+    >>> GraphState(({},), ({},), (None,), jnp.zeros((), jnp.int32)).frozen
+    (0,)
+    """
+
+    params: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    opt_state: tuple[Any, ...]
+    step: jax.Array
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Indices of the nodes that run forward only: those without an optimiser state."""
+        return tuple(i for i, opt_state in enumerate(self.opt_state) if opt_state is None)
+
+
+def init_state(
+    graph: Graph,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    sample_images: jax.Array,
+) -> GraphState:
+    """Initialises every node.
+
+    A node's parameters depend on its name, its model and `rng`: not on the other nodes.
+
+    Args:
+        graph: whose `frozen` nodes get no optimiser state.
+        node_fns: one a node, in the graph's order.
+        optimizer: an optax transformation, applied to each node apart.
+        rng: a random key.
+        sample_images: `[B, H, W, C]`, of which only the shape matters: integers count as floats.
+
+    Raises:
+        InputError: the number of node functions is not the number of nodes, or a network whose
+            `init` does not return a pair of pytrees of arrays.
+
+    >>> import ktg_jax as ktg
+    >>> graph = ktg.graphs.distillation("cnn", "cnn")
+    >>> node_fns = [ktg.build_model(node.model, 10) for node in graph.nodes]
+    >>> images = jnp.zeros((1, 8, 8, 1))
+    >>> init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images).frozen
+    (1,)
+    """
+    if len(node_fns) != len(graph.nodes):
+        raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")
+    if not has_floats(sample_images):
+        sample_images = jnp.zeros(jnp.shape(sample_images), jnp.float32)
+    variables = []
+    for node, fns in zip(graph.nodes, node_fns, strict=True):
+        with errors_of(f"node {node.name}"):
+            variables.append(arrays(fns.init(node_rng(rng, str(node.name)), sample_images)))
+    params, model_state = zip(*variables, strict=True)
+    opt_state = tuple(
+        None if i in graph.frozen else init_opt_state(optimizer, node_params)
+        for i, node_params in enumerate(params)
+    )
+    return GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
+
+
+def node_rng(rng: jax.Array, name: str) -> jax.Array:
+    """The random key of the node of that name."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))

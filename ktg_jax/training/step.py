@@ -1,0 +1,320 @@
+"""The training step of a graph, and the three pure pieces that it is made of.
+
+`node_forward` (a node), `graph_gradients` (the whole graph, on what the nodes put out) and
+`node_update` (a node) are all there is to a step. `train_step` composes them in one program; since
+nodes meet only in what they put out, they can as well be compiled apart or placed on devices of
+their own.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.errors import InputError
+from ktg_jax.losses import checked_labels, cross_entropy, is_correct
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.pixels import check_floats
+from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
+from ktg_jax.models.streams import batch_spread_over
+from ktg_jax.outputs import Outputs, all_outputs
+from ktg_jax.training.node_terms import Priors, checked_priors, distance_metrics
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.updates import check_states, node_update
+from ktg_jax.transfer import EdgeArrays, edge_arrays, edge_losses, mean_of
+
+Metrics = dict[str, jax.Array]
+
+
+def node_forward(
+    params: PyTree,
+    model_state: PyTree,
+    images: jax.Array,
+    *,
+    fns: NodeFns,
+    frozen: bool = False,
+    with_stages: bool = False,
+) -> tuple[jax.Array | Outputs, PyTree]:
+    """A node's forward pass in training.
+
+    Args:
+        params: the node's parameters.
+        model_state: the node's model state.
+        images: float `[B, H, W, C]`, as the network is to see them: the experiments divide uint8
+            by 255.
+        fns: the node's functions.
+        frozen: run with the stored statistics and change nothing.
+        with_stages: return the stages' outputs, too.
+
+    Returns:
+        The logits, float `[B, classes]`, and the new model state. With stages, the node's
+        `Outputs` in place of the logits.
+
+    Raises:
+        InputError: images that are no floats, stages of a network that does not name them, or a
+            network that does not return logits `[B, classes]` of a float dtype.
+
+    >>> import ktg_jax as ktg
+    >>> fns = ktg.build_model("cnn", num_classes=10)
+    >>> params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> logits, model_state = node_forward(params, model_state, jnp.ones((4, 8, 8, 1)), fns=fns)
+    >>> logits.shape
+    (4, 10)
+    """
+    check_floats(images)
+    if with_stages and fns.stages is None:
+        raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
+    forward = fns.stages if with_stages and fns.stages is not None else fns.apply
+    made = forward(params, model_state, images, not frozen)
+    check_pair(made, "stages" if with_stages else "apply", "what it puts out and the model state")
+    output: Any
+    output, new_model_state = made
+    if with_stages:
+        check_pair(output, "stages", "logits and stage outputs")
+        output = Outputs(output[0], tuple(output[1]))
+    check_logits(output[0] if with_stages else output, len(images))
+    return output, model_state if frozen else new_model_state
+
+
+def graph_gradients(
+    logits: Sequence[Any],
+    labels: ArrayLike,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: str | None = None,
+) -> tuple[tuple[Any, ...], Metrics]:
+    """Each node's own loss and its gradient with respect to what that node puts out.
+
+    Args:
+        logits: N arrays, float `[..., C]`, or N `Outputs`, where edges carry losses on stages.
+        labels: int `[...]`, the batch's shape.
+        gates: as for `edge_losses`.
+        progress: scalar in [0, 1], as for `edge_losses`.
+        temperature: as for `edge_losses`.
+        where: as for `edge_losses`.
+        axis_name: as for `edge_losses`.
+
+    Returns:
+        N gradients in the structure, shape and dtype of what was given for each node; and metrics:
+        `loss` `[N]`, `accuracy` `[N]`, `edge_losses` `[N, N]`, all float32, means over what counts.
+
+    Raises:
+        InputError: as `edge_losses`.
+        AssertionError: as `edge_losses`.
+
+    >>> logits = [jnp.zeros((1, 2)), jnp.zeros((1, 2))]
+    >>> gradients, metrics = graph_gradients(logits, jnp.array([0]), jnp.zeros((2, 2), int), 1.0)
+    >>> gradients[0].tolist(), metrics["accuracy"].tolist()
+    ([[-0.5, 0.5]], [1.0, 1.0])
+    """
+
+    def loss_of(outputs: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        given = outputs, labels, gates, progress, temperature
+        losses = edge_losses(*given, where=where, axis_name=axis_name)
+        return jnp.sum(losses), losses
+
+    gradients, losses = jax.grad(loss_of, has_aux=True)(tuple(logits))
+    right = [is_correct(output.logits, labels) for output in all_outputs(logits)]
+    accuracy = jnp.stack([mean_of(each.astype(jnp.float32), where, axis_name) for each in right])
+    metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
+    return gradients, metrics
+
+
+def train_step(
+    state: GraphState,
+    images: jax.Array,
+    labels: ArrayLike,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    *,
+    node_fns: Sequence[NodeFns],
+    optimizer: optax.GradientTransformation,
+    temperature: ArrayLike = 1.0,
+    axis_name: str | None = None,
+    priors: Priors | None = None,
+    where: ArrayLike | None = None,
+) -> tuple[GraphState, Metrics]:
+    """One update of every node at once, from one forward and one backward pass. Pure.
+
+    The models (`node_fns`) and the set of frozen nodes (the structure of `state`) are static; the
+    gates are data, so one compiled program serves every graph over the same models.
+
+    Args:
+        state: from `init_state`.
+        images: float `[B, H, W, C]`, as for `node_forward`.
+        labels: int `[B]`, or of the logits' shape without classes, as tokens have them.
+        gates: `Graph.edge_arrays`, or as for `edge_losses`: codes or coefficients. They gate
+            losses; what freezes a node is the state alone.
+        progress: scalar in (0, 1]; the k-th update of k_end has k / k_end.
+        node_fns: one a node.
+        optimizer: as given to `init_state`. One that asks for `value` is given the node's own
+            loss, that of its edges in the whole batch.
+        temperature: as for `edge_losses`; `Graph.edge_arrays` has its own.
+        axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
+            then that of the whole batch, of which each device's share has random numbers of its
+            own.
+        priors: one a node, or None where it has none, as `with_priors` returns them; they add to
+            the gradients of their own nodes, and to nothing else. None: no node has one.
+        where: bool of the labels' shape, which samples count; None: all. Batch statistics see all.
+
+    Returns:
+        The new state and the metrics of `graph_gradients`. With priors also `prior_distance`,
+        float32 `[N, G]`: how far each stage of each node was from its prior before the update; NaN
+        where there is none (-1 under `jax_debug_nans`). Nothing of a frozen node changes.
+
+    Raises:
+        InputError: images that are no floats; a prior of a frozen node or of another student, or
+            not one entry a node; stages that are needed and not there, or do not fit each other; a
+            network whose logits are not float `[B, classes]`, the same for all; an optimiser that
+            asks for more than `value`, or whose state is None where the state, made by hand, has
+            None for every node.
+
+    >>> import ktg_jax as ktg
+    >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
+    >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
+    >>> step = jax.jit(partial(train_step, node_fns=node_fns, optimizer=optimizer))
+    >>> state, metrics = step(state, images, labels, graph.gate_codes, progress=0.1)
+    >>> int(state.step), metrics["edge_losses"].shape
+    (1, (2, 2))
+    """
+    check_states(state.opt_state, state.params, optimizer)
+    priors, edges = checked_priors(priors, state), edge_arrays(gates, temperature)
+    outputs, pullbacks, model_state = [], [], []
+    output: Any
+    for i, fns in enumerate(node_fns):
+        frozen = i in state.frozen
+        forward = partial(
+            node_forward,
+            model_state=state.model_state[i],
+            images=images,
+            fns=fns,
+            frozen=frozen,
+            with_stages=edges.needs_stages,
+        )
+        scope, about = jax.named_scope(f"node{i}_forward"), errors_of(f"node {i}")
+        with scope, about, batch_spread_over(axis_name):
+            if frozen:
+                output, new_model_state = forward(state.params[i])
+                pullback = None
+            else:
+                output, pullback, new_model_state = jax.vjp(forward, state.params[i], has_aux=True)
+            check_for_labels(output.logits if edges.needs_stages else output, labels)
+        outputs.append(output)
+        pullbacks.append(pullback)
+        model_state.append(new_model_state)
+
+    output_gradients, metrics = graph_gradients(
+        outputs, labels, edges, progress, where=where, axis_name=axis_name
+    )
+    if axis_name is not None:
+        metrics = jax.lax.pmean(metrics, axis_name)
+
+    params, opt_state = list(state.params), list(state.opt_state)
+    distances: list[jax.Array | None] = [None] * len(priors)
+    for i, (pullback, prior) in enumerate(zip(pullbacks, priors, strict=True)):
+        if pullback is None:
+            continue
+        with jax.named_scope(f"node{i}_update"):
+            (gradients,) = pullback(output_gradients[i])
+            if axis_name is not None:
+                gradients = jax.lax.pmean(gradients, axis_name)
+            if prior is not None:
+                gradients, distances[i] = prior.add_to(gradients, params[i], progress)
+            params[i], opt_state[i] = node_update(
+                params[i],
+                opt_state[i],
+                gradients,
+                optimizer=optimizer,
+                value=metrics["loss"][i],
+            )
+    metrics |= distance_metrics(distances)
+    new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
+    return new_state, metrics
+
+
+def eval_step(
+    state: GraphState,
+    images: jax.Array,
+    labels: ArrayLike,
+    mask: jax.Array | None = None,
+    *,
+    node_fns: Sequence[NodeFns],
+) -> Metrics:
+    """Evaluates every node and their ensemble on a batch, with stored statistics. Pure.
+
+    Args:
+        state: from `init_state` or `train_step`.
+        images: float `[B, H, W, C]`, as for `node_forward`.
+        labels: int `[B]`.
+        mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
+            all.
+        node_fns: one a node.
+
+    Returns:
+        Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
+        `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
+        logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
+        losses are NaN where a label that counts is no class.
+
+    Raises:
+        InputError: images that are no floats.
+
+    >>> import ktg_jax as ktg
+    >>> graph, images = ktg.graphs.mutual(["cnn", "cnn"]), jnp.ones((4, 8, 8, 1))
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> state = ktg.init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images)
+    >>> mask = jnp.array([True, True, True, False])
+    >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
+    3.0
+    """
+    logits: list[Any] = []
+    nodes = zip(node_fns, state.params, state.model_state, strict=True)
+    for i, (fns, params, model_state) in enumerate(nodes):
+        with errors_of(f"node {i}"):
+            output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
+            check_for_labels(output, labels)
+        logits.append(output)
+    return eval_sums(logits, labels, mask)
+
+
+def eval_sums(
+    logits: ArrayLike | Sequence[ArrayLike], labels: ArrayLike, mask: ArrayLike | None = None
+) -> Metrics:
+    """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
+
+    >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
+    >>> sums = eval_sums(logits, jnp.array([0]))
+    >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
+    ([1.0, 0.0], 1.0)
+    """
+    each = logits if isinstance(logits, list | tuple) else jnp.asarray(logits)
+    stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in each])
+    counts = jnp.ones(stacked.shape[1], jnp.float32)
+    if mask is not None:
+        counts = jnp.asarray(mask, jnp.float32)
+        chex.assert_shape(counts, stacked.shape[1:2])
+        labels = jnp.where(counts > 0, checked_labels(stacked, labels), 0)
+
+    def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
+        return jnp.sum(loss), jnp.sum(is_correct(z, labels).astype(jnp.float32) * counts)
+
+    loss, correct = jax.vmap(sums)(stacked)
+    ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
+    return {
+        "loss": loss,
+        "correct": correct,
+        "ensemble_loss": ensemble_loss,
+        "ensemble_correct": ensemble_correct,
+        "count": jnp.sum(counts),
+    }

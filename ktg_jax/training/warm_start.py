@@ -1,0 +1,99 @@
+"""Initial weights of a node: from a file, or from a run of its own."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.graph.graph import Graph
+from ktg_jax.io.trees import unflatten
+from ktg_jax.models.network import PyTree
+from ktg_jax.models.streams import with_own_keys, without_stream
+from ktg_jax.models.weights import NodeWeights, read_node
+from ktg_jax.training.checkpoint import read_nodes
+from ktg_jax.training.state import GraphState
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, within the run's folder."""
+
+_WITH_GRAPH = ("graph.json", "config.json")
+"""Files of a run's folder, either of which says what graph it is."""
+
+
+def load_weights(source: str) -> NodeWeights:
+    """Reads a node's weights.
+
+    Args:
+        source: a run's folder (its target), `DIR:name` (one node of it), or a file that
+            `save_node` wrote; `~` is the home folder. Of a run, the newest checkpoint that is
+            whole is read.
+
+    Raises:
+        InputError: no such run, node or file, or one that cannot be read.
+    """
+    path = os.path.expanduser(source)
+    if path.endswith(".safetensors") and not os.path.isdir(path):
+        weights, _ = read_node(path)
+        return dataclasses.replace(weights, source=source)
+    folder, _, name = (path, "", "") if os.path.isdir(path) else path.rpartition(":")
+    if not folder or not any((Path(folder) / file).is_file() for file in _WITH_GRAPH):
+        allowed = "a run's folder, DIR:name (one node of it), or a .safetensors file"
+        raise InputError("weights", source, allowed)
+    try:
+        graph = read_graph(folder)
+    except InputError as error:
+        allowed = f"a run with a readable graph.json ({error.allowed})"
+        raise InputError("weights", source, allowed) from None
+    models = {str(node.name): node.model for node in graph.nodes}
+    name = name or next(iter(models))
+    if name not in models:
+        raise InputError("weights", source, f"one of the run's nodes: {', '.join(models)}")
+    try:
+        _, nodes = read_nodes(Path(folder) / CHECKPOINTS)
+    except RunError as error:
+        raise InputError("weights", source, f"a run with a readable checkpoint ({error})") from None
+    if name not in nodes:
+        allowed = f"a run whose checkpoints have that node ({', '.join(nodes)})"
+        raise InputError("weights", source, allowed)
+    node = nodes[name]
+    model_state = without_stream(node["model_state"] or {})
+    return NodeWeights(node["params"], model_state, models[name], source)
+
+
+def read_graph(folder: str | os.PathLike[str]) -> Graph:
+    """The graph of a run: from its `graph.json`, or where that is damaged from its `config.json`.
+
+    Raises:
+        InputError: neither can be read.
+    """
+    try:
+        return Graph.load(Path(folder) / "graph.json")
+    except InputError as error:
+        try:
+            text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+            return Graph.from_json(json.loads(text)["config"]["graph"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise error from None
+
+
+def with_weights(state: GraphState, index: int, weights: NodeWeights) -> GraphState:
+    """The state with a node's params and model state replaced; random keys stay the node's own.
+
+    Raises:
+        InputError: the weights are of another architecture; names the first parameter that differs.
+    """
+    field = f"weights of node {index} ({weights.source}, a {weights.model})"
+
+    own = state.model_state[index]
+    params = unflatten(state.params[index], weights.params, field)
+    model_state = unflatten(without_stream(own), weights.model_state, field)
+
+    def replace(part: tuple[PyTree, ...], new: PyTree) -> tuple[PyTree, ...]:
+        return (*part[:index], new, *part[index + 1 :])
+
+    return dataclasses.replace(
+        state,
+        params=replace(state.params, params),
+        model_state=replace(state.model_state, with_own_keys(model_state, own)),
+    )

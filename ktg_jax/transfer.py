@@ -1,0 +1,372 @@
+"""The gated losses of all edges of a graph (KTG, section 3).
+
+Node t learns from L_t = sum over s of L[t, s]: what its label edge carries on the diagonal, what
+its transfer edges carry elsewhere, each through its gate. Senders are detached, so one backward
+pass of sum_t L_t gives every node exactly the gradient of its own loss.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ktg_jax.errors import InputError
+from ktg_jax.gates import CUTOFF, gate_functions, gate_names, gate_weights, is_cut
+from ktg_jax.losses import checked_labels, is_correct
+from ktg_jax.named_losses import NamedLoss, named_loss
+from ktg_jax.outputs import Logits, Outputs, all_outputs, detached, filled
+
+PAPER_LOSSES = ("cross_entropy", "kl")
+"""What the paper's label and transfer edges carry."""
+
+
+@flax.struct.dataclass
+class EdgeArrays:
+    """All edges of a graph as arrays: what a compiled step takes as data. A pytree.
+
+    Attributes:
+        gates: int `[N, N]`, codes of `ktg_jax.gate_names`, or float `[N, N, 4]`, coefficients;
+            row = receiver, column = sender, diagonal = label edge.
+        weights: float `[L, N, N]`, of each loss on each edge.
+        temperatures: float `[N, N]`, T > 0 of each edge.
+        losses: L names of registered losses. Static: one program serves all graphs over the same
+            models and losses.
+        functions: names of the gates that are functions, and may occur. Static, too.
+
+    >>> EdgeArrays(jnp.zeros((1, 1), int), jnp.ones((2, 1, 1)), jnp.ones((1, 1))).needs_stages
+    False
+    """
+
+    gates: Any
+    weights: Any
+    temperatures: Any
+    losses: tuple[str, ...] = flax.struct.field(pytree_node=False, default=PAPER_LOSSES)
+    functions: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    @property
+    def needs_stages(self) -> bool:
+        """Whether the nodes' stage outputs are needed, not only their logits."""
+        return any(named_loss(name).needs_stages for name in self.losses)
+
+
+def edge_arrays(
+    gates: ArrayLike | EdgeArrays,
+    temperature: ArrayLike = 1.0,
+    losses: Sequence[str] = PAPER_LOSSES,
+    weights: ArrayLike | None = None,
+) -> EdgeArrays:
+    """The edges as arrays; those that are so already, as they are.
+
+    Args:
+        gates: codes `[N, N]`, coefficients `[N, N, 4]`, or an `EdgeArrays`.
+        temperature: scalar, or float `[N, N]`.
+        losses: L names of registered losses.
+        weights: float `[L, N, N]`, or None: 1 each.
+
+    Raises:
+        InputError: weights of another shape, or an unknown loss.
+
+    >>> edge_arrays(jnp.zeros((2, 2), int)).weights.shape
+    (2, 2, 2)
+    """
+    if isinstance(gates, EdgeArrays):
+        return gates
+    n = jnp.shape(gates)[0]
+    shape = (len(losses), n, n)
+    for name in losses:
+        named_loss(name)
+    if weights is None:
+        weights = np.ones(shape, np.float32)
+    elif jnp.shape(weights) != shape:
+        raise InputError("weights", jnp.shape(weights), f"{shape}: [losses, receiver, sender]")
+    temperatures: Any
+    if isinstance(temperature, jax.Array):  # traced, say; else nothing is computed here
+        temperatures = jnp.broadcast_to(temperature.astype(jnp.float32), (n, n))
+    else:
+        temperatures = np.broadcast_to(np.asarray(temperature, np.float32), (n, n))
+    return EdgeArrays(gates, weights, temperatures, tuple(losses), functions_among(gates))
+
+
+def functions_among(gates: ArrayLike) -> tuple[str, ...]:
+    """The registered gates that are functions and occur among these; all, where that is not known.
+
+    Args:
+        gates: codes `[N, N]`, also traced, or coefficients, which are no functions.
+    """
+    names = tuple(gate_functions())
+    if jnp.ndim(gates) != 2 or isinstance(gates, jax.core.Tracer):
+        return names if jnp.ndim(gates) == 2 else ()
+    return tuple(name for name in names if gate_names().index(name) in np.asarray(gates))
+
+
+def edge_losses(
+    logits: Logits,
+    labels: ArrayLike,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    losses: Sequence[str] = PAPER_LOSSES,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """The gated loss of every edge of a graph.
+
+    Args:
+        logits: float `[N, ..., C]`, or a sequence of N arrays `[..., C]`, or of N `Outputs`, whose
+            stages losses on stages need; all nodes' outputs from one simultaneous forward pass.
+            `...` is the batch's shape, usually `[B]`, of tokens `[B, T]`.
+        labels: int `[...]`, classes in 0..C-1; any other label gives NaN.
+        gates: int `[N, N]`, codes of `ktg_jax.gate_names`, or float `[N, N, 4]`, coefficients;
+            row = receiver, column = sender, diagonal = label edge. May be traced. Or
+            `Graph.edge_arrays`, which also has the temperature, the losses and their weights.
+        progress: scalar in [0, 1], training progress k / k_end with the iteration k from 1.
+        temperature: T > 0 of the transfer edges, a scalar or float `[N, N]`; label edges have none.
+        losses: L names of registered losses. What a label edge carries is on the diagonal alone,
+            what a transfer edge carries beside it alone.
+        weights: float `[L, N, N]`, of each loss on each edge; None: 1 each. A loss of weight 0 is
+            not there: it may not be finite.
+        where: bool `[...]`, which samples count; None: all. What does not count may hold anything.
+        axis_name: the mapped axis over which the batch is spread; the mean over it of what each
+            device returns is then the mean over what counts on all of them.
+
+    Returns:
+        float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over *all* samples that
+        count (also for `correct`: not over those alone whose sender is right). Only node t's
+        outputs receive a gradient from row t. Samples that a gate weighs 0 add 0 where their loss
+        is infinite, and a cut edge sees neither its sender nor its label.
+
+    Raises:
+        InputError: an unknown loss, logits of different shapes, or stages that are needed and not
+            there or do not fit.
+        AssertionError: other ranks, shapes or dtypes.
+
+    >>> logits = jnp.zeros((2, 4, 10))  # two undecided nodes: they agree, and know nothing
+    >>> gates = jnp.zeros((2, 2), int)  # all through
+    >>> edge_losses(logits, jnp.arange(4), gates, progress=0.5).round(3).tolist() == [
+    ...     [jnp.log(10.0).round(3), 0.0], [0.0, jnp.log(10.0).round(3)]]
+    True
+    """
+    edges = edge_arrays(gates, temperature, losses, weights)
+    outputs = all_outputs(logits)
+    n, shapes = len(outputs), [output.logits.shape for output in outputs]
+    if len(set(shapes)) > 1:
+        raise InputError("logits", shapes, "one shape, the same for all nodes")
+    chex.assert_tree_shape_prefix([output.stages for output in outputs], shapes[0][:1])
+    labels = checked_labels(outputs[0].logits, labels)
+    chex.assert_rank(labels, len(shapes[0]) - 1)
+    chex.assert_shape(edges.gates, (n, n, *jnp.shape(edges.gates)[2:]))
+    if where is not None:
+        where = jnp.asarray(where, bool)
+        chex.assert_equal_shape([where, labels])
+        outputs = tuple(filled(~where, 0.0, output) for output in outputs)
+        labels = jnp.where(where, labels, 0)
+    sample_weights = _sample_weights(edges, outputs, labels, progress)
+    if where is not None:
+        sample_weights *= _shares(where, axis_name)[None, None]
+    cut, temperatures = is_cut(edges.gates), jnp.asarray(edges.temperatures, jnp.float32)
+    total = jnp.zeros((n, n), jnp.float32)
+    for i, name in enumerate(edges.losses):
+        loss, weight = named_loss(name), jnp.asarray(edges.weights[i], jnp.float32)
+        absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
+        given = loss, outputs, labels, sample_weights, temperatures, absent
+        if loss.on_labels:
+            found = _on_labels(*given)
+        elif loss.needs_stages:
+            found = _by_stages(*given, _known_absent(edges, i))
+        else:
+            found = _by_logits(*given)
+        total += jnp.where(absent, 0.0, weight * found)
+    return total
+
+
+def node_losses(
+    logits: Logits,
+    labels: ArrayLike,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    **options: Any,
+) -> jax.Array:
+    """The loss of every node, L_t = sum over s of L[t, s]; arguments as for `edge_losses`.
+
+    Returns:
+        float32 `[N]`.
+
+    >>> cut = jnp.ones((2, 2), int)
+    >>> node_losses(jnp.zeros((2, 4, 10)), jnp.arange(4), cut, progress=0.5).tolist()
+    [0.0, 0.0]
+    """
+    return jnp.sum(edge_losses(logits, labels, gates, progress, temperature, **options), axis=1)
+
+
+def graph_loss(
+    logits: Logits,
+    labels: ArrayLike,
+    gates: ArrayLike | EdgeArrays,
+    progress: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    **options: Any,
+) -> jax.Array:
+    """The sum of all nodes' losses; arguments as for `edge_losses`.
+
+    Since senders are detached, its gradient with respect to node t's logits is exactly that of
+    node t's own loss.
+
+    Returns:
+        float32 scalar `[]`.
+
+    >>> logits, labels, through = jnp.zeros((1, 1, 2)), jnp.array([1]), jnp.array([[0]])
+    >>> jax.grad(graph_loss)(logits, labels, through, 1.0).tolist()  # softmax minus one-hot
+    [[[0.5, -0.5]]]
+    """
+    return jnp.sum(node_losses(logits, labels, gates, progress, temperature, **options))
+
+
+def _sample_weights(
+    edges: EdgeArrays,
+    outputs: Sequence[Outputs],
+    labels: jax.Array,
+    progress: ArrayLike,
+) -> jax.Array:
+    """What each gate gives each sample, `[N, N, ...]`."""
+    n = len(outputs)
+    right = jnp.stack([is_correct(output.logits, labels) for output in outputs])
+    weights = gate_weights(edges.gates, progress, right.reshape(n, -1))
+    weights = weights.reshape(n, n, *labels.shape)
+    if edges.functions:
+        weights = _with_gate_functions(weights, edges, outputs, right, progress)
+    return weights
+
+
+def mean_of(
+    values: jax.Array, where: ArrayLike | None = None, axis_name: str | None = None
+) -> jax.Array:
+    """The mean over what counts; arguments as of `edge_losses`, values float32 of that shape.
+
+    >>> float(mean_of(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False])))
+    1.5
+    """
+    if where is not None:
+        where = jnp.asarray(where, bool)
+        values = jnp.where(where, values, 0.0) * _shares(where, axis_name)
+    return jnp.mean(values)
+
+
+def _shares(where: jax.Array, axis_name: str | None) -> jax.Array:
+    """Of each sample in a plain mean: 0 of what does not count, else more than 1."""
+    count = jnp.sum(where, dtype=jnp.float32)
+    if axis_name is not None:
+        count = jax.lax.pmean(count, axis_name)
+    return where.astype(jnp.float32) * (where.size / jnp.maximum(count, 1.0))
+
+
+def _with_gate_functions(
+    weights: jax.Array,
+    edges: EdgeArrays,
+    outputs: Sequence[Outputs],
+    right: jax.Array,
+    progress: ArrayLike,
+) -> jax.Array:
+    """The weights, those of registered functions filled in."""
+    codes = jnp.asarray(edges.gates)
+    for name in edges.functions:
+        gate, code = gate_functions()[name], gate_names().index(name)
+        rows = []
+        for t, receiver in enumerate(outputs):
+            row = []
+            for s, sender in enumerate(outputs):
+                sender_right = jnp.ones_like(right[s]) if s == t else right[s]
+                given = (progress, right[t], sender_right, detached(receiver), detached(sender))
+                row.append(jnp.broadcast_to(jax.lax.stop_gradient(gate(*given)), right.shape[1:]))
+            rows.append(jnp.stack(row))
+        is_this = (codes == code).reshape(*codes.shape, *(1,) * (right.ndim - 1))
+        weights = jnp.where(is_this, jnp.stack(rows).astype(jnp.float32), weights)
+    return weights
+
+
+# A cut edge sees zeros in place of both its ends: 0 times the loss of a sender that has diverged
+# would be NaN, and a cut edge must be as good as none.
+
+
+def _on_labels(
+    loss: NamedLoss,
+    outputs: Sequence[Outputs],
+    labels: jax.Array,
+    sample_weights: jax.Array,
+    temperatures: jax.Array,
+    absent: jax.Array,
+) -> jax.Array:
+    """The loss of each label edge, on the diagonal of `[N, N]`."""
+    found = []
+    for i, output in enumerate(outputs):
+        receiver = filled(absent[i, i], 0.0, output)
+        seen = jnp.where(absent[i, i], 0, labels)
+        given = (receiver, detached(receiver), seen, sample_weights[i, i], temperatures[i, i])
+        found.append(loss.function(*given))
+    return jnp.diag(jnp.stack(found))
+
+
+def _by_logits(
+    loss: NamedLoss,
+    outputs: Sequence[Outputs],
+    labels: jax.Array,
+    sample_weights: jax.Array,
+    temperatures: jax.Array,
+    absent: jax.Array,
+) -> jax.Array:
+    """The loss of each transfer edge, `[N, N]`, all pairs of nodes at once."""
+
+    def of_edge(receiver: Any, sender: Any, weights: Any, temperature: Any, is_absent: Any) -> Any:
+        receiver, sender = (filled(is_absent, 0.0, Outputs(end)) for end in (receiver, sender))
+        return loss.function(receiver, sender, labels, weights, temperature)
+
+    logits = jnp.stack([output.logits for output in outputs])
+    of_row = jax.vmap(of_edge, in_axes=(None, 0, 0, 0, 0))
+    of_all = jax.vmap(of_row, in_axes=(0, None, 0, 0, 0))
+    return of_all(logits, jax.lax.stop_gradient(logits), sample_weights, temperatures, absent)
+
+
+def _by_stages(
+    loss: NamedLoss,
+    outputs: Sequence[Outputs],
+    labels: jax.Array,
+    sample_weights: jax.Array,
+    temperatures: jax.Array,
+    absent: jax.Array,
+    known_absent: np.ndarray | None,
+) -> jax.Array:
+    """The loss of each transfer edge, `[N, N]`, pair by pair: stages differ in shape."""
+
+    def of_edge(t: int, s: int) -> jax.Array:
+        receiver, sender = outputs[t], detached(outputs[s])
+        if s == t or (known_absent is not None and known_absent[t, s]):
+            return jnp.zeros((), jnp.float32)
+        receiver, sender = (filled(absent[t, s], 0.0, end) for end in (receiver, sender))
+        try:
+            given = (receiver, sender, labels, sample_weights[t, s], temperatures[t, s])
+            return loss.function(*given)
+        except InputError as error:
+            if known_absent is None:
+                # It counts only where the edge carries the loss.
+                return jnp.full((), jnp.nan, jnp.float32)
+            where = f"node {s} as seen by node {t}: {error.field}"
+            raise InputError(where, error.value, error.allowed) from None
+
+    nodes = range(len(outputs))
+    return jnp.stack([jnp.stack([of_edge(t, s) for s in nodes]) for t in nodes])
+
+
+def _known_absent(edges: EdgeArrays, loss: int) -> np.ndarray | None:
+    """Which edges do not carry a loss, bool `[N, N]`; None: gates or weights are traced."""
+    if isinstance(edges.gates, jax.core.Tracer) or isinstance(edges.weights, jax.core.Tracer):
+        return None
+    gates = np.asarray(edges.gates)
+    cut = gates == CUTOFF if gates.ndim == 2 else (gates == 0).all(axis=-1)
+    return cut | (np.asarray(edges.weights)[loss] == 0)
