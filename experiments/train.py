@@ -150,6 +150,7 @@ def _say_finished(
         with suppress(InputError), workdir.locked():  # as far as it can be written
             workdir.begin(fields | facts, config.data_dir, {"graph.json": fields["graph"]})
     cli.say(console, f"{workdir.path} is finished; nothing to do.")
+    draw_missing(workdir, result, console)
     console.print(result_table(result))
 
 

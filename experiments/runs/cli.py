@@ -55,7 +55,8 @@ def _let_orbax_warn() -> None:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or record.exc_info is None
+    is_slow_disk = str(record.msg).startswith("Waiting for previous save")
+    return not is_slow_disk and (record.levelno < logging.ERROR or record.exc_info is None)
 
 
 class _WithoutOrphans:

@@ -44,7 +44,7 @@ def check_pair(made: Any, function: str, pair: str) -> None:
         raise InputError(f"what {function} returns", Shown(made), f"a pair of {pair}")
 
 
-def check_logits(logits: Any, batch_size: int, num_classes: int | None = None) -> None:
+def check_logits(logits: Any, batch_size: int | None, num_classes: int | None = None) -> None:
     """Raises InputError unless logits are float `[B, classes]`.
 
     Without a number of classes any will do, and `[B, ..., classes]`, as tokens have them.
@@ -54,10 +54,10 @@ def check_logits(logits: Any, batch_size: int, num_classes: int | None = None) -
     ktg_jax.errors.InputError: logits: got float32[4, 7]; allowed: float[4, 10], one a class
     """
     if is_array(logits) and jnp.issubdtype(logits.dtype, jnp.floating):
-        is_any = num_classes is None and len(logits.shape) >= 2 and logits.shape[0] == batch_size
-        if is_any or logits.shape == (batch_size, num_classes):
+        is_batch = len(logits.shape) >= 2 and batch_size in (None, logits.shape[0])
+        if (num_classes is None and is_batch) or logits.shape == (batch_size, num_classes):
             return
-    allowed = f"float[{batch_size}, {num_classes or 'classes'}], one a class"
+    allowed = f"float[{batch_size or 'batch'}, {num_classes or 'classes'}], one a class"
     raise InputError("logits", Shown(logits), allowed)
 
 

@@ -77,7 +77,8 @@ def node_forward(
     if with_stages:
         check_pair(output, "stages", "logits and stage outputs")
         output = Outputs(output[0], tuple(output[1]))
-    check_logits(output[0] if with_stages else output, len(images))
+    batch_size = len(images) if hasattr(images, "shape") else None
+    check_logits(output[0] if with_stages else output, batch_size)
     return output, model_state if frozen else new_model_state
 
 
