@@ -37,7 +37,7 @@ from experiments.runs.identity import is_own
 from experiments.runs.networks import check_networks
 from experiments.runs.observers import event_writer, require_tensorboard
 from experiments.runs.options import import_modules
-from experiments.runs.pictures import draw_curves, draw_result
+from experiments.runs.pictures import draw_curves, draw_missing, draw_result
 from experiments.runs.pretrained import locate_pretrained
 from experiments.runs.process import check_platform, prepare
 from experiments.runs.progress import Display
