@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,20 @@ def test_a_finished_study_trains_nothing(whole: Path) -> None:
     assert "Training" not in said
     assert "distillation+prior" in said
     assert times(whole) == before
+
+
+def test_a_study_that_was_moved_has_its_priors_with_it(whole: Path, tmp_path: Path) -> None:
+    study = tmp_path / "moved"
+    shutil.copytree(whole.parent, study)
+    for path in study.rglob("*.json"):
+        path.write_text(path.read_text().replace(str(whole.parent), "/nowhere"))
+    (study / "staged" / "results.json").unlink()
+    assert "Training" not in ablate(study)
+    for ours, theirs in zip(
+        results_in(study / "staged")["entries"], results_in(whole)["entries"], strict=True
+    ):
+        assert ours["prior_kernels"] == theirs["prior_kernels"]
+        assert ours["accuracies"] == theirs["accuracies"]
 
 
 def test_tables_and_curves_are_written(whole: Path) -> None:

@@ -205,7 +205,10 @@ for name in ("train", "evaluate", *(f"{name}.command" for name in FOLDERS)):
 
 def test_another_system_is_told_which_are_supported(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-W", "ignore", "-c", ELSEWHERE],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     line = f"error: platform: got '{sys.platform}'; allowed: Linux or macOS; on Windows, within WSL"
     assert (ended.returncode, ended.stderr.splitlines()) == (0, [line] * 6)

@@ -1,6 +1,7 @@
 """What came of the arms' runs: numbers for `results.json`, from the files that the runs wrote."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,20 @@ def results_of(
             str(share): [first_epoch(curve, share) for curve in curves] for share in reach
         }
         entry["val_accuracy_by_epoch"] = _mean(curves)
-        prior = runs[arm.name][0].graph.nodes[0].prior
+        prior = prior_of(runs[arm.name][0])
         entry["prior_kernels"] = None if prior is None else list(load_prior(prior).paths)
         distances = [[node.get("prior_distance") for node in nodes] for nodes in targets]
         entry["prior_distance_by_epoch"] = _mean(distances)
     return results
+
+
+def prior_of(run: Workdir) -> Path | None:
+    """The target's prior: where its graph says, or where it is in a study that was moved since."""
+    prior = run.graph.nodes[0].prior
+    if prior is None or Path(prior).exists():
+        return None if prior is None else Path(prior)
+    study = run.path.parents[2]  # of arms/<arm>/seed-<seed>
+    return study.joinpath(*Path(prior).parts[-3:])  # priors/<aggregation>-<seed>/prior
 
 
 def final_accuracy(run: Workdir) -> float:
