@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -17,13 +17,15 @@ from benchmarks.machine import machine
 from benchmarks.measure import Worker, interleaved, spread
 from benchmarks.task import OURS, Figures, Task, Unavailable
 from experiments.runs import cli
+from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 from ktg_jax.errors import InputError
 
 MODELS = "resnet32+resnet110+wrn28_2"
 QUICK_MODELS = "resnet8+resnet14+wrn10_2"
 SIZES = (3, 7)
-EXAMPLES = """  python -m benchmarks.compile
+EXAMPLES = """Examples:
+  python -m benchmarks.compile
   python -m benchmarks.compile --quick --json compile.json
   python -m benchmarks.compile --models resnet8+resnet20+resnet32 --implementations xla"""
 _PARTS = ("ready_s", "trace_s", "compile_s", "first_step_s", "process_s")
@@ -33,13 +35,15 @@ _PARTS = ("ready_s", "trace_s", "compile_s", "first_step_s", "process_s")
 class CompileOptions(report.StepSize):
     """Time from the start of tracing to the end of the first step, with nothing compiled before."""
 
+    command: ClassVar = Command("benchmarks.compile", examples=EXAMPLES)
+
     models: str | None = None
     """Three models joined by +; the graph of seven nodes has them again and again."""
 
 
 def main() -> None:
     """Measures what the command line asks for."""
-    measure(report.parse(CompileOptions, "compile", EXAMPLES), report.console())
+    measure(parse(CompileOptions), report.console())
 
 
 def measure(options: CompileOptions, console: Console) -> dict[str, Any]:

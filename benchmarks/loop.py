@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +22,11 @@ from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, interleaved, output_of, spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, SEED, Figures, Task, Unavailable
 from experiments.runs import cli
+from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 
-EXAMPLES = """  python -m benchmarks.loop
+EXAMPLES = """Examples:
+  python -m benchmarks.loop
   python -m benchmarks.loop --quick --json loop.json
   python -m benchmarks.loop --implementations xla --threads 2 --rounds 5"""
 
@@ -66,10 +68,12 @@ NUM_CLASSES = 10
 class LoopOptions(report.Options):
     """Time experiments.train against a bare loop of steps over the same graph, and its start."""
 
+    command: ClassVar = Command("benchmarks.loop", examples=EXAMPLES)
+
 
 def main() -> None:
     """Measures what the command line asks for."""
-    measure(report.parse(LoopOptions, "loop", EXAMPLES), report.console())
+    measure(parse(LoopOptions), report.console())
 
 
 def measure(

@@ -19,10 +19,11 @@ import ktg_jax as ktg
 from benchmarks.task import Figures
 from experiments.runs import cli
 from experiments.runs.assemble import load
+from experiments.runs.command_line import parse
 from experiments.runs.config import TrainConfig
 from experiments.runs.options import import_modules
 from experiments.runs.process import Programs, prepare
-from experiments.search.config import SearchConfig, check, parse
+from experiments.search.config import SearchConfig, check
 from experiments.search.engine import optuna
 from experiments.search.samplers import make_sampler, suggest_graph
 from experiments.search.study import State
@@ -39,7 +40,7 @@ Trained = tuple[Any, Any]
 
 def main() -> None:
     """Searches as the command line says."""
-    config = parse()
+    config = parse(SearchConfig)
     prepare(compile_cache=False)
     import_modules(config.imports)
     check(config)

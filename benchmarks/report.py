@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
@@ -17,15 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from benchmarks.machine import cores
 from benchmarks.measure import Spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, Figures
-from experiments.runs import cli, command_line
+from experiments.runs import cli
 from experiments.runs.console import is_watched, make_console, text_column
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import write_text
 from ktg_jax.models import check_model
 
 _FILE_WIDTH = 160
-
-C = TypeVar("C", bound="Output")
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,6 @@ class StepSize(Options):
     """Images a step."""
     image_size: int = 32
     """Pixels a side."""
-
-
-def parse(kind: type[C], module: str, examples: str, arguments: list[str] | None = None) -> C:
-    """The options of a command line (default: this process's)."""
-    epilog = f"Examples:\n{examples}"
-    return command_line.parse(kind, f"benchmarks.{module}", {}, epilog, arguments)
 
 
 def check(options: Options, known: Sequence[str] = tuple(IMPLEMENTATIONS)) -> None:

@@ -8,7 +8,7 @@ by the node-epochs spent, of random + asha, random + patient and tpe + asha.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
@@ -18,6 +18,7 @@ from benchmarks.machine import cores, machine
 from benchmarks.task import Figures
 from experiments.runs import cli
 from experiments.runs.assemble import load
+from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 from experiments.runs.options import import_modules
 from experiments.runs.pictures import drawn
@@ -30,7 +31,8 @@ Part = Literal["throughput", "quality"]
 
 BUDGETS = (50.0, 100.0, 200.0, 400.0)
 QUICK_BUDGETS = (50.0, 100.0)
-EXAMPLES = """  python -m benchmarks.search
+EXAMPLES = """Examples:
+  python -m benchmarks.search
   python -m benchmarks.search --quick --json search.json
   python -m benchmarks.search --parts throughput --nodes 3 --trials 20 --rounds 3 --warm
   python -m benchmarks.search --parts quality --seeds 0 1 2 3 4 --picture quality.svg"""
@@ -47,6 +49,8 @@ _SIDES = {
 @dataclass(frozen=True)
 class SearchOptions(report.Output):
     """Time searches beside a plain one, and compare methods by the best graph for their compute."""
+
+    command: ClassVar = Command("benchmarks.search", examples=EXAMPLES)
 
     parts: tuple[Part, ...] = ("throughput", "quality")
     """What to measure."""
@@ -92,7 +96,7 @@ class SearchOptions(report.Output):
 
 def main() -> None:
     """Measures what the command line asks for."""
-    options = report.parse(SearchOptions, "search", EXAMPLES)
+    options = parse(SearchOptions)
     prepare()
     measure(options, report.console())
 
@@ -135,7 +139,7 @@ def _check(options: SearchOptions) -> None:
 
 
 def _search(options: SearchOptions, nodes: int) -> SearchConfig:
-    return search_config.parse(_arguments(options, nodes))
+    return parse(SearchConfig, _arguments(options, nodes))
 
 
 def _quality_search(options: SearchOptions) -> SearchConfig:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from rich.console import Console
@@ -24,6 +24,7 @@ from benchmarks.measure import Spread, Worker, interleaved, spread, start_all
 from benchmarks.ours import initial_state
 from benchmarks.task import BASELINE, COMPILED_BASELINE, IMPLEMENTATIONS, OURS, Figures, Task
 from experiments.runs import cli
+from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 from ktg_jax.errors import InputError
 
@@ -38,7 +39,8 @@ CASES = (
     "resnet32+resnet32+resnet32+resnet32+resnet32+resnet32+resnet32",
 )
 QUICK_CASES = ("resnet8+resnet8+resnet8", "resnet32+resnet32")
-EXAMPLES = """  python -m benchmarks.step
+EXAMPLES = """Examples:
+  python -m benchmarks.step
   python -m benchmarks.step --quick --json step.json
   python -m benchmarks.step --cases resnet32+resnet110+wrn28_2 --implementations xla --threads 2"""
 
@@ -46,6 +48,8 @@ EXAMPLES = """  python -m benchmarks.step
 @dataclass(frozen=True)
 class StepOptions(report.StepSize):
     """Time one training step of a graph against PyTorch, side by side."""
+
+    command: ClassVar = Command("benchmarks.step", examples=EXAMPLES)
 
     cases: tuple[str, ...] = ()
     """Graphs, as models joined by +; in each every node learns from every other."""
@@ -55,7 +59,7 @@ class StepOptions(report.StepSize):
 
 def main() -> None:
     """Measures what the command line asks for."""
-    measure(report.parse(StepOptions, "step", EXAMPLES), report.console())
+    measure(parse(StepOptions), report.console())
 
 
 def measure(options: StepOptions, console: Console) -> dict[str, Any]:

@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # as Python names a program while it imports the package that it is in
-    from experiments.runs import signals
+    from .runs import signals
 
     signals.begin_process()

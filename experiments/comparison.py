@@ -9,10 +9,11 @@ import numpy as np
 from scipy import stats
 
 import ktg_jax as ktg
-from experiments.runs.config import with_pretrained
-from experiments.runs.console import Table
-from experiments.search.records import TrialRecord
 from ktg_jax.errors import InputError
+
+from .runs.config import with_pretrained
+from .runs.console import Table
+from .search.records import TrialRecord
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,6 @@ import tyro
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.runs import cli, command_line
-from experiments.runs.assemble import data_facts, without_test
-from experiments.runs.console import Table, make_console
-from experiments.runs.identity import data_kind, is_own
-from experiments.runs.options import import_modules
-from experiments.runs.process import check_platform, prepare
-from experiments.runs.results import best_epoch
-from experiments.runs.workdir import Workdir
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.trees import unflatten
@@ -35,6 +27,16 @@ from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read
 from ktg_jax.training.engines import choose_engine, make_per_node_evaluator
 from ktg_jax.training.loop import Arrays, Means, evaluation_batch_size, make_evaluator
 from ktg_jax.training.state import GraphState
+
+from .runs import cli
+from .runs.assemble import data_facts, without_test
+from .runs.command_line import Command, parse
+from .runs.console import Table, make_console
+from .runs.identity import data_kind, is_own
+from .runs.options import import_modules
+from .runs.process import check_platform, prepare
+from .runs.results import best_epoch
+from .runs.workdir import Workdir
 
 GROUPS = {"evaluation": "split", "export": "export", "speed": "compile_cache"}
 
@@ -49,8 +51,10 @@ EXAMPLES = r"""Examples:
 class EvaluateConfig:
     """Evaluate every node of a run and their ensemble (summed logits)."""
 
+    command: ClassVar = Command("experiments.evaluate", GROUPS, EXAMPLES)
+
     workdir: Annotated[str, tyro.conf.Positional, "WORKDIR"]
-    """Folder of a run of experiments.train."""
+    """Folder of a run, as train makes it."""
     split: Literal["test", "val", "train"] = "test"
     """Images to evaluate on."""
     checkpoint: Literal["last", "best"] = "last"
@@ -70,7 +74,7 @@ class EvaluateConfig:
 
 def main() -> None:
     """Evaluates what the command line describes."""
-    config = command_line.parse(EvaluateConfig, "experiments.evaluate", GROUPS, EXAMPLES)
+    config = parse(EvaluateConfig)
     prepare(config.compile_cache)
     evaluate(config, make_console())
 
@@ -84,7 +88,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     """
     workdir = Workdir(config.workdir)
     if not workdir.exists:
-        raise InputError("workdir", config.workdir, "a folder of experiments.train")
+        raise InputError("workdir", config.workdir, "the folder of a run")
     if config.node is not None and config.export is None:
         raise InputError("node", config.node, "only together with --export")
     graph, run = workdir.graph, workdir.config

@@ -13,8 +13,14 @@ import jax
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.runs import cli
-from experiments.runs.assemble import (
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.loop import train_epochs
+from ktg_jax.training.state import GraphState
+
+from .runs import cli
+from .runs.assemble import (
     Run,
     assemble,
     data_facts,
@@ -23,38 +29,33 @@ from experiments.runs.assemble import (
     graph_files,
     load,
 )
-from experiments.runs.config import (
+from .runs.command_line import parse
+from .runs.config import (
     TrainConfig,
     as_given,
     build_graph,
     check,
     default_workdir,
-    parse,
     resolved,
 )
-from experiments.runs.console import busy, make_console
-from experiments.runs.identity import is_own
-from experiments.runs.networks import check_networks
-from experiments.runs.observers import event_writer, require_tensorboard
-from experiments.runs.options import import_modules
-from experiments.runs.pictures import draw_curves, draw_missing, draw_result
-from experiments.runs.pretrained import locate_pretrained
-from experiments.runs.process import check_platform, prepare
-from experiments.runs.progress import Display
-from experiments.runs.results import Best, Record, best_epoch, make_result, result_table
-from experiments.runs.workdir import Workdir
-from ktg_jax.data.dataset import Dataset
-from ktg_jax.errors import InputError, RunError
-from ktg_jax.training.checkpoint import Checkpoints
-from ktg_jax.training.loop import train_epochs
-from ktg_jax.training.state import GraphState
+from .runs.console import busy, make_console
+from .runs.identity import is_own
+from .runs.networks import check_networks
+from .runs.observers import event_writer, require_tensorboard
+from .runs.options import import_modules
+from .runs.pictures import draw_curves, draw_missing, draw_result
+from .runs.pretrained import locate_pretrained
+from .runs.process import check_platform, prepare
+from .runs.progress import Display
+from .runs.results import Best, Record, best_epoch, make_result, result_table
+from .runs.workdir import Workdir
 
 _REDRAW_SECONDS = 60
 
 
 def main() -> None:
     """Trains what the command line describes."""
-    config = parse()
+    config = parse(TrainConfig)
     check(config)
     prepare(config.compile_cache, config.cpu_devices)
     train(config, make_console())

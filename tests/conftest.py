@@ -4,7 +4,12 @@ import signal
 import threading
 
 import jax
-from postgres import postgres_server, postgres_url
+import pytest
+
+# What the helpers assert is explained, as in the tests themselves.
+pytest.register_assert_rewrite("carried", "represents", "runs", "searches")
+
+from postgres import postgres_server, postgres_url  # noqa: E402
 
 __all__ = ["postgres_server", "postgres_url"]
 

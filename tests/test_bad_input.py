@@ -278,7 +278,7 @@ def test_a_workdir_with_a_config_json_of_another_kind_is_refused(
 
 def test_a_missing_run_cannot_be_evaluated(tmp_path: Path) -> None:
     ended = in_process(evaluate.main, tmp_path / "missing")
-    assert_refused(ended, "workdir", str(tmp_path / "missing"), "experiments.train")
+    assert_refused(ended, "workdir", str(tmp_path / "missing"), "the folder of a run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +290,7 @@ def test_the_commands_themselves_end_with_one_line_and_code_2(inputs: Path, tmp_
     ]
     trained, evaluated = (end_of(process) for process in processes)
     assert_refused(trained, "gates[0][1]", "'ajar'", "through, cutoff")
-    assert_refused(evaluated, "workdir", "'runs/missing'", "experiments.train")
+    assert_refused(evaluated, "workdir", "'runs/missing'", "the folder of a run")
     assert trained.out == evaluated.out == ""
     assert list(tmp_path.iterdir()) == []
 

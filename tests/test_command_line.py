@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import pytest
 from runs import ROOT, Ended, in_process
@@ -19,7 +19,8 @@ from experiments.report.command import ReportConfig
 from experiments.represent import command as represent
 from experiments.represent.config import RepresentConfig
 from experiments.runs import command_line
-from experiments.runs.config import TrainConfig, parse
+from experiments.runs.command_line import Command, parse
+from experiments.runs.config import TrainConfig
 from experiments.search import command as search
 from experiments.search.config import SearchConfig
 
@@ -97,7 +98,7 @@ def test_the_examples_come_last_as_they_are_and_are_accepted(
     _, config, _ = COMMANDS[name]
     for python, m, module, *words in commands:
         assert (python, m, module) == ("python", "-m", f"experiments.{name}")
-        assert isinstance(command_line.parse(config, module, {}, "", words), config)
+        assert isinstance(parse(config, words), config)
 
 
 def test_no_example_of_a_command_has_a_password_in_it() -> None:
@@ -113,8 +114,8 @@ def test_no_example_of_a_command_has_a_password_in_it() -> None:
 def test_options_are_called_as_their_fields_and_none_can_be_said() -> None:
     words = "--models a b --train-limit None --no-resume --prune --workdir x --temperature 2"
     expected = TrainConfig(models=("a", "b"), resume=False, prune=True, workdir="x", temperature=2)
-    assert parse(words.split()) == expected
-    assert parse([]) == TrainConfig()
+    assert parse(TrainConfig, words.split()) == expected
+    assert parse(TrainConfig, []) == TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,17 @@ class Base:
     """Names."""
 
 
+THERE = Command("there", {"first": "size", "second": "is_big"}, "Examples:\n  a  [b]")
+
+
 @dataclass(frozen=True)
 class Derived(Base):
     """What it is.
 
     And more.
     """
+
+    command: ClassVar = THERE
 
     size: int = 2
     """Another size."""
@@ -140,9 +146,8 @@ class Derived(Base):
 
 
 def test_a_derived_class_says_what_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    groups = {"first": "size", "second": "is_big"}
     with pytest.raises(SystemExit) as ended:
-        command_line.parse(Derived, "there", groups, "Examples:\n  a  [b]", ["-h"])
+        parse(Derived, ["-h"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert re.search(r"--size N +Another size. \(default: 2\)", out)
@@ -158,16 +163,16 @@ def test_other_words_are_errors_without_examples(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        command_line.parse(Derived, "there", {}, "Examples: none", words)
+        parse(Derived, words)
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert "Examples" not in said.out + said.err
 
 
-def test_groups_do_not_change_what_is_parsed() -> None:
+@pytest.mark.parametrize("groups", [{}, {"all": "size"}, {"second": "is_big"}])
+def test_groups_do_not_change_what_is_parsed(
+    groups: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Derived, "command", Command("there", groups))
     words = ["--size", "7", "--names", "x", "y", "--no-is-big"]
-    parsed: list[Any] = [
-        command_line.parse(Derived, "there", groups, "", words)
-        for groups in ({}, {"all": "size"}, {"second": "is_big"})
-    ]
-    assert parsed == [Derived(7, ("x", "y"), False)] * 3
+    assert parse(Derived, words) == Derived(7, ("x", "y"), False)

@@ -249,7 +249,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_config_is_one_line_with_the_way_out(whole: Path, run: Path, damage: str) -> None:
     DAMAGES[damage](run / "config.json")
     for ended in (trained(run), in_process(evaluate.main, run)):
-        assert_one_line(ended, 2, str(run), "config.json", "--no-resume of experiments.train")
+        assert_one_line(ended, 2, str(run), "config.json", "train --no-resume")
     assert load_weights(str(run)).model == "tiny"  # graph.json is whole
     train(run, resume=False, epochs=1)
     assert (run.with_name("run.old1") / "checkpoints").is_dir()
@@ -288,7 +288,7 @@ def test_damaged_metrics_are_one_line_with_the_way_out(run: Path, damage: str) -
     assert (best.code, best.out) == (0, found)  # the checkpoints know it, too
     stop(run)
     ended = trained(run)
-    assert_one_line(ended, 1, f"{run}/metrics.jsonl", "--no-resume of experiments.train")
+    assert_one_line(ended, 1, f"{run}/metrics.jsonl", "train --no-resume")
     train(run, resume=False, epochs=1)
     assert (run.with_name("run.old1") / "checkpoints").is_dir()
 

@@ -95,7 +95,7 @@ def test_what_a_search_can_write_again_it_does(searched: Path, text: str) -> Non
         assert ended.code == 2
         assert ended.err.count("\n") == 1
         assert name in ended.err
-        assert "the same command of experiments.search writes it again" in ended.err
+        assert "the command that made it writes it again" in ended.err
         begun(searched, fields_of("npz:a.npz"))
         assert in_process(experiments.report.command.main, searched).code == 0
 

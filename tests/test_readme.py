@@ -16,6 +16,7 @@ import ktg_jax as ktg
 from experiments.ablation import config as ablating
 from experiments.represent import config as representing
 from experiments.runs import config
+from experiments.runs.command_line import parse
 from experiments.search import config as searching
 
 ROOT = Path(__file__).parent.parent
@@ -53,10 +54,10 @@ def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
-    "train": lambda words: config.check(config.parse(words)),
-    "represent": lambda words: representing.check(representing.parse(words)),
-    "search": lambda words: searching.check(searching.parse(words)),
-    "ablation": lambda words: ablating.check(ablating.parse(words)),
+    "train": lambda words: config.check(parse(config.TrainConfig, words)),
+    "represent": lambda words: representing.check(parse(representing.RepresentConfig, words)),
+    "search": lambda words: searching.check(parse(searching.SearchConfig, words)),
+    "ablation": lambda words: ablating.check(parse(ablating.AblationConfig, words)),
 }
 
 

@@ -48,8 +48,8 @@ from experiments.report.measures import (
 )
 from experiments.report.page import short_form, write_report
 from experiments.report.svg import inline
+from experiments.runs.command_line import parse
 from experiments.runs.config import TrainConfig, build_graph
-from experiments.runs.config import parse as parse_training
 from experiments.runs.options import training_fields
 from experiments.search.config import SearchConfig, resolved
 from experiments.search.display import count
@@ -503,7 +503,7 @@ def test_commands_can_be_copied_into_a_shell(folder: Path) -> None:
     assert shlex.split(search) == ["python", "-m", "experiments.search", *given]
     words = shlex.split(train)
     assert words[:3] == ["python", "-m", "experiments.train"]
-    config = parse_training(words[3:])
+    config = parse(TrainConfig, words[3:])
     assert config.graph == f"{folder}:{study.best(1)[0].number}"
     assert config.imports == ("tiny_models",)
     assert training_fields(config) == training_fields(SEARCHED)

@@ -273,9 +273,22 @@ def test_a_signal_ends_all_and_leaves_nothing_running(
 
 KILLER = """
 import os, signal
+import flax.linen as nn
+import jax
 import ktg_jax as ktg
 
-ktg.register_model("killer", lambda num_classes: os.kill(os.getpid(), signal.SIGKILL))
+def kill(images):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Killer(nn.Module):  # when it computes, not when it is only traced
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        jax.debug.callback(kill, images[0, 0, 0, 0])
+        return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+ktg.register_model("killer", Killer)
 """
 
 

@@ -165,6 +165,16 @@ def test_no_trial_is_lost_however_often_it_is_interrupted(url: str) -> None:
     assert [t.state for t in trials_of(url) if t.number == waiting.number] == ["complete"]
 
 
+def test_a_trial_that_was_asked_for_by_a_worker_killed_at_once_is_not_lost(url: str) -> None:
+    config = small_search(trials=2, pruner="none", baselines=False)
+    study = begin(url, config)
+    asked = study.ask()  # killed before it noted which worker has the trial
+    run_all_again(study, "here")
+    assert study.trials[asked.number].state == State.FAIL
+    work(url, config, rising)
+    assert [trial.state for trial in trials_of(url)] == ["failed", "complete", "complete"]
+
+
 class Dying:
     """A worker's process that is always killed."""
 

@@ -13,14 +13,14 @@ from typing import Any
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.ablation.arms import Arm, Setting, chosen
-from experiments.ablation.config import AblationConfig, check, default_workdir, parse, resolved
-from experiments.ablation.folder import AblationFolder
-from experiments.ablation.study import Record, results_of
-from experiments.ablation.tables import markdown, table
-from experiments.represent.aggregation import make_prior, prior_fields
-from experiments.represent.folder import PriorFolder
-from experiments.represent.teacher import (
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.errors import InputError
+from ktg_jax.io.files import write_text
+from ktg_jax.priors import KernelShapes
+
+from ..represent.aggregation import make_prior, prior_fields
+from ..represent.folder import PriorFolder
+from ..represent.teacher import (
     Teacher,
     check_stages,
     check_teacher_run,
@@ -28,26 +28,28 @@ from experiments.represent.teacher import (
     student_kernels,
     trained_teacher,
 )
-from experiments.runs import cli
-from experiments.runs.assemble import check_steps, data_facts, load, weights_checksum
-from experiments.runs.console import busy, make_console
-from experiments.runs.identity import is_own
-from experiments.runs.networks import check_models
-from experiments.runs.options import import_modules
-from experiments.runs.pictures import drawn
-from experiments.runs.process import check_platform, prepare
-from experiments.runs.progress import Countdown
-from experiments.runs.workdir import Workdir
-from experiments.train import train
-from ktg_jax.data.dataset import Dataset
-from ktg_jax.errors import InputError
-from ktg_jax.io.files import write_text
-from ktg_jax.priors import KernelShapes
+from ..runs import cli
+from ..runs.assemble import check_steps, data_facts, load, weights_checksum
+from ..runs.command_line import parse
+from ..runs.console import busy, make_console
+from ..runs.identity import is_own
+from ..runs.networks import check_models
+from ..runs.options import import_modules
+from ..runs.pictures import drawn
+from ..runs.process import check_platform, prepare
+from ..runs.progress import Countdown
+from ..runs.workdir import Workdir
+from ..train import train
+from .arms import Arm, Setting, chosen
+from .config import AblationConfig, check, default_workdir, resolved
+from .folder import AblationFolder
+from .study import Record, results_of
+from .tables import markdown, table
 
 
 def main() -> None:
     """Runs what the command line describes."""
-    config = parse()
+    config = parse(AblationConfig)
     prepare(config.compile_cache)
     ablate(config, make_console())
 
@@ -241,7 +243,7 @@ class Study:
         paths = [folder.path / "curves.svg", folder.path / "curves.png"]
 
         def draw() -> None:
-            from experiments.ablation.pictures import draw_arms  # matplotlib takes a second
+            from .pictures import draw_arms  # matplotlib takes a second
 
             draw_arms(results, paths)
 

@@ -6,17 +6,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from experiments.ablation.arms import ARMS, chosen
-from experiments.represent import config as representing
-from experiments.represent.config import RepresentConfig
-from experiments.represent.options import FitOptions, TeacherOptions
-from experiments.runs import command_line
-from experiments.runs.config import TrainConfig
-from experiments.runs.folder import place_of
-from experiments.runs.identity import data_kind, identity
-from experiments.runs.options import (
+from ktg_jax.errors import InputError
+from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.models import check_model
+
+from ..represent import config as representing
+from ..represent.config import RepresentConfig
+from ..represent.options import FitOptions, TeacherOptions
+from ..runs.command_line import Command
+from ..runs.config import TrainConfig
+from ..runs.folder import place_of
+from ..runs.identity import data_kind, identity
+from ..runs.options import (
     DATA_AND_TRAINING,
     MOST_SEEDS,
     Training,
@@ -25,9 +28,7 @@ from experiments.runs.options import (
     digest,
     training_fields,
 )
-from ktg_jax.errors import InputError
-from ktg_jax.graph.node import checked_number, checked_temperature
-from ktg_jax.models import check_model
+from .arms import ARMS, chosen
 
 VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
 """What an arm calls an aggregation, where it is one with options of its own."""
@@ -57,13 +58,36 @@ class _StudyOptions:
     """Validation accuracies of which is told in which epoch they are reached."""
 
 
+GROUPS = {
+    "teacher": "teacher",
+    "study": "students",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+_ARMS = "\n".join(f"  {arm.name}: {arm.about}" for arm in ARMS.values())
+
+EXAMPLES = rf"""Arms:
+{_ARMS}
+
+Examples:
+  python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
+  python -m experiments.ablation --data cifar10 --train-limit 10000 \
+      --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
+      --epochs 20 --reach 0.4 0.5 0.55"""
+
+
 @dataclass(frozen=True)
 class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # the last's come first
     """Find out what of Knowledge Representing does what: the same student, trained in many ways.
 
-    Each arm is trained with each seed by experiments.train, in a folder of its own. Running the
+    Each arm is trained with each seed as by the command train, in a folder of its own. Running the
     same command again goes on where it stopped; with more --arms or --seeds it goes on, too.
     """
+
+    command: ClassVar = Command("experiments.ablation", GROUPS, EXAMPLES)
 
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
@@ -153,26 +177,3 @@ def default_workdir(config: AblationConfig, facts: Mapping[str, Any]) -> Path:
     keys = (digest(identity(fields | data) | teacher), digest(fields | {"teacher": config.teacher}))
     name = f"ablation-{data_kind(config.data)}"
     return place_of("runs", name, fields | data, keys, inner=config.students[0])
-
-
-def parse(arguments: list[str] | None = None) -> AblationConfig:
-    """The configuration of a command line (default: this process's)."""
-    arms = "\n".join(f"  {arm.name}: {arm.about}" for arm in ARMS.values())
-    epilog = f"Arms:\n{arms}\n\n{EXAMPLES}"
-    return command_line.parse(AblationConfig, "experiments.ablation", GROUPS, epilog, arguments)
-
-
-GROUPS = {
-    "teacher": "teacher",
-    "study": "students",
-    "fit": "fit_steps",
-    **DATA_AND_TRAINING,
-    "speed": "compile_cache",
-    "folder": "workdir",
-}
-
-EXAMPLES = r"""Examples:
-  python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
-  python -m experiments.ablation --data cifar10 --train-limit 10000 \
-      --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
-      --epochs 20 --reach 0.4 0.5 0.55"""

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.runs.folder import Folder
-from experiments.runs.workdir import Workdir
+from ..runs.folder import Folder
+from ..runs.workdir import Workdir
 
 
 class AblationFolder(Folder):
@@ -18,7 +18,7 @@ class AblationFolder(Folder):
         path: of the folder; need not exist.
     """
 
-    command = "experiments.ablation"
+    holds = "an ablation"
     shapes: ClassVar = {"config.json": {"config": {}}, "results.json": {"entries": list}}
 
     def run(self, arm: str, seed: int) -> Workdir:

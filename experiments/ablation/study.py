@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.arms import Arm
-from experiments.comparison import Contender, compare
-from experiments.runs.workdir import Workdir
 from ktg_jax.errors import RunError
 from ktg_jax.priors import load_prior
+
+from ..comparison import Contender, compare
+from ..runs.workdir import Workdir
+from .arms import Arm
 
 Record = dict[str, Any]
 Runs = Mapping[str, Sequence[Workdir]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runs.console import Table
+from ..runs.console import Table
 
 Record = dict[str, Any]
 

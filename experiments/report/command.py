@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from rich.console import Console
 
-from experiments.runs import cli, command_line
-from experiments.runs.console import busy, make_console
-from experiments.search.records import StudyRecord
 from ktg_jax.errors import InputError, RunError
+
+from ..runs import cli
+from ..runs.command_line import Command, parse
+from ..runs.console import busy, make_console
+from ..search.records import StudyRecord
 
 EXAMPLES = r"""Examples:
   python -m experiments.report runs/search-digits-1a2b3c4d
@@ -21,6 +23,8 @@ EXAMPLES = r"""Examples:
 @dataclass(frozen=True)
 class ReportConfig:
     """Write one HTML file that shows a search, also one that still runs."""
+
+    command: ClassVar = Command("experiments.report", examples=EXAMPLES)
 
     study_dir: Annotated[str, tyro.conf.Positional, "DIR"]
     """Folder of a search."""
@@ -33,7 +37,7 @@ class ReportConfig:
 
 def main() -> None:
     """Reports what the command line says."""
-    config = command_line.parse(ReportConfig, "experiments.report", {}, EXAMPLES)
+    config = parse(ReportConfig)
     report(config, make_console())
 
 
@@ -45,8 +49,8 @@ def report(config: ReportConfig, console: Console) -> None:
             the extra `search` is not installed, or the file cannot be written.
         RunError: a picture cannot be drawn.
     """
-    from experiments.report.engine import jinja2  # first: without it, an error and no traceback
-    from experiments.search.folder import load_search
+    from ..search.folder import load_search
+    from .engine import jinja2  # first: without it, an error and no traceback
 
     assert jinja2
     study = load_search(config.study_dir, config.storage)
@@ -58,7 +62,7 @@ def report(config: ReportConfig, console: Console) -> None:
 
 def _write(study: StudyRecord, path: Path) -> None:
     try:
-        from experiments.report.page import write_report
+        from .page import write_report
 
         write_report(study, path)
     except InputError:

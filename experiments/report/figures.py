@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 import ktg_jax as ktg
-from experiments.report.measures import GateCounts, compute_curve
-from experiments.search.records import StudyRecord, TrialRecord
 from ktg_jax.draw import GATE_COLOURS, draw_graph, style
 from ktg_jax.mpl import Axes, Figure, Line2D, LineCollection, MaxNLocator
+
+from ..search.records import StudyRecord, TrialRecord
+from .measures import GateCounts, compute_curve
 
 _WIDTH = 9.0  # inches
 _MOST_POINTS = 100  # of a curve: more cannot be told apart in so wide a figure

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ktg_jax as ktg
-from experiments.search.display import count
-from experiments.search.records import StudyRecord, TrialRecord
+
+from ..search.display import count
+from ..search.records import StudyRecord, TrialRecord
 
 EDGE_KINDS = (
     "label to target",

@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import ktg_jax as ktg
-from experiments.comparison import entry_label
-from experiments.report.engine import Markup, jinja2
-from experiments.report.figures import (
+from ktg_jax.draw import GATE_COLOURS
+from ktg_jax.io.files import write_text
+
+from ..comparison import entry_label
+from ..runs.command_line import as_called
+from ..runs.options import Training
+from ..search.records import StudyRecord, TrialRecord
+from .engine import Markup, jinja2
+from .figures import (
     Picture,
     compute_picture,
     curves_picture,
     gates_picture,
     graph_picture,
 )
-from experiments.report.measures import best_tenth, count_gates, summarise
-from experiments.report.svg import inline
-from experiments.runs.options import Training
-from experiments.search.records import StudyRecord, TrialRecord
-from ktg_jax.draw import GATE_COLOURS
-from ktg_jax.io.files import write_text
+from .measures import best_tenth, count_gates, summarise
+from .svg import inline
 
 NUM_DRAWN = 6
 """So many of the best graphs are drawn."""
@@ -50,7 +52,7 @@ def write_report(study: StudyRecord, path: str | os.PathLike[str]) -> Path:
         `path`.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("experiments.report", package_path=""),
+        loader=jinja2.PackageLoader(str(__package__), package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -152,7 +154,8 @@ def _results(study: StudyRecord) -> dict[str, Any] | None:
 
 def _train_command(study: StudyRecord, trial: TrialRecord) -> str:
     """Trains a trial's graph as the search did."""
-    words = ["python", "-m", "experiments.train", "--graph", f"{study.path}:{trial.number}"]
+    words = [*as_called("python -m experiments.train").split(), "--graph"]
+    words.append(f"{study.path}:{trial.number}")
     if study.config.get("imports"):
         words += ["--imports", *study.config["imports"]]
     known = {"data_dir": study.data_dir, **study.config.get("training", {})}

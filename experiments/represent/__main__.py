@@ -1,7 +1,7 @@
 """`python -m experiments.represent`."""
 
-from experiments.represent.command import main
-from experiments.runs import cli
+from ..runs import cli
+from .command import main
 
 if __name__ == "__main__":
     cli.run(main, "interrupted; the same command goes on where it stopped")

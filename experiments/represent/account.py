@@ -9,11 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import ktg_jax as ktg
-from experiments.represent.config import STUDENT, RepresentConfig
-from experiments.represent.measures import prior_gradients, share_kept
-from experiments.represent.teacher import num_stages
-from experiments.runs.console import Table
-from experiments.runs.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.io.trees import by_path
 from ktg_jax.models.network import PyTree
@@ -21,6 +16,12 @@ from ktg_jax.priors import Prior, load_prior, match_prior, stage_convolutions
 from ktg_jax.priors.stages import last_of_stage
 from ktg_jax.training.state import node_rng
 from ktg_jax.training.warm_start import load_weights
+
+from ..runs.console import Table
+from ..runs.workdir import Workdir
+from .config import STUDENT, RepresentConfig
+from .measures import prior_gradients, share_kept
+from .teacher import num_stages
 
 Kernels = list[np.ndarray]
 
@@ -55,7 +56,7 @@ class Account:
         paths = [folder / name for name in names]
         if all(path.is_file() for path in paths):
             return
-        from experiments.represent.pictures import draw_stage  # matplotlib takes a second
+        from .pictures import draw_stage  # matplotlib takes a second
 
         folder.mkdir(parents=True, exist_ok=True)
         students = {"student before": self.before} | ({"student after": after} if after else {})

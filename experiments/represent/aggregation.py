@@ -11,16 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import ktg_jax as ktg
-from experiments.represent.config import RepresentConfig
-from experiments.represent.folder import PriorFolder
-from experiments.represent.options import FitOptions
-from experiments.represent.teacher import Teacher
-from experiments.runs import cli
-from experiments.runs.assemble import data_facts, without_test
-from experiments.runs.console import is_watched, text_column
-from experiments.runs.identity import data_kind
-from experiments.runs.options import training_fields
-from experiments.runs.progress import Countdown
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
 from ktg_jax.priors import (
@@ -35,6 +25,17 @@ from ktg_jax.priors import (
     svd_prior,
 )
 from ktg_jax.priors.aggregate import Metrics
+
+from ..runs import cli
+from ..runs.assemble import data_facts, without_test
+from ..runs.console import is_watched, text_column
+from ..runs.identity import data_kind
+from ..runs.options import training_fields
+from ..runs.progress import Countdown
+from .config import RepresentConfig
+from .folder import PriorFolder
+from .options import FitOptions
+from .teacher import Teacher
 
 _SHOWN_EVERY = 20  # steps; reading a number waits for the device
 _LINES = 10  # of a fit that nobody watches

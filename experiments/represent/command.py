@@ -10,40 +10,42 @@ from typing import Any
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.represent.account import account_of, trained_kernels
-from experiments.represent.aggregation import (
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.priors import KernelShapes, about_prior
+
+from ..runs import cli
+from ..runs.assemble import check_steps, data_facts, load, weights_checksum
+from ..runs.command_line import parse
+from ..runs.config import resolved
+from ..runs.console import busy, make_console
+from ..runs.identity import is_own
+from ..runs.networks import check_models
+from ..runs.observers import require_tensorboard
+from ..runs.options import import_modules
+from ..runs.pictures import drawn
+from ..runs.process import check_platform, prepare
+from ..train import train
+from .account import account_of, trained_kernels
+from .aggregation import (
     PRIOR_OPTIONS,
     check_given_prior,
     make_prior,
     prior_fields,
 )
-from experiments.represent.config import RepresentConfig, check, default_workdir, parse
-from experiments.represent.folder import StudentFolder
-from experiments.represent.teacher import (
+from .config import RepresentConfig, check, default_workdir
+from .folder import StudentFolder
+from .teacher import (
     Teacher,
     check_teacher_run,
     load_teacher,
     student_kernels,
     trained_teacher,
 )
-from experiments.runs import cli
-from experiments.runs.assemble import check_steps, data_facts, load, weights_checksum
-from experiments.runs.config import resolved
-from experiments.runs.console import busy, make_console
-from experiments.runs.identity import is_own
-from experiments.runs.networks import check_models
-from experiments.runs.observers import require_tensorboard
-from experiments.runs.options import import_modules
-from experiments.runs.pictures import drawn
-from experiments.runs.process import check_platform, prepare
-from experiments.train import train
-from ktg_jax.data.dataset import Dataset
-from ktg_jax.priors import KernelShapes, about_prior
 
 
 def main() -> None:
     """Does what the command line describes."""
-    config = parse()
+    config = parse(RepresentConfig)
     prepare(config.compile_cache)
     represent(config, make_console())
 

@@ -5,29 +5,30 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
-from experiments.represent.folder import PRIOR
-from experiments.represent.options import (
-    FitOptions,
-    StudentOptions,
-    TeacherOptions,
-    check_fit,
-)
-from experiments.runs import command_line
-from experiments.runs.config import TrainConfig, resolved
-from experiments.runs.folder import place_of
-from experiments.runs.identity import data_kind, identity
-from experiments.runs.options import (
+from ktg_jax.errors import InputError
+
+from ..runs.command_line import Command
+from ..runs.config import TrainConfig, resolved
+from ..runs.folder import place_of
+from ..runs.identity import data_kind, identity
+from ..runs.options import (
     DATA_AND_TRAINING,
     Training,
     check_training,
     digest,
     training_fields,
 )
-from ktg_jax.errors import InputError
+from .folder import PRIOR
+from .options import (
+    FitOptions,
+    StudentOptions,
+    TeacherOptions,
+    check_fit,
+)
 
 STUDENT = "student"
 """The student's name in its graph: with the seed it determines the initial weights."""
@@ -54,6 +55,27 @@ class _PriorOptions:
     to those that the student starts from; none: filter i speaks of filter i."""
 
 
+GROUPS = {
+    "teacher": "teacher",
+    "student": "student",
+    "prior": "prior",
+    "fit": "fit_steps",
+    **DATA_AND_TRAINING,
+    "speed": "compile_cache",
+    "folder": "workdir",
+}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.represent
+  python -m experiments.represent --teacher runs/teacher --student resnet8 \
+      --data cifar10 --epochs 60 --workdir runs/student
+  python -m experiments.represent --teacher runs/dml:resnet32-1 \
+      --aggregation svd --data cifar100 --prior-quantile 0.9 \
+      --prior-schedule constant
+  python -m experiments.represent --prior runs/student/prior --prior-weight 0 \
+      --data cifar10"""
+
+
 @dataclass(frozen=True)
 class RepresentConfig(  # the last's fields come first
     Training, FitOptions, _PriorOptions, StudentOptions, TeacherOptions
@@ -61,9 +83,11 @@ class RepresentConfig(  # the last's fields come first
     """Train a student with prior knowledge from a teacher's parameters (Knowledge Representing).
 
     The teacher's stages are aggregated into a prior, kernels of the student's shape; the student is
-    then trained with it as by experiments.train, whose files the workdir has, next to prior/.
+    then trained with it as by the command train, whose files the workdir has, next to prior/.
     Running the same command again goes on where it stopped.
     """
+
+    command: ClassVar = Command("experiments.represent", GROUPS, EXAMPLES)
 
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
@@ -153,29 +177,3 @@ def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
     keys = (digest(identity({**fields, **facts})), digest(fields))
     data = {field: value for field, value in facts.items() if field == "data_facts"}
     return place_of("runs", name, resolved(config.training(), config.graph()) | data, keys)
-
-
-def parse(arguments: list[str] | None = None) -> RepresentConfig:
-    """The configuration of a command line (default: this process's)."""
-    return command_line.parse(RepresentConfig, "experiments.represent", GROUPS, EXAMPLES, arguments)
-
-
-GROUPS = {
-    "teacher": "teacher",
-    "student": "student",
-    "prior": "prior",
-    "fit": "fit_steps",
-    **DATA_AND_TRAINING,
-    "speed": "compile_cache",
-    "folder": "workdir",
-}
-
-EXAMPLES = r"""Examples:
-  python -m experiments.represent
-  python -m experiments.represent --teacher runs/teacher --student resnet8 \
-      --data cifar10 --epochs 60 --workdir runs/student
-  python -m experiments.represent --teacher runs/dml:resnet32-1 \
-      --aggregation svd --data cifar100 --prior-quantile 0.9 \
-      --prior-schedule constant
-  python -m experiments.represent --prior runs/student/prior --prior-weight 0 \
-      --data cifar10"""

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import ktg_jax as ktg
-from experiments.runs.folder import Folder
-from experiments.runs.workdir import Workdir
 from ktg_jax.priors import PRIOR_FILE, READERS_FILE
+
+from ..runs.folder import Folder
+from ..runs.workdir import Workdir
 
 PRIOR = "prior"
 """Name of the prior's folder."""
@@ -23,9 +24,9 @@ class PriorFolder(Folder):
         path: of the folder; need not exist.
     """
 
-    command = "experiments.represent"
+    holds = "a prior"
     traces = (PRIOR_FILE, READERS_FILE)
-    way_out = "--no-resume of experiments.represent starts over; else take the folder away"
+    way_out = "represent --no-resume starts over; else take the folder away"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
@@ -38,7 +39,7 @@ class PriorFolder(Folder):
 
 
 class StudentFolder(Workdir):
-    """The folder of a run of `experiments.train`, and what it is based on.
+    """The folder of a run, and what it is based on.
 
     `prior/` has the prior that was made for it, `stages/` a picture for each of its stages.
     """

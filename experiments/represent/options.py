@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from experiments.runs.options import MOST_RATE, at_least
 from ktg_jax.errors import InputError
+
+from ..runs.options import MOST_RATE, at_least
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.represent.measures import QUANTILES, share_kept, singular_values
 from ktg_jax.draw import save_figure, style
 from ktg_jax.mpl import Axes, Figure
+
+from .measures import QUANTILES, share_kept, singular_values
 
 LOOKS: dict[str, dict[str, Any]] = {
     "teacher": {"color": "#D55E00", "linestyle": "--"},

@@ -12,15 +12,6 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.represent.config import RepresentConfig
-from experiments.runs import cli
-from experiments.runs.assemble import data_facts
-from experiments.runs.config import TrainConfig
-from experiments.runs.identity import data_kind
-from experiments.runs.options import import_modules
-from experiments.runs.pretrained import trained_alone
-from experiments.runs.workdir import Workdir
-from experiments.train import train
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
 from ktg_jax.io.trees import digest, unflatten
@@ -34,6 +25,16 @@ from ktg_jax.priors import (
     stage_outputs,
 )
 from ktg_jax.training.warm_start import load_weights
+
+from ..runs import cli
+from ..runs.assemble import data_facts
+from ..runs.config import TrainConfig
+from ..runs.identity import data_kind
+from ..runs.options import import_modules
+from ..runs.pretrained import trained_alone
+from ..runs.workdir import Workdir
+from ..train import train
+from .config import RepresentConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def check_teacher_run(source: str, config: RepresentConfig) -> None:
     """
     workdir, name = _split(source)
     if not workdir.exists:
-        raise InputError("teacher", source, "a folder of experiments.train, or DIR:node")
+        raise InputError("teacher", source, "the folder of a run, or DIR:node")
     import_modules(tuple(workdir.config["imports"]))
     names = [str(node.name) for node in workdir.graph.nodes]
     if name is not None and name not in names:

@@ -13,9 +13,6 @@ import numpy as np
 import optax
 
 import ktg_jax as ktg
-from experiments.runs.config import PRETRAINED, TrainConfig
-from experiments.runs.networks import check_networks, node_functions, parallel_of
-from experiments.runs.options import MOST, Training
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, part_of
@@ -26,6 +23,10 @@ from ktg_jax.training.engines import Batches, Engine, choose_engine, fused_engin
 from ktg_jax.training.loop import Arrays, Means
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.warm_start import load_weights, with_weights
+
+from .config import PRETRAINED, TrainConfig
+from .networks import check_networks, node_functions, parallel_of
+from .options import MOST, Training
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 
 from rich.console import Console
 
-from experiments.runs import signals
-from experiments.runs.console import Verbatim, print_anything
-from experiments.runs.locks import check_platform
 from ktg_jax.errors import InputError, RunError
+
+from . import signals
+from .console import Verbatim, print_anything
+from .locks import check_platform
 
 _OUTPUT_CLOSED = 141
 """The exit code of a command whose output nobody reads any more: that of SIGPIPE, as of others."""

@@ -5,48 +5,74 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import cleandoc
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import docstring_parser
 import tyro
 
-C = TypeVar("C")
 _WIDTH = 78
 _NUMBERS = {int: "N", float: "X"}
+_IN_CHECKOUT = "python -m experiments."
 
 
-def parse(
-    kind: type[C],
-    module: str,
-    groups: Mapping[str, str],
-    epilog: str,
-    arguments: list[str] | None = None,
-) -> C:
+@dataclass(frozen=True)
+class Command:
+    """A command, as its options' class names it in `command`.
+
+    Attributes:
+        module: that is run in a checkout, as `experiments.train`.
+        groups: the first field of each group of options, by the group's title.
+        examples: for the end of the help, as they are called in a checkout; taken as they are.
+    """
+
+    module: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    examples: str = ""
+
+
+class Options(Protocol):
+    """The options of a command: a dataclass.
+
+    A text below a field says what it is, and where None is its default what happens then; a text
+    in its `Annotated` is what stands for its value in the help, in place of N for a whole number,
+    X for another, and the last word of the field's name.
+    """
+
+    command: ClassVar[Command]
+
+
+T = TypeVar("T", bound=Options)
+
+
+def as_called(text: str) -> str:
+    """The text, with commands called as one calls them here: `ktg train` where it is installed."""
+    is_installed = str(__package__).startswith("ktg_jax.")
+    return text.replace(_IN_CHECKOUT, "ktg ") if is_installed else text
+
+
+def parse(kind: type[T], arguments: Sequence[str] | None = None) -> T:
     """The options of a command line; `--help`, and what is none of them, end the process.
 
     Args:
-        kind: a dataclass. A text below a field says what it is, and where None is its default what
-            happens then; a text in its `Annotated` is what stands for its value in the help, in
-            place of N for a whole number, X for another, and the last word of the field's name.
-        module: of the command.
-        groups: the first field of each group of options, by the group's title.
-        epilog: examples, for the end of the help; taken as it is.
+        kind: their class.
         arguments: the words of the command line (default: this process's).
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command = kind.command
     try:
         parsed: Any = tyro.cli(
-            _grouped(kind, groups),
-            prog=f"python -m {module}",
+            _grouped(kind, command.groups),
+            prog=as_called(f"python -m {command.module}"),
             description=_description(kind),
             args=words,
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except SystemExit as ended:
         if not ended.code and {"-h", "--help"} & set(words):
-            print(f"\n{epilog}")
+            print(f"\n{as_called(command.examples)}")
         raise
     return kind(**dict(_values(parsed)))
 
@@ -54,15 +80,15 @@ def parse(
 def _grouped(kind: type, groups: Mapping[str, str]) -> type:
     """A dataclass that has one for each group of fields, and the fields before the first group."""
     hints, texts = typing.get_type_hints(kind, include_extras=True), _texts(kind)
-    titles = {field: title for title, field in groups.items()}
+    titles = {first: title for title, first in groups.items()}
     outer: list[Any] = []
     inner: dict[str, list[Any]] = {}
     fields = outer
-    for field in dataclasses.fields(kind):
-        if field.name in titles:
-            fields = inner.setdefault(titles[field.name], [])
-        option = _option(field.name, hints[field.name], texts.get(field.name, ""))
-        fields.append((field.name, option, dataclasses.field(default=field.default)))
+    for each in dataclasses.fields(kind):
+        if each.name in titles:
+            fields = inner.setdefault(titles[each.name], [])
+        option = _option(each.name, hints[each.name], texts.get(each.name, ""))
+        fields.append((each.name, option, field(default=each.default)))
     for title, options in inner.items():
         group = dataclasses.make_dataclass(title, options)
         group.__doc__ = ""
@@ -106,8 +132,8 @@ def _texts(kind: type) -> dict[str, str]:
     """The text of each field, from the class nearest to this one that has it."""
     texts = {}
     for owner in reversed(kind.__mro__[:-1]):
-        for field in docstring_parser.parse_from_object(owner).params:
-            texts[field.arg_name] = " ".join((field.description or "").split())
+        for each in docstring_parser.parse_from_object(owner).params:
+            texts[each.arg_name] = " ".join((each.description or "").split())
     return texts
 
 
@@ -119,9 +145,9 @@ def _description(kind: type) -> str:
 
 def _values(parsed: Any) -> Iterator[tuple[str, Any]]:
     """The fields of a dataclass, and of those in it."""
-    for field in dataclasses.fields(parsed):
-        value = getattr(parsed, field.name)
+    for each in dataclasses.fields(parsed):
+        value = getattr(parsed, each.name)
         if dataclasses.is_dataclass(value):
             yield from _values(value)
         else:
-            yield field.name, value
+            yield each.name, value

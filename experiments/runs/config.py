@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
-from experiments.runs import command_line
-from experiments.runs.folder import place_of
-from experiments.runs.identity import data_kind, identity, without_facts
-from experiments.runs.options import DATA_AND_TRAINING, Training, at_least, check_training, digest
-from experiments.search.folder import found_graph, is_search, split_source
 from ktg_jax.errors import InputError
+
+from ..search.folder import found_graph, is_search, split_source
+from .command_line import Command
+from .folder import place_of
+from .identity import data_kind, identity, without_facts
+from .options import DATA_AND_TRAINING, Training, at_least, check_training, digest
 
 PRESETS = ("mutual", "independent", "distillation", "chain")
 DEFAULT_MODELS = ("cnn", "cnn", "cnn")
@@ -31,7 +32,7 @@ class _GraphOptions:
     graph: Annotated[str, "FILE|NAME"] = "mutual"
     """A JSON file, or a preset: mutual (every gate through), independent (labels only),
     distillation (the first model is the student, the others its frozen teachers), chain (each
-    model learns from the next); or what experiments.search found: the folder of a search for its
+    model learns from the next); or what the command search found: the folder of a search for its
     best graph, DIR:TRIAL for another."""
     models: Annotated[tuple[str, ...], "MODEL"] = ()
     """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ...
@@ -48,12 +49,30 @@ class _GraphOptions:
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
 
+GROUPS = {"graph": "graph", **DATA_AND_TRAINING, "speed": "parallel", "folder": "workdir"}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.train
+  python -m experiments.train --graph independent --models resnet20 \
+      --data cifar10 --workdir runs/teacher
+  python -m experiments.train --graph mutual \
+      --models resnet32 resnet32 wrn28_2 --data cifar100 --epochs 200 \
+      --val-fraction 0 --workdir runs/dml
+  python -m experiments.train --graph distillation --models resnet8 resnet20 \
+      --weights none runs/teacher --temperature 4 --data cifar10
+  python -m experiments.train --graph my_graph.json --data npz:images.npz
+  python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 \
+      --epochs 200"""
+
+
 @dataclass(frozen=True)
 class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     """Train a knowledge transfer graph: several networks together, each learning from the others.
 
     The target is node 0. Running the same command again resumes an interrupted run.
     """
+
+    command: ClassVar = Command("experiments.train", GROUPS, EXAMPLES)
 
     parallel: Literal["jit", "pmap"] = "jit"
     """How all local devices are used: jit over a mesh, or pmap."""
@@ -165,27 +184,6 @@ def default_workdir(config: TrainConfig, fields: Mapping[str, Any]) -> Path:
     return place_of("runs", f"{data_kind(config.data)}-{name}", fields, keys)
 
 
-def parse(arguments: list[str] | None = None) -> TrainConfig:
-    """The configuration of a command line (default: this process's)."""
-    return command_line.parse(TrainConfig, "experiments.train", GROUPS, EXAMPLES, arguments)
-
-
-GROUPS = {"graph": "graph", **DATA_AND_TRAINING, "speed": "parallel", "folder": "workdir"}
-
-EXAMPLES = r"""Examples:
-  python -m experiments.train
-  python -m experiments.train --graph independent --models resnet20 \
-      --data cifar10 --workdir runs/teacher
-  python -m experiments.train --graph mutual \
-      --models resnet32 resnet32 wrn28_2 --data cifar100 --epochs 200 \
-      --val-fraction 0 --workdir runs/dml
-  python -m experiments.train --graph distillation --models resnet8 resnet20 \
-      --weights none runs/teacher --temperature 4 --data cifar10
-  python -m experiments.train --graph my_graph.json --data npz:images.npz
-  python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 \
-      --epochs 200"""
-
-
 def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
     """The graph with `weights="pretrained"` at each frozen node that has none.
 
@@ -211,7 +209,7 @@ def _graph_of(source: str) -> ktg.Graph:
         return ktg.Graph.load(path)
     if is_search(split_source(path)[0]):
         return with_pretrained(found_graph(path))
-    allowed = f"{', '.join(PRESETS)}, a JSON file, or a folder of experiments.search"
+    allowed = f"{', '.join(PRESETS)}, a JSON file, or the folder of a search"
     raise InputError("graph", source, allowed)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ktg_jax as ktg
-from experiments.runs.identity import differences, is_own
-from experiments.runs.locks import lock_if_possible
-from experiments.runs.shapes import Shape, misfit
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import write_text
+
+from .identity import differences, is_own
+from .locks import lock_if_possible
+from .shapes import Shape, misfit
 
 Record = dict[str, Any]
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -35,8 +36,8 @@ class Folder:
         path: of the folder; need not exist.
     """
 
-    command: ClassVar[str]
-    """What makes such folders, for messages."""
+    holds: ClassVar[str]
+    """What is in it, for messages: `a run`."""
 
     shapes: ClassVar[Mapping[str, Shape]] = {"config.json": {"config": {}}}
     """What each JSON file must have."""
@@ -224,12 +225,12 @@ class Folder:
         missing = misfit(content, self.shapes[name])
         if missing is not None:
             lacks = f"{name} has no {missing!r}" if missing else f"{name} is something else"
-            allowed = f"a folder of {self.command} ({lacks}); {self._way_out(name)}"
+            allowed = f"the folder of {self.holds} ({lacks}); {self._way_out(name)}"
             raise InputError("workdir", str(self.path), allowed)
         return content
 
     def _way_out(self, name: str) -> str:
-        again = f"the same command of {self.command} writes it again"
+        again = "the command that made it writes it again"
         return again if name in self.mended else self.way_out
 
     def whole(self, name: str) -> Record | None:

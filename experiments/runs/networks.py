@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 import ktg_jax as ktg
-from experiments.runs.config import TrainConfig
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, part_of
 from ktg_jax.models import check_network
 from ktg_jax.models.returned import errors_of
 from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.loop import evaluation_batch_size
+
+from .config import TrainConfig
 
 
 def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> ktg.Parallel:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.runs import cli
 from ktg_jax.errors import InputError
+
+from . import cli
 
 Record = dict[str, Any]
 

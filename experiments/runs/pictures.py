@@ -6,9 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.runs import cli
-from experiments.runs.results import Record
-from experiments.runs.workdir import Workdir
+
+from . import cli
+from .results import Record
+from .workdir import Workdir
 
 _CURVES, _GRAPHS = ("curves.png", "curves.svg"), ("graph.svg", "graph.png")
 

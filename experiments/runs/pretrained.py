@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import ktg_jax as ktg
-from experiments.runs.assemble import data_facts
-from experiments.runs.config import PRETRAINED, TrainConfig, build_graph, resolved, with_weights
-from experiments.runs.folder import place_of
-from experiments.runs.identity import identity
-from experiments.runs.locks import lock_if_possible
-from experiments.runs.options import digest
-from experiments.runs.workdir import Workdir
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.io.files import cache_folder
+
+from .assemble import data_facts
+from .config import PRETRAINED, TrainConfig, build_graph, resolved, with_weights
+from .folder import place_of
+from .identity import identity
+from .locks import lock_if_possible
+from .options import digest
+from .workdir import Workdir
 
 Train = Callable[[TrainConfig, Dataset], Any]
 

@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from experiments.runs import cli
-from experiments.runs.console import Table, is_watched, text_column
+from . import cli
+from .console import Table, is_watched, text_column
 
 Record = dict[str, Any]
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 import ktg_jax as ktg
-from experiments.runs.console import Table
+
+from .console import Table
 
 Record = dict[str, Any]
 Means = dict[str, np.ndarray] | None

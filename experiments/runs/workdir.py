@@ -5,11 +5,12 @@ import os
 from typing import ClassVar
 
 import ktg_jax as ktg
-from experiments.runs.folder import Folder, Record
-from experiments.runs.shapes import MAYBE_NUMBER, NUMBER, misfit
 from ktg_jax.errors import RunError
 from ktg_jax.io.files import naming, write_text
 from ktg_jax.training.warm_start import CHECKPOINTS, read_graph
+
+from .folder import Folder, Record
+from .shapes import MAYBE_NUMBER, NUMBER, misfit
 
 _NUMBERS = {
     "val_accuracy": MAYBE_NUMBER,
@@ -46,7 +47,7 @@ class Workdir(Folder):
         path: of the folder; need not exist.
     """
 
-    command = "experiments.train"
+    holds = "a run"
     shapes: ClassVar = {
         "config.json": {
             "config": {
@@ -71,7 +72,7 @@ class Workdir(Folder):
     }
     traces = (CHECKPOINTS, "metrics.jsonl", "result.json")
     mended = ("result.json", "graph.json")
-    way_out = "--no-resume of experiments.train starts over and keeps what is there beside it"
+    way_out = "train --no-resume starts over and keeps what is there beside it"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)

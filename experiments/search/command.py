@@ -4,15 +4,16 @@ Without arguments: 30 graphs of three small networks on scikit-learn's digits, i
 two CPU cores.
 """
 
-from experiments.runs.console import make_console
-from experiments.runs.process import prepare
-from experiments.search.config import parse
+from ..runs.command_line import parse
+from ..runs.console import make_console
+from ..runs.process import prepare
+from .config import SearchConfig
 
 
 def main() -> None:
     """Searches as the command line describes."""
-    config = parse()
+    config = parse(SearchConfig)
     prepare(config.compile_cache)
-    from experiments.search.coordinate import search  # without Optuna: an error, not a traceback
+    from .coordinate import search  # without Optuna: an error, not a traceback
 
     search(config, make_console())

@@ -6,15 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 
 import ktg_jax as ktg
-from experiments.runs import command_line
-from experiments.runs.config import TrainConfig
-from experiments.runs.folder import place_of
-from experiments.runs.identity import data_kind, identity, without_facts
-from experiments.runs.options import (
+from ktg_jax.data.sources import has_val_images
+from ktg_jax.errors import InputError
+
+from ..runs.command_line import Command
+from ..runs.config import TrainConfig
+from ..runs.folder import place_of
+from ..runs.identity import data_kind, identity, without_facts
+from ..runs.options import (
     DATA_AND_TRAINING,
     MOST_SEEDS,
     Training,
@@ -25,8 +28,6 @@ from experiments.runs.options import (
     training_fields,
     with_tuples,
 )
-from ktg_jax.data.sources import has_val_images
-from ktg_jax.errors import InputError
 
 MOST_WORKERS = 1000
 MOST_HEARTBEAT = 86_400
@@ -73,6 +74,25 @@ class _SpaceOptions:
     """Begin with independent, mutual and distillation."""
 
 
+GROUPS = {
+    "graph": "nodes",
+    "search": "trials",
+    **DATA_AND_TRAINING,
+    "ending": "retrain_top",
+    "folder": "workdir",
+    "speed": "compile_cache",
+}
+
+EXAMPLES = r"""Examples:
+  python -m experiments.search
+  python -m experiments.search --target resnet8 --candidates resnet8 resnet20 \
+      --data cifar10 --train-limit 5000 --image-size 16 --epochs 8 --trials 60
+  python -m experiments.search --target resnet32 \
+      --candidates resnet32 resnet110 wrn28_2 --data cifar100 --epochs 200 \
+      --trials 1500 --pruner patient --workers 8 --study cifar100 \
+      --storage postgresql+psycopg://me@db.example.org/studies"""
+
+
 @dataclass(frozen=True)
 class SearchConfig(Training, _SpaceOptions):  # the fields of the last come first
     """Search for the knowledge transfer graph that makes its target best.
@@ -81,6 +101,8 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
     mutual learning of the same nodes and distillation, and only then is the test set read.
     Running the same command again goes on where it stopped; with more --trials it goes on, too.
     """
+
+    command: ClassVar = Command("experiments.search", GROUPS, EXAMPLES)
 
     val_fraction: float = 0.2
     """Share of the training images held out, by which graphs are compared (stratified). Not used
@@ -182,11 +204,6 @@ def default_workdir(config: SearchConfig, fields: Mapping[str, Any]) -> Path:
     return place_of("runs", f"search-{data_kind(config.data)}", fields, keys)
 
 
-def parse(arguments: list[str] | None = None) -> SearchConfig:
-    """The configuration of a command line (default: this process's)."""
-    return command_line.parse(SearchConfig, "experiments.search", GROUPS, EXAMPLES, arguments)
-
-
 def to_json(config: SearchConfig) -> str:
     """The configuration for a worker."""
     return json.dumps(dataclasses.asdict(config))
@@ -195,22 +212,3 @@ def to_json(config: SearchConfig) -> str:
 def from_json(text: str) -> SearchConfig:
     """The inverse of `to_json`."""
     return SearchConfig(**with_tuples(json.loads(text)))
-
-
-GROUPS = {
-    "graph": "nodes",
-    "search": "trials",
-    **DATA_AND_TRAINING,
-    "ending": "retrain_top",
-    "folder": "workdir",
-    "speed": "compile_cache",
-}
-
-EXAMPLES = r"""Examples:
-  python -m experiments.search
-  python -m experiments.search --target resnet8 --candidates resnet8 resnet20 \
-      --data cifar10 --train-limit 5000 --image-size 16 --epochs 8 --trials 60
-  python -m experiments.search --target resnet32 \
-      --candidates resnet32 resnet110 wrn28_2 --data cifar100 --epochs 200 \
-      --trials 1500 --pruner patient --workers 8 --study cifar100 \
-      --storage postgresql+psycopg://me@db.example.org/studies"""

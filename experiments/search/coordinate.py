@@ -14,33 +14,38 @@ from typing import Any
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.runs import cli
-from experiments.runs.assemble import check_steps, data_facts, load, without_test
-from experiments.runs.console import busy
-from experiments.runs.identity import is_own
-from experiments.runs.networks import check_models
-from experiments.runs.options import import_modules
-from experiments.runs.process import check_platform
-from experiments.search.config import (
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.data.sources import has_test_images
+from ktg_jax.errors import InputError
+
+from ..runs import cli
+from ..runs.assemble import check_steps, data_facts, load, without_test
+from ..runs.command_line import as_called
+from ..runs.console import busy
+from ..runs.identity import is_own
+from ..runs.networks import check_models
+from ..runs.options import import_modules
+from ..runs.process import check_platform
+from .config import (
     SearchConfig,
     check,
     default_name,
     default_workdir,
     resolved,
 )
-from experiments.search.database import (
+from .database import (
     absolute,
     explained_outage,
     sqlite_file,
     without_password,
 )
-from experiments.search.display import SearchDisplay, count
-from experiments.search.engine import optuna
-from experiments.search.folder import SearchFolder, load_search
-from experiments.search.pictures import Pictures
-from experiments.search.records import TrialRecord
-from experiments.search.storage import Storage, Turn, open_storage
-from experiments.search.study import (
+from .display import SearchDisplay, count
+from .engine import optuna
+from .folder import SearchFolder, load_search
+from .pictures import Pictures
+from .records import TrialRecord
+from .storage import Storage, Turn, open_storage
+from .study import (
     Trials,
     begin_study,
     check_study,
@@ -49,10 +54,7 @@ from experiments.search.study import (
     records,
     run_all_again,
 )
-from experiments.search.team import Team, orders_for
-from ktg_jax.data.dataset import Dataset
-from ktg_jax.data.sources import has_test_images
-from ktg_jax.errors import InputError
+from .team import Team, orders_for
 
 _POLL_SECONDS = 1.0
 _LEAST_FREE_BYTES = 100 * 2**20
@@ -107,12 +109,12 @@ def search(config: SearchConfig, console: Console) -> None:
         )
         _run(config, console, folder, study, url)
         if config.retrain_top:
-            from experiments.search.ending import finish  # SciPy's tests take long to import
+            from .ending import finish  # SciPy's tests take long to import
 
             finish(load_search(folder.path, url), folder, config, console)
         cli.say(
             console,
-            f"python -m experiments.report {quote(str(folder.path))} makes the report.",
+            as_called(f"python -m experiments.report {quote(str(folder.path))} makes the report."),
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from experiments.search.engine import optuna  # first: where it is missing, so is SQLAlchemy
 from ktg_jax.errors import InputError
+
+from .engine import optuna  # first: where it is missing, so is SQLAlchemy
 
 # isort: split
 import sqlalchemy as sa
@@ -44,7 +45,7 @@ def sqlite_file(url: str) -> Path | None:
     Raises:
         InputError: it is no URL of a storage.
     """
-    parsed = parse(url)
+    parsed = url_parts(url)
     return Path(str(parsed.database)) if parsed.drivername == "sqlite" else None
 
 
@@ -57,7 +58,7 @@ def absolute(url: str) -> str:
     file = sqlite_file(url)
     if file is None:
         return url
-    return parse(url).set(database=os.path.abspath(file)).render_as_string()
+    return url_parts(url).set(database=os.path.abspath(file)).render_as_string()
 
 
 def hidden(url: str) -> str:
@@ -82,7 +83,7 @@ def without_password(url: str) -> str:
     Raises:
         InputError: it is no URL of a storage.
     """
-    parsed = parse(url).difference_update_query(["password"])
+    parsed = url_parts(url).difference_update_query(["password"])
     return URL.create(
         parsed.drivername,
         parsed.username,
@@ -93,7 +94,7 @@ def without_password(url: str) -> str:
     ).render_as_string(hide_password=False)
 
 
-def parse(url: str) -> URL:
+def url_parts(url: str) -> URL:
     """The parts of a storage's URL.
 
     Raises:

@@ -7,10 +7,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 import ktg_jax as ktg
-from experiments.runs import cli
-from experiments.runs.console import Table, Verbatim, is_watched, text_column
-from experiments.runs.progress import Countdown
-from experiments.search.records import STATES, TrialRecord
+
+from ..runs import cli
+from ..runs.console import Table, Verbatim, is_watched, text_column
+from ..runs.progress import Countdown
+from .records import STATES, TrialRecord
 
 
 class SearchDisplay:

@@ -13,19 +13,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from experiments.comparison import Contender, compare, contenders, markdown, table
-from experiments.runs import cli
-from experiments.runs.config import TrainConfig, build_graph, resolved
-from experiments.runs.console import is_watched, text_column
-from experiments.runs.progress import Countdown
-from experiments.runs.workdir import Workdir
-from experiments.search.config import SearchConfig
-from experiments.search.folder import SearchFolder
-from experiments.search.records import StudyRecord
-from experiments.search.retraining import is_done
-from experiments.search.team import Team, orders_for
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.files import write_text
+
+from ..comparison import Contender, compare, contenders, markdown, table
+from ..runs import cli
+from ..runs.config import TrainConfig, build_graph, resolved
+from ..runs.console import is_watched, text_column
+from ..runs.progress import Countdown
+from ..runs.workdir import Workdir
+from .config import SearchConfig
+from .folder import SearchFolder
+from .records import StudyRecord
+from .retraining import is_done
+from .team import Team, orders_for
 
 _POLL_SECONDS = 0.3
 

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 import ktg_jax as ktg
-from experiments.runs.folder import Folder, Record
-from experiments.runs.options import import_modules
-from experiments.runs.workdir import Workdir
-from experiments.search.records import StudyRecord
 from ktg_jax.errors import InputError
+
+from ..runs.command_line import as_called
+from ..runs.folder import Folder, Record
+from ..runs.options import import_modules
+from ..runs.workdir import Workdir
+from .records import StudyRecord
 
 
 class SearchFolder(Folder):
@@ -26,7 +28,7 @@ class SearchFolder(Folder):
     of the fair ending, and `results.json` and `results.md` what came of them.
     """
 
-    command = "experiments.search"
+    holds = "a search"
     shapes: ClassVar = {
         "config.json": {
             "config": {"space": {}, "training": {"data": str}, "imports": [str]},
@@ -83,7 +85,7 @@ class SearchFolder(Folder):
     @property
     def own_storage(self) -> str:
         """URL of the file in this folder, wherever the folder was moved to."""
-        from experiments.search.database import sqlite_url  # needs Optuna, unlike this module
+        from .database import sqlite_url  # needs Optuna, unlike this module
 
         return sqlite_url(self.path / "study.db")
 
@@ -145,7 +147,7 @@ class SearchFolder(Folder):
             "study": study,
             "storage": storage,
             "owner": uuid.uuid4().hex,
-            "command": ["python", "-m", self.command, *words],
+            "command": [*as_called("python -m experiments.search").split(), *words],
         }
         with self.kept():
             if known := self.whole("search.json"):
@@ -169,7 +171,7 @@ def _was_moved(former: str | None, storage: str | None) -> bool:
     """Whether a storage may be a SQLite file that was elsewhere; its study tells for sure."""
     if former is None or storage is None:
         return False
-    from experiments.search.database import sqlite_file  # needs Optuna, unlike this module
+    from .database import sqlite_file  # needs Optuna, unlike this module
 
     files = sqlite_file(former), sqlite_file(storage)
     if None in files:
@@ -194,13 +196,13 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         InputError: no search, a module that registers its models cannot be imported, or its
             storage cannot be read.
     """
-    from experiments.search.engine import optuna
-    from experiments.search.storage import open_to_read
-    from experiments.search.study import records
+    from .engine import optuna
+    from .storage import open_to_read
+    from .study import records
 
     folder = SearchFolder(path)
     if not is_search(path):
-        raise InputError("study_dir", str(path), "a folder of experiments.search")
+        raise InputError("study_dir", str(path), "the folder of a search")
     about, config = folder.read("search.json"), dict(folder.config)
     config["training"] = config["training"] | {"data": folder.data}
     url = storage or folder.storage

@@ -13,10 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 import ktg_jax as ktg
-from experiments.runs.console import make_console
-from experiments.runs.pictures import drawn
-from experiments.search.engine import optuna
-from experiments.search.study import Trials, is_counted
+
+from ..runs.console import make_console
+from ..runs.pictures import drawn
+from .engine import optuna
+from .study import Trials, is_counted
 
 _NAME = "graph.png"
 _logger = logging.getLogger(__name__)

@@ -5,8 +5,9 @@ Trials report the objective after each epoch, counted from 1. Their resource is 
 
 from typing import Any
 
-from experiments.search.engine import optuna
 from ktg_jax.errors import InputError
+
+from .engine import optuna
 
 PRUNERS: tuple[str, ...] = ("asha", "patient", "hyperband", "none")
 """The names that `make_pruner` knows."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from experiments.runs.assemble import load
-from experiments.runs.config import TrainConfig
-from experiments.runs.console import make_console
-from experiments.runs.folder import FolderBusyError
-from experiments.runs.options import with_tuples
-from experiments.train import train
+from ..runs.assemble import load
+from ..runs.config import TrainConfig
+from ..runs.console import make_console
+from ..runs.folder import FolderBusyError
+from ..runs.options import with_tuples
+from ..train import train
 
 _POLL_SECONDS = 0.3
 

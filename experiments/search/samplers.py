@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.search.engine import optuna
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
 from ktg_jax.space import SearchSpace, draw
+
+from .engine import optuna
 
 Distributions = dict[str, optuna.distributions.BaseDistribution]
 

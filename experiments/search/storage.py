@@ -11,16 +11,17 @@ import weakref
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.runs.locks import lock
-from experiments.search.database import (
+from ktg_jax.errors import InputError
+
+from ..runs.locks import lock
+from .database import (
     driver_options,
     explained,
-    parse,
     reading_url,
     sqlite_file,
+    url_parts,
 )
-from experiments.search.engine import optuna  # first: where it is missing, so is SQLAlchemy
-from ktg_jax.errors import InputError
+from .engine import optuna  # first: where it is missing, so is SQLAlchemy
 
 # isort: split
 import sqlalchemy as sa
@@ -95,7 +96,7 @@ def open_storage(url: str, heartbeat: float) -> Storage:
     if not (math.isfinite(heartbeat) and heartbeat > 0):
         raise InputError("heartbeat", heartbeat, "a number of seconds above 0")
     interval = math.ceil(heartbeat)
-    parsed = parse(url)
+    parsed = url_parts(url)
     with warnings.catch_warnings(), Turn(url, ""), explained(url):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return Storage(
@@ -129,7 +130,7 @@ def open_to_read(url: str) -> optuna.storages.RDBStorage:
 
 
 def _opened_to_read(url: str) -> optuna.storages.RDBStorage:
-    parsed = parse(url)
+    parsed = url_parts(url)
     with explained(url):
         storage = optuna.storages.RDBStorage(
             reading_url(parsed),
@@ -165,7 +166,7 @@ class Turn:
 
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name = url, name
-        self._parsed = parse(url)
+        self._parsed = url_parts(url)
         self._held: TextIO | sa.Connection | None = None
 
     def acquire(self) -> None:

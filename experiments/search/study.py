@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ktg_jax as ktg
-from experiments.runs.identity import differences
-from experiments.search.config import SearchConfig
-from experiments.search.engine import optuna
-from experiments.search.pruners import make_pruner
-from experiments.search.records import TrialRecord
-from experiments.search.samplers import make_sampler
-from experiments.search.storage import enqueue_again
 from ktg_jax.errors import InputError
+
+from ..runs.identity import differences
+from .config import SearchConfig
+from .engine import optuna
+from .pruners import make_pruner
+from .records import TrialRecord
+from .samplers import make_sampler
+from .storage import enqueue_again
 
 State = optuna.trial.TrialState
 Trials = Sequence[optuna.trial.FrozenTrial]
@@ -126,8 +127,16 @@ def run_all_again(study: optuna.Study, owner: str) -> None:
     To be called in the study's turn.
     """
     for trial in study.get_trials(deepcopy=False, states=(State.RUNNING,)):
-        if trial.user_attrs.get("worker", "").startswith(f"{owner}/"):
+        if is_orphan(trial) or trial.user_attrs["worker"].startswith(f"{owner}/"):
             run_again(study, trial)
+
+
+def is_orphan(trial: optuna.trial.FrozenTrial) -> bool:
+    """In the study's turn: whether its worker died between asking for it and noting its graph.
+
+    For the turn of a worker that lives ends only when it has noted it.
+    """
+    return trial.state == State.RUNNING and "worker" not in trial.user_attrs
 
 
 def note_death(study: optuna.Study, worker: str, signal: int) -> int:

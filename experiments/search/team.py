@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.search.config import SearchConfig, from_json, to_json
 from ktg_jax.errors import RunError
+
+from .config import SearchConfig, from_json, to_json
 
 MOST_DEATHS = 5
 """Of one worker that ends no trial between them: something kills it whatever it does."""
@@ -126,7 +127,7 @@ class Team:
     def _start(self, orders: Orders) -> subprocess.Popen[str]:
         with self._log(orders).open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.search.worker"],
+                [sys.executable, "-m", f"{__package__}.worker"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

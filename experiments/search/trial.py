@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 import jax
 
 import ktg_jax as ktg
-from experiments.runs.assemble import Run, assemble
-from experiments.runs.config import TrainConfig, with_pretrained
-from experiments.runs.console import make_console
-from experiments.runs.pretrained import locate_pretrained
-from experiments.train import train
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.training.engines import make_per_node_evaluator
 from ktg_jax.training.loop import evaluation_batch_size, train_epochs
 from ktg_jax.training.state import GraphState
+
+from ..runs.assemble import Run, assemble
+from ..runs.config import TrainConfig, with_pretrained
+from ..runs.console import make_console
+from ..runs.pretrained import locate_pretrained
+from ..train import train
 
 _FROZEN_COST = 1 / 3
 """Of a forward pass against a whole step."""

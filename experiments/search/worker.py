@@ -1,6 +1,6 @@
 """A worker: a process that trains trial after trial, or the graphs of the fair ending.
 
-It is started by `experiments.search.team`, is told on its standard input what to do, and ends
+It is started by `team.py`, is told on its standard input what to do, and ends
 when that is closed: no worker outlives the command that it works for.
 """
 
@@ -17,29 +17,31 @@ from pathlib import Path
 import jax
 
 import ktg_jax as ktg
-from experiments.runs import cli, signals
-from experiments.runs.assemble import load
-from experiments.runs.options import import_modules
-from experiments.runs.process import Programs, prepare, share_cores
-from experiments.search import pictures, team
-from experiments.search.database import explained_outage
-from experiments.search.engine import optuna
-from experiments.search.retraining import retrain
-from experiments.search.samplers import suggest_graph
-from experiments.search.storage import Turn, open_storage
-from experiments.search.study import (
+from ktg_jax.errors import InputError, RunError
+
+from ..runs import cli, signals
+from ..runs.assemble import load
+from ..runs.options import import_modules
+from ..runs.process import Programs, prepare, share_cores
+from . import pictures, team
+from .database import explained_outage
+from .engine import optuna
+from .retraining import retrain
+from .samplers import suggest_graph
+from .storage import Turn, open_storage
+from .study import (
     State,
     begin_trial,
     graph_key,
     is_counted,
     is_failure,
+    is_orphan,
     open_study,
     original_of,
     run_again,
     take_seed,
 )
-from experiments.search.trial import Trainer
-from ktg_jax.errors import InputError, RunError
+from .trial import Trainer
 
 MOST_FAILURES = 5
 """In a row; then something else is wrong than a graph."""
@@ -143,8 +145,8 @@ class Worker:
         """
         optuna.storages.fail_stale_trials(self._study)
         trials = self._study.get_trials(deepcopy=False)
-        orphans = [t for t in trials if t.state == State.RUNNING and "worker" not in t.user_attrs]
-        for trial in orphans:  # for the turn of those that live ends when they have noted it
+        orphans = [trial for trial in trials if is_orphan(trial)]
+        for trial in orphans:
             run_again(self._study, trial)
         check_failures(trials, self._orders.began)
         return self._study.get_trials(deepcopy=False) if orphans else trials
