@@ -23,6 +23,7 @@ from experiments.runs.console import Table
 from experiments.runs.options import import_modules
 from experiments.runs.pictures import drawn
 from experiments.runs.process import prepare
+from experiments.runs.texts import mean_and_std
 from experiments.search import config as search_config
 from experiments.search.config import SearchConfig
 from ktg_jax.errors import InputError
@@ -236,15 +237,8 @@ def _quality_table(found: Figures) -> Table:
         table.add_column(title, justify="right")
     for entry in found["methods"]:
         counts = (f"{entry[name]:.0f}" for name in ("trials", "pruned", "duplicates"))
-        table.add_row(entry["method"], *map(_percent, entry["budgets"]), *counts)
+        table.add_row(entry["method"], *map(mean_and_std, entry["budgets"]), *counts)
     return table
-
-
-def _percent(at: Figures) -> str:
-    if at["mean"] is None:
-        return "-"
-    std = "" if at["std"] is None else f" ± {100 * at['std']:.2f}"
-    return f"{100 * at['mean']:.2f}{std}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.measure import interleaved, output_of, spread
 from benchmarks.plain_search import found
 from benchmarks.task import Figures
-from experiments.runs.config import PRETRAINED
+from experiments.runs.graphs import PRETRAINED
 from experiments.search.engine import optuna
 from experiments.search.folder import SearchFolder
 from experiments.search.storage import open_storage

@@ -1,9 +1,8 @@
-"""The fair ending of a search: which graphs are trained again, and what their tests can tell."""
+"""Contenders with several seeds each: their accuracies compared, paired by seed."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -11,22 +10,18 @@ from scipy import stats
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
 
-from .runs.config import with_pretrained
-from .runs.console import Table
-from .search.records import TrialRecord
-
-Record = dict[str, Any]
+from .runs.shapes import Record
 
 _SAME = 1e-6  # one image in a million; accuracies closer than this differ by rounding
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A graph that is trained again from scratch, with several seeds.
+    """A graph that is trained from scratch with several seeds.
 
     Attributes:
         name: unique, and fit for a folder.
-        kind: `found`, or the baseline it is: `independent`, `mutual` or `distillation`.
+        kind: what it is: `found` by a search, the `arm` of a study, or a baseline.
         graph: what is trained; its frozen nodes have weights.
         trial: number of the trial that found it; None: a baseline.
         val_accuracy: the target's in that trial; None: a baseline.
@@ -43,45 +38,6 @@ class Contender:
     stands_for: str | None = None
 
 
-def contenders(best: Sequence[TrialRecord]) -> list[Contender]:
-    """The found graphs, then the baselines that each is compared with.
-
-    Found graphs are pruned to the nodes that can influence the target. A found graph's baselines
-    are the target alone, and the mutual learning and the distillation of *its own nodes*, by the
-    names (and with them the initial weights) and at the temperature of the found graph, so that
-    only gates differ. Its own nodes are those left after pruning, or all as drawn if only the
-    target is left; a space of one node has only the independent baseline.
-
-    Equivalent graphs are trained once. A baseline of several found graphs is named after the best
-    of them. One that a found graph is equivalent to is left out: the found graph `stands_for` it,
-    also in the comparisons of the others, and is not compared with itself.
-
-    Args:
-        best: complete trials of one study, best first, none equivalent to another.
-
-    Raises:
-        InputError: no trials, one without a graph, equivalent graphs, or different targets.
-    """
-    drawn = _graphs(best)
-    found = [with_pretrained(graph.pruned()) for graph in drawn]
-    names = {g.canonical(): f"found-{t.number}" for t, g in zip(best, found, strict=True)}
-    if len(names) < len(found):
-        raise InputError("best", [t.number for t in best], "trials of graphs not equivalent")
-    listed, added = [], []
-    for trial, whole, graph in zip(best, drawn, found, strict=True):
-        own, roles = f"found-{trial.number}", {}
-        for kind, baseline in _baselines(whole).items():
-            key = baseline.canonical()
-            if key not in names:
-                names[key] = kind if kind == "independent" else f"{kind}-{trial.number}"
-                added.append(Contender(names[key], kind, baseline))
-            roles[kind] = names[key]
-        against = tuple(name for name in roles.values() if name != own)
-        itself = next((kind for kind, name in roles.items() if name == own), None)
-        listed.append(Contender(own, "found", graph, trial.number, trial.value, against, itself))
-    return listed + added
-
-
 def compare(
     contenders: Sequence[Contender],
     accuracies: Mapping[str, Sequence[float]],
@@ -90,7 +46,7 @@ def compare(
     """The content of `results.json`: accuracies, and found graphs against their baselines.
 
     Args:
-        contenders: as `contenders` returns them.
+        contenders: whose baselines are among them.
         accuracies: the target's accuracy on the test images, 0 to 1, by contender's name; one for
             each seed, in the order of `seeds`.
         seeds: with which each contender was trained.
@@ -151,82 +107,6 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - place) * p[i]))
         corrected[i] = largest
     return corrected
-
-
-def markdown(results: Record) -> str:
-    """The results as two tables of GitHub's Markdown, and what their test can tell."""
-    seeds = [f"seed {seed}" for seed in results["seeds"]]
-    rows = [
-        [
-            entry_label(entry),
-            _per_cent(entry["val_accuracy"]),
-            _mean(entry),
-            *map(_per_cent, entry["accuracies"]),
-        ]
-        for entry in results["entries"]
-    ]
-    parts = [
-        "Accuracy of the target on the test images (validation: in the search), in per cent.",
-        _table(["graph", "validation", "test", *seeds], rows),
-    ]
-    if results["comparisons"]:
-        parts += [
-            "Differences of test accuracy, paired by seed, in percentage points.",
-            _table(
-                ["graph", "baseline", "difference", "95 % interval", "p", "p (Holm)"],
-                [_comparison_row(results, comparison) for comparison in results["comparisons"]],
-            ),
-            _caveat(results),
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def entry_label(entry: Mapping[str, Any]) -> str:
-    """The name of an entry of `results.json`, and the baseline that a found graph is."""
-    return entry["name"] + (f" (is {entry['stands_for']})" if entry["stands_for"] else "")
-
-
-def table(results: Record) -> Table:
-    """The results for a terminal: p-values are those corrected by Holm's method."""
-    caption = "in per cent; differences in points, paired by seed; p after Holm"
-    shown = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    shown.add_column("graph", overflow="fold")
-    for title in ("val.", "test", "- mutual", "p", "- indep.", "p", "- distil.", "p"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    found = {(c["entry"], c["baseline_kind"]): c for c in results["comparisons"]}
-    for entry in results["entries"]:
-        cells = [entry_label(entry), _per_cent(entry["val_accuracy"]), _mean(entry)]
-        for kind in ("mutual", "independent", "distillation"):
-            comparison = found.get((entry["name"], kind), {})
-            cells += [_points(comparison.get("difference")), _p_value(comparison.get("p_holm"))]
-        shown.add_row(*cells)
-    return shown
-
-
-def _graphs(best: Sequence[TrialRecord]) -> list[ktg.Graph]:
-    """The trials' graphs, checked."""
-    graphs = [trial.graph for trial in best if trial.graph is not None]
-    if not graphs or len(graphs) < len(best):
-        numbers = [trial.number for trial in best if trial.graph is None]
-        raise InputError("best", numbers, "at least one trial, and each with its graph")
-    targets = [graph.nodes[0] for graph in graphs]
-    if len(set(targets)) > 1:
-        names = [target.name for target in targets]
-        raise InputError("best", names, "graphs of one and the same target")
-    return graphs
-
-
-def _baselines(drawn: ktg.Graph) -> dict[str, ktg.Graph]:
-    """The baselines of a found graph, by kind."""
-    pruned = drawn.pruned()
-    target, *others = pruned.nodes if len(pruned.nodes) > 1 else drawn.nodes
-    baselines = {"independent": ktg.graphs.independent([target])}
-    if others:
-        temperature = drawn.temperature
-        baselines["mutual"] = ktg.graphs.mutual([target, *others], temperature)
-        distillation = ktg.graphs.distillation(target, others, temperature)
-        baselines["distillation"] = with_pretrained(distillation)
-    return baselines
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
@@ -290,60 +170,3 @@ def _paired(values: np.ndarray, baseline: np.ndarray) -> Record:
         p = float(test.pvalue)
     mean = float(differences.mean())
     return {"difference": mean, "low": low, "high": high, "p": p, "p_holm": None}
-
-
-def _caveat(results: Record) -> str:
-    """What the test can tell with so many seeds."""
-    n = len(results["seeds"])
-    if n < 2:
-        return (
-            "With one seed nothing is tested: each difference may be the chance of its initial "
-            "weights and order of images."
-        )
-    # The mean difference, in their standard deviations, at which p is 0.05.
-    least = stats.t.ppf(0.975, n - 1) / n**0.5
-    return (
-        f"{results['num_tests']} two-sided t-tests, each on {n} paired seeds; none where the "
-        "difference is the same with every seed; p (Holm) is corrected for their number, the "
-        "intervals are not. At the level of 5 % such a test cannot tell from chance a mean "
-        f"difference of less than {least:.1f} times the differences' standard deviation: with so "
-        "few seeds a large p is no sign that two graphs are equally good."
-    )
-
-
-def _comparison_row(results: Record, comparison: Record) -> list[str]:
-    labels = {entry["name"]: entry_label(entry) for entry in results["entries"]}
-    low, high = comparison["low"], comparison["high"]
-    return [
-        labels[comparison["entry"]],
-        labels[comparison["baseline"]],
-        _points(comparison["difference"]),
-        "-" if low is None else f"{_points(low)} to {_points(high)}",
-        _p_value(comparison["p"]),
-        _p_value(comparison["p_holm"]),
-    ]
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers are aligned to the right."""
-    rule = ["---" if title in ("graph", "baseline") else "---:" for title in titles]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, rule, *rows])
-
-
-def _mean(entry: Record) -> str:
-    spread = "" if entry["std"] is None else f" ± {_per_cent(entry['std'])}"
-    return _per_cent(entry["mean"]) + spread
-
-
-def _per_cent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
-
-
-def _points(difference: float | None) -> str:
-    return "-" if difference is None else f"{100 * difference:+.2f}"
-
-
-def _p_value(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -36,6 +36,7 @@ from .runs.identity import data_kind, is_own
 from .runs.options import import_modules
 from .runs.process import check_platform, prepare
 from .runs.results import best_epoch
+from .runs.texts import per_cent
 from .runs.workdir import Workdir
 
 GROUPS = {"evaluation": "split", "export": "export", "speed": "compile_cache"}
@@ -235,7 +236,7 @@ def _export(
 
 
 def _cells(loss: np.ndarray, accuracy: np.ndarray) -> tuple[str, str]:
-    return f"{float(loss):.4f}", f"{100 * float(accuracy):.2f} %"
+    return f"{float(loss):.4f}", per_cent(float(accuracy), " %")
 
 
 if __name__ == "__main__":

@@ -32,13 +32,12 @@ from .runs.assemble import (
 from .runs.command_line import parse
 from .runs.config import (
     TrainConfig,
-    as_given,
-    build_graph,
     check,
     default_workdir,
     resolved,
 )
 from .runs.console import busy, make_console
+from .runs.graphs import as_given, build_graph
 from .runs.identity import is_own
 from .runs.networks import check_networks
 from .runs.observers import event_writer, require_tensorboard
@@ -47,7 +46,8 @@ from .runs.pictures import draw_curves, draw_missing, draw_result
 from .runs.pretrained import locate_pretrained
 from .runs.process import check_platform, prepare
 from .runs.progress import Display
-from .runs.results import Best, Record, best_epoch, make_result, result_table
+from .runs.results import Best, best_epoch, make_result, result_table
+from .runs.shapes import Record
 from .runs.workdir import Workdir
 
 _REDRAW_SECONDS = 60

@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments.comparison import (
-    Contender,
-    compare,
-    contenders,
-    holm,
-    markdown,
-    table,
-    with_pretrained,
-)
+from experiments.comparison import Contender, compare, holm
+from experiments.runs.graphs import with_pretrained
+from experiments.search.contenders import contenders
 from experiments.search.records import TrialRecord
+from experiments.search.tables import markdown, table
 from ktg_jax import Graph, InputError, Node
 from ktg_jax.graph import named as graphs
 

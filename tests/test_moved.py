@@ -13,7 +13,8 @@ from runs import Ended, in_process, metrics, options, own_cache, result, small, 
 
 from experiments import evaluate
 from experiments import train as train_module
-from experiments.runs.config import TrainConfig, build_graph, default_workdir, resolved
+from experiments.runs.config import TrainConfig, default_workdir, resolved
+from experiments.runs.graphs import build_graph
 from experiments.runs.identity import differences, identity
 from experiments.runs.workdir import Workdir
 from ktg_jax.data.dataset import Split, hold_out

@@ -15,7 +15,7 @@ from test_checkpoint import NAMES, TEMPLATE, state_of
 
 from experiments import evaluate
 from experiments import train as train_module
-from experiments.search.folder import split_source
+from experiments.runs.graphs import split_source
 from ktg_jax.data.tfds import prepare_command
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import write_text
@@ -159,7 +159,6 @@ def test_warnings_of_orbax_are_shown_but_not_what_it_raises_anyway() -> None:
 def test_a_folder_with_a_colon_and_a_number_is_itself(tmp_path: Path) -> None:
     search = tmp_path / "search:12"
     search.mkdir()
-    write_text(search / "search.json", "{}")
     assert split_source(str(search)) == (str(search), None)
     assert split_source(f"{search}:3") == (str(search), 3)
     assert split_source(f"{tmp_path}/search:13") == (f"{tmp_path}/search", 13)

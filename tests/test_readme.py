@@ -94,9 +94,3 @@ def test_local_links_lead_somewhere() -> None:
     for document in (*DOCUMENTS, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r'\]\((?!http)([^)#]+)\)|src="([^"]+)"', document.read_text()):
             assert (document.parent / "".join(target)).exists(), (document.name, target)
-
-
-def test_the_library_never_imports_the_experiments() -> None:
-    for module in (ROOT / "ktg_jax").rglob("*.py"):
-        assert "import experiments" not in module.read_text()
-        assert "from experiments" not in module.read_text()

@@ -37,7 +37,7 @@ from searches import STUDY, small_search, study_url, work
 
 import experiments.report.command
 import experiments.train
-from experiments.comparison import compare, contenders
+from experiments.comparison import compare
 from experiments.report.figures import curves_picture, points
 from experiments.report.measures import (
     EDGE_KINDS,
@@ -49,9 +49,10 @@ from experiments.report.measures import (
 from experiments.report.page import short_form, write_report
 from experiments.report.svg import inline
 from experiments.runs.command_line import parse
-from experiments.runs.config import TrainConfig, build_graph
+from experiments.runs.config import TrainConfig
 from experiments.runs.options import training_fields
 from experiments.search.config import SearchConfig, resolved
+from experiments.search.contenders import contenders
 from experiments.search.display import count
 from experiments.search.folder import SearchFolder, load_search
 from experiments.search.records import TrialRecord
@@ -482,9 +483,6 @@ def test_the_modules_of_a_search_are_imported(
     end = in_process(experiments.report.command.main, folder)
     assert end.code == 0, end.err
     assert (folder / "report.html").is_file()
-    monkeypatch.setattr("ktg_jax.models.registry._registered", {})
-    monkeypatch.delitem(sys.modules, "tiny_models")
-    assert build_graph(TrainConfig(graph=str(folder))).nodes[0].model == "tiny"
 
 
 def test_a_module_that_is_gone_is_named(folder: Path) -> None:

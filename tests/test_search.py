@@ -19,7 +19,8 @@ import experiments.evaluate
 import experiments.search.command
 import experiments.train
 import ktg_jax as ktg
-from experiments.runs.config import TrainConfig, build_graph
+from experiments.runs.config import TrainConfig
+from experiments.runs.graphs import build_graph
 from experiments.search.config import SearchConfig
 from experiments.search.engine import optuna
 from experiments.search.folder import SearchFolder, load_search

@@ -10,10 +10,10 @@ from ktg_jax.errors import RunError
 from ktg_jax.priors import load_prior
 
 from ..comparison import Contender, compare
+from ..runs.shapes import Record
 from ..runs.workdir import Workdir
 from .arms import Arm
 
-Record = dict[str, Any]
 Runs = Mapping[str, Sequence[Workdir]]
 """The runs of each arm by its name, one a seed."""
 

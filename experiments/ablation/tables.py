@@ -1,13 +1,12 @@
 """The results of the ablation for people: Markdown for a file, a table for a terminal."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from ..runs.console import Table
-
-Record = dict[str, Any]
+from ..runs.shapes import Record
+from ..runs.texts import interval, markdown_table, mean_and_std, p_value, per_cent, points
 
 
 def markdown(results: Record) -> str:
@@ -50,8 +49,8 @@ def table(results: Record) -> Table:
         cells = ["-", "-", "-"]
         if entry["name"] in first:
             found = first[entry["name"]]
-            cells = [_points(found["difference"]), found["baseline"], _p_value(found["p_holm"])]
-        shown.add_row(entry["name"], entry["about"], _mean_and_std(entry), *cells)
+            cells = [points(found["difference"]), found["baseline"], p_value(found["p_holm"])]
+        shown.add_row(entry["name"], entry["about"], mean_and_std(entry), *cells)
     return shown
 
 
@@ -62,7 +61,12 @@ Rows = list[list[str]]
 def _accuracies(results: Record) -> tuple[Titles, Rows]:
     titles = ["arm", "what", "mean", *(f"seed {seed}" for seed in results["seeds"])]
     return titles, [
-        [entry["name"], entry["about"], _mean_and_std(entry), *map(_per_cent, entry["accuracies"])]
+        [
+            entry["name"],
+            entry["about"],
+            mean_and_std(entry),
+            *map(per_cent, entry["accuracies"]),
+        ]
         for entry in results["entries"]
     ]
 
@@ -70,12 +74,10 @@ def _accuracies(results: Record) -> tuple[Titles, Rows]:
 def _differences(results: Record) -> tuple[Titles, Rows]:
     rows = []
     for found in results["comparisons"]:
-        interval = "-"
-        if found["low"] is not None:
-            interval = f"{_points(found['low'])} to {_points(found['high'])}"
-        p_values = [_p_value(found[key]) for key in ("p", "p_holm")]
-        difference = _points(found["difference"])
-        rows.append([found["entry"], found["baseline"], difference, interval, *p_values])
+        p_values = [p_value(found[key]) for key in ("p", "p_holm")]
+        difference = points(found["difference"])
+        between = interval(found["low"], found["high"])
+        rows.append([found["entry"], found["baseline"], difference, between, *p_values])
     return ["arm", "control", "difference", "95 % interval", "p", "p (Holm)"], rows
 
 
@@ -102,9 +104,7 @@ def _distances(results: Record) -> tuple[Titles, Rows]:
 
 
 def _table(titles: Titles, rows: Rows) -> str:
-    """A Markdown table; numbers are aligned to the right."""
-    rule = ["---" if title in ("arm", "what", "control") else "---:" for title in titles]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, rule, *rows])
+    return markdown_table(titles, rows, words=("arm", "what", "control"))
 
 
 def _mean_epoch(epochs: Sequence[int | None]) -> str:
@@ -113,22 +113,3 @@ def _mean_epoch(epochs: Sequence[int | None]) -> str:
         return "-"
     share = "" if len(reached) == len(epochs) else f" ({len(reached)})"
     return f"{np.mean(reached):.1f}{share}"
-
-
-def _mean_and_std(entry: Record) -> str:
-    spread = "" if entry["std"] is None else f" ± {_per_cent(entry['std'])}"
-    return _per_cent(entry["mean"]) + spread
-
-
-def _per_cent(share: float) -> str:
-    return f"{100 * share:.2f}"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f}"
-
-
-def _p_value(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

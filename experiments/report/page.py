@@ -12,10 +12,11 @@ import ktg_jax as ktg
 from ktg_jax.draw import GATE_COLOURS
 from ktg_jax.io.files import write_text
 
-from ..comparison import entry_label
 from ..runs.command_line import as_called
 from ..runs.options import Training
+from ..runs.texts import per_cent, points
 from ..search.records import StudyRecord, TrialRecord
+from ..search.tables import entry_label
 from .engine import Markup, jinja2
 from .figures import (
     Picture,
@@ -188,13 +189,15 @@ def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
+_DASH, _MINUS = "–", "−"  # noqa: RUF001
+
+
 def _per_cent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"  # noqa: RUF001
+    return per_cent(share, " %", none=_DASH)
 
 
-def _points(share: float | None) -> str:
-    """A difference of shares, in percentage points, with its sign."""
-    return "–" if share is None else f"{100 * share:+.2f}".replace("-", "−")  # noqa: RUF001
+def _points(difference: float | None) -> str:
+    return points(difference, none=_DASH).replace("-", _MINUS)
 
 
 def _number(value: float) -> str:

@@ -18,6 +18,7 @@ from ktg_jax.training.state import node_rng
 from ktg_jax.training.warm_start import load_weights
 
 from ..runs.console import Table
+from ..runs.texts import per_cent
 from ..runs.workdir import Workdir
 from .config import STUDENT, RepresentConfig
 from .measures import prior_gradients, share_kept
@@ -80,7 +81,7 @@ class Account:
 
     def _title(self, stage: int) -> str:
         accuracy = self.prior.accuracy
-        known = "" if accuracy is None else f"; its head: {100 * float(accuracy[stage]):.1f} %"
+        known = "" if accuracy is None else f"; its head: {_per_cent(float(accuracy[stage]))}"
         return f"{self._unit.capitalize()} {stage + 1}: {self.prior.paths[stage]}{known}"
 
     def table(self, workdir: Workdir) -> Table:
@@ -138,4 +139,4 @@ def _last_kernels(params: PyTree | None, number: int) -> Kernels | None:
 
 
 def _per_cent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return per_cent(share, " %", digits=1)

@@ -24,7 +24,8 @@ from ktg_jax.training.loop import Arrays, Means
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.warm_start import load_weights, with_weights
 
-from .config import PRETRAINED, TrainConfig
+from .config import TrainConfig
+from .graphs import PRETRAINED
 from .networks import check_networks, node_functions, parallel_of
 from .options import MOST, Training
 

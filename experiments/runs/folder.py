@@ -15,9 +15,8 @@ from ktg_jax.io.files import write_text
 
 from .identity import differences, is_own
 from .locks import lock_if_possible
-from .shapes import Shape, misfit
+from .shapes import Record, Shape, misfit
 
-Record = dict[str, Any]
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _LOCK = ".lock"
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from ktg_jax.errors import InputError
 
 from . import cli
-
-Record = dict[str, Any]
+from .shapes import Record
 
 
 def require_tensorboard() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 import ktg_jax as ktg
 
 from . import cli
-from .results import Record
+from .shapes import Record
 from .workdir import Workdir
 
 _CURVES, _GRAPHS = ("curves.png", "curves.svg"), ("graph.svg", "graph.png")

@@ -16,8 +16,9 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.io.files import cache_folder
 
 from .assemble import data_facts
-from .config import PRETRAINED, TrainConfig, build_graph, resolved, with_weights
+from .config import TrainConfig, resolved
 from .folder import place_of
+from .graphs import PRETRAINED, build_graph, with_sources
 from .identity import identity
 from .locks import lock_if_possible
 from .options import digest
@@ -42,7 +43,7 @@ def locate_pretrained(
     """
     models = dict.fromkeys(node.model for node in graph.nodes if node.weights == PRETRAINED)
     found = {model: trained_alone(model, config, dataset, train) for model in models}
-    return with_weights(
+    return with_sources(
         graph,
         lambda _, node: str(found[node.model]) if node.weights == PRETRAINED else node.weights,
     )

@@ -11,8 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from . import cli
 from .console import Table, is_watched, text_column
-
-Record = dict[str, Any]
+from .shapes import Record
 
 _PACE_SECONDS = 1
 """Metrics of several steps may be read at one moment: a pace is that of some time."""

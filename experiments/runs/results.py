@@ -1,14 +1,13 @@
 """From a finished training to its result: numbers for a file, and a table for people."""
 
-from typing import Any
-
 import numpy as np
 
 import ktg_jax as ktg
 
 from .console import Table
+from .shapes import Record
+from .texts import per_cent
 
-Record = dict[str, Any]
 Means = dict[str, np.ndarray] | None
 ValAndTest = tuple[Means, Means]
 Best = tuple[int, Means, Means]
@@ -77,15 +76,11 @@ def result_table(result: Record) -> Table:
 def _cells(entry: Record) -> list[str]:
     best = entry.get("best", {})
     return [
-        _per_cent(entry["val_accuracy"]),
-        _per_cent(entry["test_accuracy"]),
+        per_cent(entry["val_accuracy"], " %"),
+        per_cent(entry["test_accuracy"], " %"),
         str(best.get("epoch", "-")),
-        _per_cent(best.get("test_accuracy")),
+        per_cent(best.get("test_accuracy"), " %"),
     ]
-
-
-def _per_cent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def _numbers(prefix: str, node: int | None, val: Means, test: Means) -> Record:

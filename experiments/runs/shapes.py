@@ -1,7 +1,10 @@
-"""What is asked of the contents of a JSON file."""
+"""JSON objects, and what is asked of the contents of a JSON file."""
 
 from collections.abc import Mapping
 from typing import Any
+
+Record = dict[str, Any]
+"""A JSON object."""
 
 Shape = Any
 """A type, or a tuple of types; a mapping of fields that must be there; a list with the shape of

@@ -9,8 +9,8 @@ from ktg_jax.errors import RunError
 from ktg_jax.io.files import naming, write_text
 from ktg_jax.training.warm_start import CHECKPOINTS, read_graph
 
-from .folder import Folder, Record
-from .shapes import MAYBE_NUMBER, NUMBER, misfit
+from .folder import Folder
+from .shapes import MAYBE_NUMBER, NUMBER, Record, misfit
 
 _NUMBERS = {
     "val_accuracy": MAYBE_NUMBER,

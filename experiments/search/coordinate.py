@@ -42,6 +42,7 @@ from .database import (
 from .display import SearchDisplay, count
 from .engine import optuna
 from .folder import SearchFolder, load_search
+from .graphs import GraphFiles
 from .pictures import Pictures
 from .records import TrialRecord
 from .storage import Storage, Turn, open_storage
@@ -196,6 +197,8 @@ def _run(
     trials, known = watched.read()
     display = SearchDisplay(config.trials, config.epochs, console)
     display.update(known)
+    graphs = GraphFiles(folder.path)
+    graphs.write(known)
     pictures = Pictures(study, folder.artifacts, folder.owner, console)
     if sum(map(is_counted, trials)) < config.trials:
         deadline = None if config.timeout is None else time.time() + config.timeout
@@ -217,6 +220,7 @@ def _run(
                 while team.is_at_work():
                     trials, known = watched.read()
                     display.update(known)
+                    graphs.write(known)
                     pictures.draw_one(trials)
                     time.sleep(_POLL_SECONDS)
                 display.update(watched.read()[1])
@@ -230,6 +234,7 @@ def _run(
                     run_all_again(left, folder.owner)
             raise
     trials, known = watched.read()
+    graphs.write(known)
     pictures.draw_all(trials)
     counts = count(known)
     counts.pop("running")

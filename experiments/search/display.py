@@ -11,6 +11,7 @@ import ktg_jax as ktg
 from ..runs import cli
 from ..runs.console import Table, Verbatim, is_watched, text_column
 from ..runs.progress import Countdown
+from ..runs.texts import per_cent
 from .records import STATES, TrialRecord
 
 
@@ -75,7 +76,7 @@ class SearchDisplay:
         for trial in self._records:
             if trial.state == "running" and trial.graph is not None:
                 epoch = max(trial.curve, default=0)
-                value = f"{100 * trial.curve[epoch]:.2f} %" if epoch else "-"
+                value = per_cent(trial.curve[epoch] if epoch else None, " %")
                 graph = short(trial.graph.pruned())
                 running.add_row(str(trial.number), graph, f"{epoch}/{self._epochs}", value)
         best = best_so_far(self._records)
@@ -123,7 +124,7 @@ def _line(trial: TrialRecord) -> str:
     if trial.equivalent is not None:
         name += f" (equivalent to trial {trial.equivalent})"
     last = max(trial.curve, default=0)
-    reached = f"{100 * trial.curve[last]:.2f} %" if last else ""
+    reached = per_cent(trial.curve[last], " %") if last else ""
     outcome = {
         "complete": reached,
         "pruned": f"{reached}, pruned after epoch {last}",

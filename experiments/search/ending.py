@@ -16,16 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.files import write_text
 
-from ..comparison import Contender, compare, contenders, markdown, table
+from ..comparison import Contender, compare
 from ..runs import cli
-from ..runs.config import TrainConfig, build_graph, resolved
+from ..runs.config import TrainConfig, resolved
 from ..runs.console import is_watched, text_column
+from ..runs.graphs import build_graph
 from ..runs.progress import Countdown
 from ..runs.workdir import Workdir
 from .config import SearchConfig
+from .contenders import contenders
 from .folder import SearchFolder
 from .records import StudyRecord
 from .retraining import is_done
+from .tables import markdown, table
 from .team import Team, orders_for
 
 _POLL_SECONDS = 0.3

@@ -14,8 +14,9 @@ import ktg_jax as ktg
 from ktg_jax.errors import InputError
 
 from ..runs.command_line import as_called
-from ..runs.folder import Folder, Record
+from ..runs.folder import Folder
 from ..runs.options import import_modules
+from ..runs.shapes import Record
 from ..runs.workdir import Workdir
 from .records import StudyRecord
 
@@ -24,8 +25,9 @@ class SearchFolder(Folder):
     """A search's folder.
 
     `config.json` says what is searched, `search.json` where the trials are, `study.db` has them
-    unless they are in another database; `logs/` has what the workers said; `retrained/` the runs
-    of the fair ending, and `results.json` and `results.md` what came of them.
+    unless they are in another database; `best.json` and `graphs/` have the graphs (`GraphFiles`),
+    `logs/` what the workers said; `retrained/` has the runs of the fair ending, and `results.json`
+    and `results.md` what came of them.
     """
 
     holds = "a search"
@@ -238,36 +240,3 @@ def _mean_accuracies(runs: Sequence[Record]) -> dict[str, float]:
     values = [[node["test_accuracy"] for node in run["nodes"]] for run in runs]
     means = np.mean(values, axis=0).tolist()
     return {node["name"]: mean for node, mean in zip(nodes, means, strict=True)}
-
-
-def found_graph(source: str) -> ktg.Graph:
-    """The graph of `STUDY_DIR`, its best, or of `STUDY_DIR:TRIAL`, pruned for its target.
-
-    Raises:
-        InputError: no such search, or no such trial.
-    """
-    path, number = split_source(source)
-    study = load_search(path)
-    if number is None:
-        best = study.best(1)
-        if not best:
-            raise InputError("graph", source, "a search with a complete trial")
-        graph = best[0].graph
-    else:
-        graph = next((t.graph for t in study.trials if t.number == number), None)
-    if graph is None:
-        numbers = [t.number for t in study.trials if t.graph is not None]
-        allowed = f"a trial of {path}: {min(numbers, default='none')} to {max(numbers, default='')}"
-        raise InputError("graph", source, allowed)
-    return graph.pruned()
-
-
-def split_source(source: str) -> tuple[str, int | None]:
-    """`STUDY_DIR` or `STUDY_DIR:TRIAL` in its parts.
-
-    >>> split_source("runs/search:12"), split_source("runs/search")
-    (('runs/search', 12), ('runs/search', None))
-    """
-    path, _, number = source.rpartition(":")
-    is_one = path and number.isdecimal() and len(number) < 10 and not is_search(source)
-    return (path, int(number)) if is_one else (source, None)

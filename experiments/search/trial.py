@@ -12,8 +12,9 @@ from ktg_jax.training.loop import evaluation_batch_size, train_epochs
 from ktg_jax.training.state import GraphState
 
 from ..runs.assemble import Run, assemble
-from ..runs.config import TrainConfig, with_pretrained
+from ..runs.config import TrainConfig
 from ..runs.console import make_console
+from ..runs.graphs import with_pretrained
 from ..runs.pretrained import locate_pretrained
 from ..train import train
 

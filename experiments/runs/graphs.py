@@ -1,0 +1,157 @@
+"""The graph that a run is asked for: a preset, a file, or what a search found."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ktg_jax as ktg
+import ktg_jax.models
+from ktg_jax.errors import InputError
+
+from .config import TrainConfig
+
+PRESETS = ("mutual", "independent", "distillation", "chain")
+DEFAULT_MODELS = ("cnn", "cnn", "cnn")
+PRETRAINED = "pretrained"
+"""As a node's weights: those of the same network, trained alone first."""
+
+BEST_GRAPH, GRAPHS = "best.json", "graphs"
+"""What a search leaves in its folder: its best graph, and the graph of trial N in `graphs/N.json`;
+each pruned for its target, its frozen nodes pretrained."""
+
+
+def build_graph(config: TrainConfig) -> ktg.Graph:
+    """The graph that the options describe."""
+    with as_given(config):
+        graph = _whole_graph(config)
+    return graph.pruned() if config.prune else graph
+
+
+def _whole_graph(config: TrainConfig) -> ktg.Graph:
+    """The same, with the nodes that `prune` leaves out."""
+    if config.graph in PRESETS:
+        graph = _preset(config.graph, _preset_nodes(config))
+    else:
+        graph = _graph_of(config.graph)
+        for field in ("models", "weights"):
+            if getattr(config, field):
+                raise InputError(field, list(getattr(config, field)), "nothing beside a graph file")
+    if config.temperature is not None:
+        graph = dataclasses.replace(graph, temperature=config.temperature)
+    for i, node in enumerate(graph.nodes):
+        if i in graph.frozen and not node.weights:
+            raise InputError(
+                f"nodes[{i}].weights", None, f"weights for node {node.name}: it is frozen"
+            )
+        ktg.models.check_model(node.model, f"nodes[{i}].model")
+    return graph
+
+
+@contextmanager
+def as_given(config: TrainConfig, pruned: bool = False) -> Iterator[None]:
+    """Within it, an InputError about a node of the graph names what was given for the node.
+
+    `nodes[1].model` is `models[1]` where that is an option.
+
+    Args:
+        config: that the graph was built of.
+        pruned: whether the nodes that `prune` leaves out are not counted within.
+    """
+    try:
+        yield
+    except InputError as error:
+        kept = _whole_graph(config).needed_nodes() if config.prune and pruned else None
+
+        def given(found: re.Match[str]) -> str:
+            number, field = found.groups()
+            index = number if kept is None else str(kept[int(number)])
+            option = {"model": "models", "weights": "weights"}.get(field, "")
+            if option and config.graph in PRESETS and getattr(config, option):
+                return f"{option}[{index}]"
+            return found[0].replace(number, index)
+
+        name = _OF_NODE.sub(given, error.field)
+        raise InputError(name, error.value, error.allowed) from None
+
+
+_OF_NODE = re.compile(r"(?:nodes\[|weights of node )([0-9]+)(?:\]\.(model|weights))?")
+
+
+def split_source(source: str) -> tuple[str, int | None]:
+    """`DIR` or `DIR:TRIAL` in its parts; a folder that is there is itself, whatever its name.
+
+    >>> split_source("runs/search:12"), split_source("runs/search")
+    (('runs/search', 12), ('runs/search', None))
+    """
+    path, _, number = source.rpartition(":")
+    is_one = path and number.isdecimal() and len(number) < 10 and not os.path.isdir(source)
+    return (path, int(number)) if is_one else (source, None)
+
+
+def _graph_of(source: str) -> ktg.Graph:
+    """The graph of a file, or of a search's folder."""
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return ktg.Graph.load(path)
+    folder, number = split_source(path)
+    if not os.path.isdir(folder):
+        allowed = f"{', '.join(PRESETS)}, a JSON file, or the folder of a search"
+        raise InputError("graph", source, allowed)
+    file = Path(folder, BEST_GRAPH) if number is None else Path(folder, GRAPHS, f"{number}.json")
+    if not file.is_file():
+        raise InputError("graph", source, _found_in(Path(folder), number))
+    return ktg.Graph.load(file)
+
+
+def _found_in(folder: Path, number: int | None) -> str:
+    """What is allowed of a folder in which there is no such graph."""
+    trials = [int(p.stem) for p in Path(folder, GRAPHS).glob("*.json") if p.stem.isdecimal()]
+    if number is not None and trials:
+        return f"a trial of {folder}: {min(trials)} to {max(trials)}"
+    file = BEST_GRAPH if number is None else GRAPHS
+    return f"the folder of a search with a complete trial (no {file} there)"
+
+
+def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
+    """The graph with `weights="pretrained"` at each frozen node that has none.
+
+    >>> [node.weights for node in with_pretrained(ktg.graphs.distillation("cnn", "cnn")).nodes]
+    [None, 'pretrained']
+    """
+    return with_sources(
+        graph,
+        lambda i, node: node.weights or (PRETRAINED if i in graph.frozen else None),
+    )
+
+
+def with_sources(graph: ktg.Graph, source: Callable[[int, ktg.Node], str | None]) -> ktg.Graph:
+    """The graph with the weights that `source` gives for each node and its index."""
+    nodes = [dataclasses.replace(n, weights=source(i, n)) for i, n in enumerate(graph.nodes)]
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _preset_nodes(config: TrainConfig) -> list[ktg.Node]:
+    models = config.models or DEFAULT_MODELS
+    weights = config.weights or ("none",) * len(models)
+    if len(weights) != len(models):
+        raise InputError("weights", list(weights), f"{len(models)} entries, one a model, or none")
+    return [
+        ktg.Node(model, weights=None if source == "none" else source)
+        for model, source in zip(models, weights, strict=True)
+    ]
+
+
+def _preset(name: str, nodes: list[ktg.Node]) -> ktg.Graph:
+    if name == "distillation":
+        if len(nodes) < 2:
+            raise InputError("models", [n.model for n in nodes], "a student and its teachers")
+        return ktg.graphs.distillation(nodes[0], nodes[1:])
+    make = {
+        "mutual": ktg.graphs.mutual,
+        "independent": ktg.graphs.independent,
+        "chain": ktg.graphs.chain,
+    }
+    return make[name](nodes)
