@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.search.engine import optuna
-from experiments.search.storage import Turn, open_storage
+from experiments.search.storage import Storage, Turn, open_storage
 
 HEARTBEAT = 1.0
 
 
-def study_of(url: str) -> Any:
+def study_of(url: str, storage: Storage | None = None) -> Any:
     """The study that all of them share."""
-    return optuna.create_study(
-        storage=open_storage(url, HEARTBEAT), study_name="shared", load_if_exists=True
-    )
+    storage = storage or open_storage(url, HEARTBEAT)
+    return optuna.create_study(storage=storage, study_name="shared", load_if_exists=True)
 
 
 def objective(trial: Any) -> float:

@@ -322,7 +322,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 0.0}, "temperature", "got 0.0; allowed: a finite number above 0"),
     ({"reach": (0.5, 60.0)}, "reach", "got 60.0; allowed: accuracies"),
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
-    ({"teacher": "gone", "teacher_model": "resnet14"}, "teacher", "got 'gone'; allowed: a folder"),
+    (
+        {"teacher": "gone", "teacher_model": "resnet14"},
+        "teacher",
+        "got 'gone'; allowed: the folder",
+    ),
     ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),
     ({"students": ()}, "students", "got []; allowed: different models, at least one"),
     ({"students": ("staged", "staged")}, "students", "allowed: different models"),

@@ -129,7 +129,7 @@ OPTIONS: list[tuple[dict[str, Any], str, list[str]]] = [
     (
         {"graph": f"{{inputs}}:{'9' * 4000}", "models": None},
         "graph",
-        ["a folder of experiments.se"],
+        ["the folder of a search"],
     ),
     ({"models": "tiny " * 101}, "nodes", ["got 101;", "at most 100 nodes"]),
     ({"models": "tiny resnet999999998"}, "models[1]", ["'resnet999999998'", "up to 1,202 layers"]),

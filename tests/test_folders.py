@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from runs import (
+    ROOT,
     Ended,
     assert_same_end,
     end_of,
@@ -209,6 +210,7 @@ def test_another_system_is_told_which_are_supported(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     line = f"error: platform: got '{sys.platform}'; allowed: Linux or macOS; on Windows, within WSL"
     assert (ended.returncode, ended.stderr.splitlines()) == (0, [line] * 6)

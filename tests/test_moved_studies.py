@@ -150,7 +150,7 @@ def test_a_prior_without_a_config_is_nobodys(tmp_path: Path) -> None:
     folder = StudentFolder(tmp_path / "run")
     folder.prior.path.mkdir(parents=True)
     folder.prior.file.write_bytes(b"some prior")
-    with pytest.raises(InputError, match=r"prior\.safetensors belongs to; --no-resume"):
+    with pytest.raises(InputError, match=r"prior\.safetensors belongs to; represent --no-resume"):
         folder.prior.check({"student": "tiny"})
     aside = folder.set_aside()
     assert aside == tmp_path / "run.old1"

@@ -19,7 +19,7 @@ from searches import STUDY, PretendedTrainer, begin, small_search, study_url, wo
 import ktg_jax as ktg
 from experiments.search.engine import optuna
 from experiments.search.pictures import Pictures, announce
-from experiments.search.storage import open_storage
+from experiments.search.storage import Storage, open_storage
 from experiments.search.study import run_again
 
 pytestmark = [
@@ -52,8 +52,12 @@ def folder(searched: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(searched, tmp_path / "copy"))
 
 
+def storage_of(folder: Path) -> Storage:
+    return open_storage(study_url(folder), 60)
+
+
 def study_in(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name=STUDY, storage=open_storage(study_url(folder), 60))
+    return optuna.load_study(study_name=STUDY, storage=storage_of(folder))
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
@@ -63,7 +67,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
 
 def draw_all(folder: Path, owner: str = "here") -> None:
     study = study_in(folder)
-    Pictures(study, folder / "artifacts", owner).draw_all(study.get_trials())
+    Pictures(storage_of(folder), folder / "artifacts", owner).draw_all(study.get_trials())
 
 
 class Browser:
@@ -121,7 +125,7 @@ def test_the_dashboard_shows_each_trained_graph(folder: Path) -> None:
 def test_one_is_drawn_at_a_time_and_each_once(folder: Path) -> None:
     study = study_in(folder)
     trials = study.get_trials()
-    pictures = Pictures(study, folder / "artifacts", "here")
+    pictures = Pictures(storage_of(folder), folder / "artifacts", "here")
     assert drawn(folder) == {}
     pictures.draw_one(trials)
     first = drawn(folder)

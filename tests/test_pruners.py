@@ -43,7 +43,7 @@ def rungs(study: Any, epochs: int) -> list[int]:
     for epoch in range(1, epochs + 1):
         trial.report(1.0, epoch)
         assert not trial.should_prune()
-        attrs = study._storage.get_trial_system_attrs(trial._trial_id)
+        attrs = study.trials[-1].system_attrs
         now = sum(name.startswith("completed_rung_") for name in attrs)
         if now > passed:
             passed = now

@@ -302,7 +302,7 @@ def test_to_start_over_keeps_the_former_run(
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"teacher": "gone"}, "teacher", "got 'gone'; allowed: the folder of a run"),
-    ({"teacher": "gone:cnn-0"}, "teacher", "got 'gone:cnn-0'; allowed: a folder of"),
+    ({"teacher": "gone:cnn-0"}, "teacher", "got 'gone:cnn-0'; allowed: the folder of"),
     ({"teacher": "{teacher}:x"}, "teacher", "allowed: one of the run's nodes: staged_wide-0, st"),
     ({"teacher": "{teacher}", "teacher_model": "cnn"}, "teacher_model", "got 'cnn'; allowed: no"),
     ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),

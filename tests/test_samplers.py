@@ -32,17 +32,13 @@ def quiet() -> Iterator[None]:
 
 
 def study_of(name: str, space: SearchSpace, seed: int = 0, **options: Any) -> Any:
+    """A study, or one in the `storage` that is given as another process loads it."""
     return optuna.create_study(
-        sampler=make_sampler(name, space, seed), direction="maximize", **options
-    )
-
-
-def worker_of(study: Any, name: str, space: SearchSpace, seed: int = 0) -> Any:
-    """The study as another process loads it: with a sampler of its own."""
-    return optuna.load_study(
-        study_name=study.study_name,
-        storage=study._storage,
+        study_name="study",
         sampler=make_sampler(name, space, seed),
+        direction="maximize",
+        load_if_exists=True,
+        **options,
     )
 
 
@@ -90,17 +86,19 @@ def test_the_seed_decides_all_graphs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_several_workers_draw_what_one_would(name: str) -> None:
     alone = run(study_of(name, SPACE), SPACE, 20, num_cut)
-    study = study_of(name, SPACE)
-    workers = [study, worker_of(study, name, SPACE)]
+    storage = optuna.storages.InMemoryStorage()
+    study = study_of(name, SPACE, storage=storage)
+    workers = [study, study_of(name, SPACE, storage=storage)]
     shared = [run(workers[i % 2], SPACE, 1, num_cut)[0] for i in range(20)]
     assert shared == alone
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_workers_at_the_same_time_draw_different_graphs(name: str) -> None:
-    study = study_of(name, SPACE)
+    storage = optuna.storages.InMemoryStorage()
+    study = study_of(name, SPACE, storage=storage)
     run(study, SPACE, 12, num_cut)
-    workers = [worker_of(study, name, SPACE) for _ in range(4)]
+    workers = [study_of(name, SPACE, storage=storage) for _ in range(4)]
     trials = [worker.ask() for worker in workers]
     assert len({suggest_graph(trial, SPACE) for trial in trials}) == 4
 
@@ -108,9 +106,10 @@ def test_workers_at_the_same_time_draw_different_graphs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_worker_that_starts_again_goes_on_where_it_was(name: str) -> None:
     whole = run(study_of(name, SPACE), SPACE, 16, num_cut)
-    study = study_of(name, SPACE)
+    storage = optuna.storages.InMemoryStorage()
+    study = study_of(name, SPACE, storage=storage)
     begun = run(study, SPACE, 13, num_cut)
-    assert begun + run(worker_of(study, name, SPACE), SPACE, 3, num_cut) == whole
+    assert begun + run(study_of(name, SPACE, storage=storage), SPACE, 3, num_cut) == whole
 
 
 def test_tpe_begins_uniformly_and_then_finds_what_is_good() -> None:

@@ -90,18 +90,23 @@ def test_a_fresh_database_can_be_opened_by_many_at_once(
         assert select(url, f"SELECT count(*) FROM {table}") == [1]
 
 
+def is_given_up(study: Any, storage: Storage) -> bool:
+    storage.give_up_silent(study)
+    return study.get_trials(deepcopy=False)[0].state == FAIL
+
+
 def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[..., Any]) -> None:
     started = PROCESSES.Event()
     worker = start(workers.train_forever, url, started)
     assert started.wait(PATIENCE)
-    study = workers.study_of(url)
-    storage = study._storage
+    storage = open_storage(url, workers.HEARTBEAT)
+    study = workers.study_of(url, storage)
     first_heartbeat = select(url, HEARTBEATS)
     wait_for(lambda: select(url, HEARTBEATS) > first_heartbeat)
-    assert storage._get_stale_trial_ids(study._study_id) == []
+    assert not is_given_up(study, storage)
 
     worker.kill()
-    wait_for(lambda: storage._get_stale_trial_ids(study._study_id))
+    wait_for(lambda: is_given_up(study, storage))
     study.optimize(workers.objective, n_trials=1)
     killed, again = study.trials
     assert (killed.state, again.state) == (FAIL, COMPLETE)
@@ -114,14 +119,15 @@ def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[...
 
 
 def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> None:
-    study = workers.study_of(url)
+    storage = open_storage(url, workers.HEARTBEAT)
+    study = workers.study_of(url, storage)
     study.enqueue_trial({"x": 0.25, "y": 2.0})
     ask(study)  # Optuna's heartbeats begin after this
     assert select(url, HEARTBEATS) == []
-    storage = study._storage
-    storage._backend.grace_period = 1
-    assert storage._get_stale_trial_ids(study._study_id) == []
-    wait_for(lambda: storage._get_stale_trial_ids(study._study_id))
+    assert not is_given_up(study, storage)
+    (given,) = select(url, HEARTBEATS)
+    wait_for(lambda: is_given_up(study, storage))
+    assert select(url, HEARTBEATS) == [given]  # given once, or it would never be silent
     study.optimize(workers.objective, n_trials=1)
     assert [trial.state for trial in study.trials] == [FAIL, COMPLETE]
     assert study.best_trial.params == {"x": 0.25, "y": 2.0}
@@ -130,17 +136,19 @@ def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> N
 def test_heartbeats_and_storages_outlive_a_restart(
     postgres_server: PostgresServer, postgres_url: str
 ) -> None:
-    study = workers.study_of(postgres_url)
+    storage = open_storage(postgres_url, workers.HEARTBEAT)
+    study = workers.study_of(postgres_url, storage)
     trial = ask(study)
+    trial_id = storage.trial_id(study, study.trials[0])
     postgres_server.stop()
     try:
-        study._storage.record_heartbeat(trial._trial_id)
+        storage.record_heartbeat(trial_id)
         with pytest.raises(optuna.exceptions.StorageInternalError):
             trial.suggest_float("x", 0, 1)
     finally:
         postgres_server.start()
     assert select(postgres_url, HEARTBEATS) == []
-    study._storage.record_heartbeat(trial._trial_id)
+    storage.record_heartbeat(trial_id)
     assert len(select(postgres_url, HEARTBEATS)) == 1
     study.tell(trial, workers.objective(trial))
     assert study.trials[0].state == COMPLETE

@@ -24,7 +24,7 @@ from experiments.search.engine import optuna
 from experiments.search.samplers import suggest_graph
 from experiments.search.storage import open_storage
 from experiments.search.study import (
-    MOST_DEATHS,
+    MOST_KILLED,
     State,
     begin_trial,
     note_death,
@@ -32,8 +32,7 @@ from experiments.search.study import (
     run_again,
     run_all_again,
 )
-from experiments.search.team import MOST_DEATHS as MOST_DEATHS_OF_A_WORKER
-from experiments.search.team import Team, orders_for
+from experiments.search.team import MOST_DEATHS, Team, orders_for
 from ktg_jax.errors import RunError
 
 pytestmark = [
@@ -133,21 +132,22 @@ def test_a_trial_that_kills_its_workers_fails_and_the_search_goes_on(url: str) -
     config = small_search(trials=4, pruner="none", baselines=False)
     study, space, killer = begin(url, config), config.space(), ktg.graphs.mutual(["tiny", "tiny"])
     study.enqueue_trial(space.parameters(killer))
+    storage = open_storage(url, 1)
 
     def begin_killer(worker: str) -> None:
         trial = study.ask()
         begin_trial(trial, suggest_graph(trial, space), worker)
 
-    for death in range(1, MOST_DEATHS + 1):
+    for death in range(1, MOST_KILLED + 1):
         for interruption in range(4):
             begin_killer(f"here/{interruption}")
             run_all_again(study, "here")  # which counts for nothing
         begin_killer("here/0")
-        assert note_death(study, "here/1", 9) == 0  # another's
-        assert note_death(study, "here/0", 9) == (death == MOST_DEATHS)
+        assert note_death(study, storage, "here/1", 9) == 0  # another's
+        assert note_death(study, storage, "here/0", 9) == (death == MOST_KILLED)
     trainer = work(url, config, rising)
     (failed,) = [trial for trial in trials_of(url) if trial.reason is not None]
-    assert failed.reason == f"killed its worker {MOST_DEATHS} times (signal 9)"
+    assert failed.reason == f"killed its worker {MOST_KILLED} times (signal 9)"
     assert (failed.state, failed.graph) == ("failed", killer)
     assert killer.canonical() not in [graph.canonical() for graph, _ in trainer.trained]
     assert sum(trial.state == "complete" for trial in trials_of(url)) == 3
@@ -202,7 +202,7 @@ def test_only_a_worker_that_ends_nothing_is_given_up(
 
     orders = orders_for(small_search(workers=1), "here")
     with Team(orders, tmp_path / "logs", on_death) as team:
-        for _ in range(21 + MOST_DEATHS_OF_A_WORKER - 2):
+        for _ in range(21 + MOST_DEATHS - 2):
             team.is_at_work()
         said = rf"worker 0 was killed 5 times in a row \(signal {number}\)"
         with pytest.raises(RunError, match=said):

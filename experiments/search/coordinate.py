@@ -108,7 +108,7 @@ def search(config: SearchConfig, console: Console) -> None:
             f"{len(dataset.train)} training and {len(dataset.val or ())} validation images "
             f"({dataset.name}).",
         )
-        _run(config, console, folder, study, url)
+        _run(config, console, folder, study, storage, url)
         if config.retrain_top:
             from .ending import finish  # SciPy's tests take long to import
 
@@ -190,6 +190,7 @@ def _run(
     console: Console,
     folder: SearchFolder,
     study: optuna.Study,
+    storage: Storage,
     url: str,
 ) -> None:
     """Runs trials until there are as many as asked for, or time is up."""
@@ -199,7 +200,7 @@ def _run(
     display.update(known)
     graphs = GraphFiles(folder.path)
     graphs.write(known)
-    pictures = Pictures(study, folder.artifacts, folder.owner, console)
+    pictures = Pictures(storage, folder.artifacts, folder.owner, console)
     if sum(map(is_counted, trials)) < config.trials:
         deadline = None if config.timeout is None else time.time() + config.timeout
         orders = orders_for(
@@ -213,7 +214,7 @@ def _run(
 
         def on_death(worker: str, signal: int) -> int:
             with Turn(url, study.study_name):
-                return note_death(study, worker, signal)
+                return note_death(study, storage, worker, signal)
 
         try:
             with display, Team(orders, folder.logs, on_death) as team:
@@ -228,8 +229,8 @@ def _run(
             # Where this fails, too, the first reason counts: the next command does it again.
             with suppress(InputError), explained_outage(url):
                 # Anew: an interrupt may have left the study's session in the midst of a commit.
-                storage = open_storage(url, config.heartbeat)
-                left = optuna.load_study(study_name=study.study_name, storage=storage)
+                anew = open_storage(url, config.heartbeat)
+                left = optuna.load_study(study_name=study.study_name, storage=anew)
                 with Turn(url, study.study_name):
                     run_all_again(left, folder.owner)
             raise

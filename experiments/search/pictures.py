@@ -50,7 +50,7 @@ class Pictures:
     """Draws the graphs of the trials that the workers of one folder have trained.
 
     Args:
-        study: that the trials are of.
+        storage: of the study that the trials are of.
         artifacts: folder of the pictures.
         owner: what the names of the folder's workers begin with.
         console: where to say that one cannot be drawn; then no further one is tried (default:
@@ -58,9 +58,13 @@ class Pictures:
     """
 
     def __init__(
-        self, study: optuna.Study, artifacts: Path, owner: str, console: Console | None = None
+        self,
+        storage: optuna.storages.BaseStorage,
+        artifacts: Path,
+        owner: str,
+        console: Console | None = None,
     ) -> None:
-        self._storage = study._storage  # knows trials that have ended without asking the database
+        self._storage = storage
         self._artifacts = artifacts
         self._prefix = f"{owner}/"
         self._console = console or make_console()

@@ -8,6 +8,8 @@ import hashlib
 import math
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,10 +42,12 @@ _SERVER_OPTIONS = (
 class Storage(optuna.storages.RDBStorage):
     """Optuna's storage, in which no trial of a dead worker is forgotten and outages are outlived.
 
-    Made by `open_storage`. Its connections are closed when it is not used any more.
+    Made by `open_storage`, one for each study that is used. Its connections are closed when it is
+    not used any more.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        self._seen: set[int] = set()  # numbers of running trials
         try:
             super().__init__(*args, **options)
         finally:
@@ -61,21 +65,33 @@ class Storage(optuna.storages.RDBStorage):
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError):
             self.remove_session()
 
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        # Optuna never gives up a trial whose worker died before its first heartbeat. Who sees one
-        # gives it that heartbeat: if it is alive its own follow, and if not it is stale in time.
-        models = optuna.storages._rdb.models
-        silent = (
-            sa.select(models.TrialModel.trial_id)
-            .where(models.TrialModel.study_id == study_id)
-            .where(models.TrialModel.state == optuna.trial.TrialState.RUNNING)
-            .where(~models.TrialModel.heartbeats.any())
-        )
-        with self.engine.connect() as connection:
-            trial_ids = list(connection.scalars(silent))
-        for trial_id in trial_ids:
-            self.record_heartbeat(trial_id)
-        return super()._get_stale_trial_ids(study_id)
+    def give_up_silent(self, study: optuna.Study) -> None:
+        """Gives up the running trials of a study whose workers fell silent, and enqueues them anew.
+
+        Optuna never gives up a trial whose worker died before its first heartbeat. So each running
+        trial is given one when this storage first sees it: if it is alive its own follow, and if
+        not it is silent in time.
+        """
+        running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+        for trial in running:
+            if trial.number not in self._seen:
+                self._seen.add(trial.number)
+                self.record_heartbeat(self.trial_id(study, trial))
+        with _experimental():
+            optuna.storages.fail_stale_trials(study)
+
+    def trial_id(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> int:
+        """What the methods of a storage call the trial of a study."""
+        study_id = self.get_study_id_from_name(study.study_name)
+        return self.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+
+
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """Within it, Optuna does not say that its heartbeats are experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def open_storage(url: str, heartbeat: float) -> Storage:
@@ -97,8 +113,7 @@ def open_storage(url: str, heartbeat: float) -> Storage:
         raise InputError("heartbeat", heartbeat, "a number of seconds above 0")
     interval = math.ceil(heartbeat)
     parsed = url_parts(url)
-    with warnings.catch_warnings(), Turn(url, ""), explained(url):
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with _experimental(), Turn(url, ""), explained(url):
         return Storage(
             parsed.render_as_string(hide_password=False),
             engine_kwargs={"connect_args": driver_options(parsed), "pool_pre_ping": True},
@@ -143,8 +158,7 @@ def _opened_to_read(url: str) -> optuna.storages.RDBStorage:
 
 def enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Enqueues a trial that was given up anew, with its parameters and attributes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with _experimental():
         enqueue = optuna.storages.RetryHeartbeatStaleTrialCallback()
     enqueue(study, trial)
 

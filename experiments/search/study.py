@@ -14,7 +14,7 @@ from .engine import optuna
 from .pruners import make_pruner
 from .records import TrialRecord
 from .samplers import make_sampler
-from .storage import enqueue_again
+from .storage import Storage, enqueue_again
 
 State = optuna.trial.TrialState
 Trials = Sequence[optuna.trial.FrozenTrial]
@@ -24,8 +24,8 @@ SETTING = "setting"
 
 BASELINES = ("independent", "mutual", "distillation")
 
-MOST_DEATHS = 3
-"""Of workers in the midst of one trial; then it is the trial that kills them."""
+MOST_KILLED = 3
+"""Workers that die in the midst of one trial; then it is the trial that kills them."""
 
 
 def begin_study(
@@ -139,11 +139,11 @@ def is_orphan(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state == State.RUNNING and "worker" not in trial.user_attrs
 
 
-def note_death(study: optuna.Study, worker: str, signal: int) -> int:
+def note_death(study: optuna.Study, storage: Storage, worker: str, signal: int) -> int:
     """Runs the trial again in whose midst its worker was killed, unless it has killed too many.
 
-    After `MOST_DEATHS` it failed, as one whose training fails. To be called in the study's turn,
-    and only where the worker alone was killed, not with the whole search.
+    With `MOST_KILLED` it failed, as one whose training fails. To be called in the study's turn, and
+    only where the worker alone was killed, not with the whole search.
 
     Returns:
         How many trials the worker has brought to an end, in this way or any other.
@@ -153,12 +153,12 @@ def note_death(study: optuna.Study, worker: str, signal: int) -> int:
     ended = sum(map(is_counted, trials))
     for trial in killed:
         deaths = trial.user_attrs.get("deaths", 0) + 1
-        if deaths < MOST_DEATHS:
+        if deaths < MOST_KILLED:
             trial.set_user_attr("deaths", deaths)  # of what is enqueued
             run_again(study, trial)
         else:
             reason = f"killed its worker {deaths} times (signal {signal})"
-            study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+            storage.set_trial_user_attr(storage.trial_id(study, trial), "reason", reason)
             study.tell(trial.number, state=State.FAIL)
             ended += 1
     return ended

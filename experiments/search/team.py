@@ -16,7 +16,7 @@ from ktg_jax.errors import RunError
 from .config import SearchConfig, from_json, to_json
 
 MOST_DEATHS = 5
-"""Of one worker that ends no trial between them: something kills it whatever it does."""
+"""Of a worker and of those in its place, none of which ends a trial: something kills them all."""
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,8 @@ class Worker:
         self._space = config.space()
         self._trainer = trainer
         self._programs = Programs()
-        self._study = open_study(
-            open_storage(url, config.heartbeat), orders.study, config, self._space
-        )
+        self._storage = open_storage(url, config.heartbeat)
+        self._study = open_study(self._storage, orders.study, config, self._space)
         self._turn = Turn(url, orders.study)
 
     def search(self) -> None:
@@ -143,7 +142,7 @@ class Worker:
         Raises:
             RunError: many in a row failed.
         """
-        optuna.storages.fail_stale_trials(self._study)
+        self._storage.give_up_silent(self._study)
         trials = self._study.get_trials(deepcopy=False)
         orphans = [trial for trial in trials if is_orphan(trial)]
         for trial in orphans:
