@@ -17,7 +17,6 @@ import tyro
 from rich.console import Console
 
 import ktg_jax as ktg
-from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.trees import unflatten
 from ktg_jax.models.network import NodeFns
@@ -29,11 +28,11 @@ from ktg_jax.training.loop import Arrays, Means, evaluation_batch_size, make_eva
 from ktg_jax.training.state import GraphState
 
 from .runs import cli
-from .runs.assemble import data_facts, without_test
+from .runs.assemble import data_facts, load, without_test
 from .runs.command_line import Command, parse
 from .runs.console import Table, make_console
 from .runs.identity import data_kind, is_own
-from .runs.options import import_modules
+from .runs.options import Training, import_modules
 from .runs.process import check_platform, prepare
 from .runs.results import best_epoch
 from .runs.texts import per_cent
@@ -104,15 +103,15 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         cli.say(console, f"Wrote {config.export}. It takes uint8 images divided by 255.")
 
     data = _data_now(config, workdir)
-    dataset = load_dataset(
-        data,
-        config.data_dir or workdir.data_dir,
+    wanted = Training(
+        data=data,
+        data_dir=config.data_dir or workdir.data_dir,
         train_limit=run["train_limit"],
         val_fraction=run["val_fraction"],
         image_size=run["image_size"],
         split_seed=run["split_seed"],
-        with_test=config.split == "test",
     )
+    dataset = load(wanted, with_test=config.split == "test")
     _check_data(data, facts, data_facts(dataset), config.split)
     if config.export is not None:  # anew: the names of the classes are with the data
         _export(config.export, config.node, graph, state, facts, epoch, dataset.class_names)

@@ -14,7 +14,7 @@ from runs import ROOT, small
 
 from experiments.runs import cli
 from experiments.runs.console import Table, Verbatim, busy, is_watched, make_console, text_column
-from experiments.runs.progress import Countdown, Display
+from experiments.runs.progress import Countdown, Display, decoding_shown
 from experiments.search.display import SearchDisplay
 from experiments.search.records import TrialRecord
 from experiments.train import train
@@ -61,6 +61,15 @@ def test_a_console_says_brackets_whatever_prints_to_it() -> None:
 def test_progress_shows_text_as_it_is() -> None:
     task: Any = type("Task", (), {"description": MARKUP})()
     assert text_column("{task.description}").render(task).plain == MARKUP
+
+
+def test_decoding_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with decoding_shown() as on_progress:
+            on_progress("train [1]", 250, 500)
+            on_progress("train [1]", 500, 500)
+        assert ("decoding train [1]" in stream.getvalue()) == shown
 
 
 def test_nothing_of_ours_makes_a_console_or_a_table_by_itself() -> None:

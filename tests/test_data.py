@@ -14,6 +14,7 @@ from data_files import assert_input_error, random_images, save_image
 from PIL import Image
 
 from ktg_jax.data import tfds
+from ktg_jax.data.cache import in_chunks
 from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
 from ktg_jax.data.images import resize_images
 from ktg_jax.data.sources import load_dataset, load_npz
@@ -390,6 +391,30 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def test_what_is_decoded_is_told(folder: Path, tiny: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+
+    load_dataset(f"folder:{folder}", on_progress=tell)
+    assert sorted(told) == [("test", 1, 1), ("train", 6, 6)]
+    told.clear()
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "on_progress": tell}
+    load_dataset("tiny_imagenet", tiny, **options)
+    assert told == [("tiny_imagenet train", 3, 3), ("tiny_imagenet val", 2, 2)]
+    load_dataset("tiny_imagenet", tiny, **options)  # from the cache
+    assert len(told) == 2
+
+
+def test_progress_is_told_by_the_chunk() -> None:
+    ranges: list[range] = []
+    told: list[tuple[str, int, int]] = []
+    in_chunks(ranges.append, 600, "all", lambda *said: told.append(said))
+    assert ranges == [range(250), range(250, 500), range(500, 600)]
+    assert told == [("all", 250, 600), ("all", 500, 600), ("all", 600, 600)]
+
+
 def test_a_folder_gives_sorted_classes_and_its_images(folder: Path) -> None:
     dataset = load_dataset(f"folder:{folder}")
     assert dataset.class_names == ("cat", "dog")
@@ -443,7 +468,7 @@ def test_differing_sizes_need_and_accept_an_image_size(folder: Path) -> None:
     save_image(folder / "train" / "dog" / "9.png", np.full((9, 8, 3), 33, np.uint8))
     with pytest.raises(InputError) as caught:
         load_dataset(f"folder:{folder}")
-    assert_input_error(caught.value, "data", "9.png", "8x9", "5x6", "--image-size")
+    assert_input_error(caught.value, "data", "9.png", "8x9", "5x6", "image_size resizes")
     dataset = load_dataset(f"folder:{folder}", image_size=4)
     assert dataset.image_shape == (4, 4, 3)
     assert (dataset.train.images[-1] == 33).all()

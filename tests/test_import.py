@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ def test_the_library_is_imported_without_what_only_some_need() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "jax" in ran.stdout.split()
     assert [name for name in HEAVY if name in ran.stdout.split()] == []
+
+
+def test_the_library_draws_no_progress_and_names_no_option_of_a_command() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (rich|tqdm|tyro)\b", text, re.MULTILINE), path
+        assert not re.search(r"(?<![-\w])--[a-z]", text), path
 
 
 LAYERS = (

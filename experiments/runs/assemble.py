@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .graphs import PRETRAINED
 from .networks import check_networks, node_functions, parallel_of
 from .options import MOST, Training
+from .progress import decoding_shown
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,17 @@ class Run:
 
 def load(training: Training, with_test: bool = True) -> Dataset:
     """Loads the data, split as is said; without its test images they are not even opened."""
-    return load_dataset(
-        training.data,
-        training.data_dir,
-        train_limit=training.train_limit,
-        val_fraction=training.val_fraction,
-        image_size=training.image_size,
-        split_seed=training.split_seed,
-        with_test=with_test,
-    )
+    with decoding_shown() as on_progress:
+        return load_dataset(
+            training.data,
+            training.data_dir,
+            train_limit=training.train_limit,
+            val_fraction=training.val_fraction,
+            image_size=training.image_size,
+            split_seed=training.split_seed,
+            with_test=with_test,
+            on_progress=on_progress,
+        )
 
 
 def check_steps(training: Training, dataset: Dataset, field: str = "epochs") -> int:

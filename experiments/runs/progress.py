@@ -1,16 +1,20 @@
 """How far a training is: a display that moves on a terminal, else a line an epoch."""
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+from ktg_jax.data.cache import OnProgress
 
 from . import cli
-from .console import Table, is_watched, text_column
+from .console import Table, is_watched, make_console, text_column
 from .shapes import Record
 
 _PACE_SECONDS = 1
@@ -38,6 +42,21 @@ class Countdown:
         seconds = (self._total - done) * (time.monotonic() - self._began) / here
         minutes, seconds = divmod(round(max(seconds, 0)), 60)
         return f"time left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+@contextmanager
+def decoding_shown() -> Iterator[OnProgress]:
+    """Draws bars for what is decoded within, if standard error is a terminal."""
+    console = make_console(sys.stderr)
+    with Progress(console=console, transient=True, disable=not is_watched(console)) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(f"decoding {what}", total=total)
+            progress.update(bars[what], completed=done)
+
+        yield show
 
 
 class Display:

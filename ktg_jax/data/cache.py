@@ -1,22 +1,22 @@
-"""Decoded splits kept on disk, and the progress of decoding them."""
+"""Decoded splits kept on disk, and how far the decoding of one is."""
 
 import hashlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from ktg_jax.data.dataset import Split
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
-_CHUNK = 250  # images between two updates of the progress bar
+_CHUNK = 250  # images between two reports of progress
+
+OnProgress = Callable[[str, int, int], object]
+"""Is told what is read, how many of its images are, and how many there are."""
 
 
 def cached_split(
@@ -53,12 +53,15 @@ def cached_split(
     return split
 
 
-def in_chunks(work: Callable[[range], None], count: int, description: str) -> None:
-    """Calls `work` with ranges that cover 0 to `count`; a progress bar if stderr is a terminal."""
-    terminal = sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=not terminal) as progress:
-        for start in progress.track(range(0, count, _CHUNK), description=description):
-            work(range(start, min(start + _CHUNK, count)))
+def in_chunks(
+    work: Callable[[range], None], count: int, what: str, on_progress: OnProgress | None
+) -> None:
+    """Calls `work` with ranges that cover 0 to `count`, and tells `on_progress` of each."""
+    for start in range(0, count, _CHUNK):
+        end = min(start + _CHUNK, count)
+        work(range(start, end))
+        if on_progress is not None:
+            on_progress(what, end, count)
 
 
 def _read(path: Path) -> Split | None:

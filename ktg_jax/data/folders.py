@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ktg_jax.data.cache import OnProgress
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.images import ImageForm, form_of, read_images
 from ktg_jax.data.listing import count_images, find_images, loose_images, named, subfolders
@@ -21,7 +22,11 @@ Files = Sequence[tuple[Path, int]]
 
 
 def load_image_folder(
-    folder: Path, *, image_size: int | None = None, with_test: bool = True
+    folder: Path,
+    *,
+    image_size: int | None = None,
+    with_test: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """Reads `folder/<split>/<class>/*.png`, and whatever else PIL reads, by its suffix.
 
@@ -35,6 +40,7 @@ def load_image_folder(
         folder: as above.
         image_size: resize to a square of this size, in pixels; None: all have the same size.
         with_test: whether to read `test`.
+        on_progress: see `OnProgress`.
 
     Raises:
         InputError: no `train`, a class folder without images, a class that train does not have,
@@ -53,7 +59,7 @@ def load_image_folder(
     }
     _check_depth(files["train"], places["train"])
     form = form_of([path for path, _ in files["train"]], image_size)
-    splits = {split: read_files(files[split], form, f"decoding {split}") for split in files}
+    splits = {split: read_files(files[split], form, split, on_progress) for split in files}
     return Dataset(
         name=f"folder:{folder}",
         class_names=class_names,
@@ -74,9 +80,11 @@ def splits_of_folder(folder: Path) -> set[str]:
     return set(_split_folders(folder))
 
 
-def read_files(files: Files, form: ImageForm, description: str) -> Split:
+def read_files(
+    files: Files, form: ImageForm, what: str, on_progress: OnProgress | None = None
+) -> Split:
     """Decodes image files: see `read_images`."""
-    images = read_images([path for path, _ in files], form, description)
+    images = read_images([path for path, _ in files], form, what, on_progress)
     return Split(images, np.array([label for _, label in files], np.int32))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ktg_jax.data.cache import in_chunks
+from ktg_jax.data.cache import OnProgress, in_chunks
 from ktg_jax.data.memory import empty
 from ktg_jax.errors import InputError
 
@@ -70,14 +70,17 @@ def form_of(paths: Sequence[Path], image_size: int | None = None) -> ImageForm:
     return ImageForm(height, width, greyscale)
 
 
-def read_images(paths: Sequence[Path], form: ImageForm, description: str) -> np.ndarray:
+def read_images(
+    paths: Sequence[Path], form: ImageForm, what: str, on_progress: OnProgress | None = None
+) -> np.ndarray:
     """Decodes image files, in threads; as a viewer shows them, whatever way the camera was held.
 
     Args:
         paths: image files of 8 bits a channel. Transparency is dropped; of several frames the
             first is taken, which is said in a warning.
         form: see `ImageForm`.
-        description: for the progress bar.
+        what: is read, and
+        on_progress: is told that: see `OnProgress`.
 
     Returns:
         uint8 `[n, form.height, form.width, 1 or 3]`.
@@ -102,7 +105,7 @@ def read_images(paths: Sequence[Path], form: ImageForm, description: str) -> np.
             pass  # asking for each result raises the error of its thread
 
     with ThreadPoolExecutor() as threads:
-        in_chunks(read_all, len(paths), description)
+        in_chunks(read_all, len(paths), what, on_progress)
     if moving:
         text = "%d images have several frames, of which the first is used: %s%s"
         more = ", ..." if len(moving) > 1 else ""
@@ -190,7 +193,7 @@ def _in_form(image: Image.Image, form: ImageForm, path: Path) -> np.ndarray:
             "data",
             f"{path}: {width}x{height}",
             f"{form.width}x{form.height}, the size of the first image; "
-            "--image-size resizes the images of a folder to one size",
+            "image_size resizes the images of a folder to one size",
         )
     return np.asarray(_resize(pixels, form.height, form.width))
 

@@ -4,11 +4,12 @@ import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ktg_jax.data.arrays import check_values
-from ktg_jax.data.cache import cached_split
+from ktg_jax.data.cache import OnProgress, cached_split
 from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
 from ktg_jax.data.folders import load_image_folder, splits_of_folder
 from ktg_jax.data.images import resize_images
@@ -32,6 +33,7 @@ def load_dataset(
     split_seed: int = 0,
     with_test: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """Loads a data set into memory.
 
@@ -56,6 +58,8 @@ def load_dataset(
         with_test: False: the test images are not even opened, and `test` is None.
         cache_dir: folder for decoded CIFAR and Tiny-ImageNet images; None: the environment's
             `KTG_CACHE_DIR`, else the user's cache folder.
+        on_progress: is called with what is decoded, how many of its images are, and how many there
+            are; it can draw a progress bar.
 
     Raises:
         InputError: names the option or the part of the data that is wrong.
@@ -64,7 +68,7 @@ def load_dataset(
         raise InputError("image_size", image_size, f"{MIN_IMAGE_SIZE} or more")
     if not 0 <= val_fraction < 1:
         raise InputError("val_fraction", val_fraction, "0 or more, below 1")
-    dataset = _read(data, data_dir, image_size, with_test, cache_dir)
+    dataset = _read(data, data_dir, image_size, with_test, cache_dir, on_progress)
     for name in ("train", "val", "test"):
         if (split := getattr(dataset, name)) is not None:
             check_values(split.images, f"{name} images")
@@ -153,19 +157,23 @@ def _read(
     image_size: int | None,
     with_test: bool,
     cache_dir: str | os.PathLike[str] | None,
+    on_progress: OnProgress | None,
 ) -> Dataset:
+    cached: dict[str, Any] = {"with_test": with_test, "cache_dir": cache_dir}
     kind, _, path = data.partition(":")
     if data == "digits":
-        return load_digits(with_test=with_test, cache_dir=cache_dir)
+        return load_digits(**cached)
     if data in ("cifar10", "cifar100"):
-        return load_tfds(data, data_dir, with_test=with_test, cache_dir=cache_dir)
+        return load_tfds(data, data_dir, on_progress=on_progress, **cached)
     if data == "tiny_imagenet":
-        return load_tiny_imagenet(data_dir, with_test=with_test, cache_dir=cache_dir)
+        return load_tiny_imagenet(data_dir, on_progress=on_progress, **cached)
     if kind == "npz" and path:
         return load_npz(path, with_test=with_test)
     if kind == "folder" and path:
         folder = Path(path).expanduser()
-        return load_image_folder(folder, image_size=image_size, with_test=with_test)
+        return load_image_folder(
+            folder, image_size=image_size, with_test=with_test, on_progress=on_progress
+        )
     raise InputError("data", data, ", ".join(SOURCES))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ktg_jax.data.cache import cached_split, in_chunks
+from ktg_jax.data.cache import OnProgress, cached_split, in_chunks
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import InputError
 
@@ -19,6 +19,7 @@ def load_tfds(
     *,
     with_test: bool,
     cache_dir: str | os.PathLike[str] | None,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """Reads the splits `train` and `test` of a tensorflow-datasets classification data set.
 
@@ -28,6 +29,7 @@ def load_tfds(
             `~/tensorflow_datasets` unless `TFDS_DATA_DIR` says otherwise.
         with_test: whether to read `test`.
         cache_dir: see `cache_folder`.
+        on_progress: see `OnProgress`.
 
     Raises:
         InputError: the data is not there in array_record format, or its files are damaged.
@@ -38,7 +40,7 @@ def load_tfds(
         return cached_split(
             f"{name}-{builder.version}-{split}",
             [Path(file) for file in builder.info.splits[split].filepaths],
-            lambda: decode_examples(builder, split),
+            lambda: decode_examples(builder, split, on_progress=on_progress),
             cache_dir,
         )
 
@@ -80,13 +82,19 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     return builder
 
 
-def decode_examples(builder: Any, split: str, indices: Iterable[int] | None = None) -> Split:
+def decode_examples(
+    builder: Any,
+    split: str,
+    indices: Iterable[int] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Split:
     """Decodes images and labels of a split.
 
     Args:
         builder: from `open_builder`.
         split: name of the split.
         indices: of the examples, in the order of the files; None: all.
+        on_progress: see `OnProgress`.
 
     Raises:
         InputError: a file is damaged or incomplete.
@@ -102,7 +110,7 @@ def decode_examples(builder: Any, split: str, indices: Iterable[int] | None = No
             for i, example in zip(chunk, examples, strict=True):
                 images[i], labels[i] = example["image"], example["label"]
 
-        in_chunks(decode, len(wanted), f"decoding {builder.name} {split}")
+        in_chunks(decode, len(wanted), f"{builder.name} {split}", on_progress)
     except ImportError:
         raise
     except Exception as error:  # array_record, protobuf and PIL each have their own types

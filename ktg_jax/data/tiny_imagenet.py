@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from ktg_jax.data.cache import cached_split
+from ktg_jax.data.cache import OnProgress, cached_split
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.folders import Files, images_in, read_files
 from ktg_jax.data.images import ImageForm
@@ -24,6 +24,7 @@ def load_tiny_imagenet(
     *,
     with_test: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """Reads Tiny-ImageNet in the folder layout in which it is distributed.
 
@@ -34,6 +35,7 @@ def load_tiny_imagenet(
         data_dir: the folder `tiny-imagenet-200`, or the one that holds it.
         with_test: whether to read the official `val`.
         cache_dir: see `cache_folder`.
+        on_progress: see `OnProgress`.
 
     Raises:
         InputError: a file of the layout is not there or cannot be decoded, an annotation names an
@@ -51,7 +53,7 @@ def load_tiny_imagenet(
         return cached_split(
             f"tiny_imagenet-upright-{split}",
             [*index, *(path for path, _ in files)],  # the labels come from the index files
-            lambda: read_files(files, _FORM, f"decoding tiny_imagenet {split}"),
+            lambda: read_files(files, _FORM, f"tiny_imagenet {split}", on_progress),
             cache_dir,
         )
 
