@@ -31,7 +31,7 @@ from experiments.train import train as train_config
 from ktg_jax.io.files import cache_folder
 from ktg_jax.io.trees import FlatTree, flatten
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "images_per_second")
 """What no two runs have in common."""
 
@@ -139,7 +139,7 @@ def start(
 
     Processes with the same `cache` compile their programs only once.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     env = {**os.environ, "PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": str(devices)}
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)

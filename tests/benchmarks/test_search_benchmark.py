@@ -53,7 +53,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is pre-trained is kept for a test alone; processes that it starts find the models."""
     monkeypatch.setenv("KTG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KTG_CPU_CONVOLUTION", "xla")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with compiled_once():
         yield

@@ -10,8 +10,8 @@ from typing import Any
 
 import chex
 import pytest
+from made_up_states import NAMES, TEMPLATE, state_of
 from runs import end_of, finished, in_process, options, result, small, start, train
-from test_checkpoint import NAMES, TEMPLATE, state_of
 
 from experiments import evaluate
 from experiments import train as train_module

@@ -8,9 +8,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
+from made_up_states import NAMES, OPTIMIZER, TEMPLATE, state_of
 from runs import compiled_once
 from tiny_models import dropping
 
@@ -19,29 +18,6 @@ from ktg_jax import GraphState
 from ktg_jax.errors import RunError
 from ktg_jax.io.trees import flatten
 from ktg_jax.training.checkpoint import Checkpoints, read_nodes
-
-NAMES = ("student", "teacher.1")
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-
-
-def state_of(epoch: int) -> GraphState:
-    """A state unlike that of any other epoch; its second node is frozen."""
-    rng = np.random.default_rng(epoch)
-
-    def random_params() -> dict[str, Any]:
-        kernel = rng.standard_normal((40, 3)).astype(np.float32)
-        return {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.full(3, epoch)}}
-
-    params = random_params(), random_params()
-    model_state: tuple[Any, Any] = (
-        {"batch_stats": {"mean": jnp.asarray(rng.random(3, np.float32))}},
-        {},
-    )
-    opt_state = jax.tree.map(lambda x: x + epoch, OPTIMIZER.init(params[0])), None
-    return GraphState(params, model_state, opt_state, jnp.asarray(10 * epoch, jnp.int32))
-
-
-TEMPLATE = state_of(0)
 
 
 def save_all(folder: Path, scores: list[float | None]) -> tuple[int, ...]:
