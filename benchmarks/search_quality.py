@@ -134,7 +134,7 @@ def search_until(config: SearchConfig, budget: float, trainer: SharedTrainer) ->
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         url = sqlite_url(Path(folder) / "study.db")
-        storage = open_storage(url, config.heartbeat)
+        storage = open_storage(url)
         try:
             with Turn(url, _STUDY):
                 study = begin_study(storage, _STUDY, config, space, resolved(config, space))

@@ -146,7 +146,7 @@ def prepare_cache(cache: Path, is_warm: bool) -> None:
 
 @contextmanager
 def _trials(folder: SearchFolder) -> Iterator[list[optuna.trial.FrozenTrial]]:
-    storage = open_storage(folder.own_storage, heartbeat=60)
+    storage = open_storage(folder.own_storage)
     try:
         name = folder.read("search.json")["study"]
         yield optuna.load_study(study_name=name, storage=storage).get_trials()

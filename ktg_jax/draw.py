@@ -6,7 +6,7 @@ gives the same bytes, whatever style the user's own matplotlib settings ask for.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from ktg_jax.curves import Records, curves_figure
 from ktg_jax.errors import InputError
+from ktg_jax.graph.edge import Edge
 from ktg_jax.graph.graph import Graph
 from ktg_jax.io.files import atomic_path
 from ktg_jax.mpl import (
@@ -39,6 +40,8 @@ GATE_COLOURS: dict[str, str] = {
     "negative_linear": "#CC79A7",
 }
 """A colour for each gate, from the palette of Okabe and Ito (safe for colour-blind readers)."""
+
+_OTHER_COLOUR = "#7F4F24"  # of all gates that somebody registered
 
 FilePath = str | os.PathLike[str]
 
@@ -79,8 +82,9 @@ def draw_graph(
 ) -> None:
     """Draws a graph as the paper's figures do: nodes, label edges and transfer edges.
 
-    An edge has the colour of its gate; cutoff edges are absent. In an SVG each edge is a group
-    with the id `edge-<sender>-<receiver>` (node indices), or `edge-label-<receiver>`.
+    An edge has the colour of its gate, and beside it what it carries where that is not the papers'
+    divergence or cross-entropy; cutoff edges are absent. In an SVG each edge is a group with the id
+    `edge-<sender>-<receiver>` (node indices), or `edge-label-<receiver>`.
 
     Args:
         graph: the graph; node 0, the target, has a double ring, frozen nodes a dashed outline.
@@ -172,14 +176,14 @@ def _graph_figure(graph: Graph, accuracies: Mapping[str, float], title: str | No
     ax.set_axis_off()
     directions, ring = _layout(len(graph.nodes))
     centres = ring * directions
-    for receiver, row in enumerate(graph.gates):
-        for sender, gate in enumerate(row):
-            if gate == "cutoff":
+    for receiver, row in enumerate(graph.edges):
+        for sender, edge in enumerate(row):
+            if edge.gate == "cutoff":
                 continue
             if sender == receiver:
-                _draw_label(ax, receiver, centres[receiver], directions[receiver], gate)
+                _draw_label(ax, receiver, centres[receiver], directions[receiver], edge)
             else:
-                _draw_transfer(ax, sender, receiver, centres, gate)
+                _draw_transfer(ax, sender, receiver, centres, edge)
     for i, node in enumerate(graph.nodes):
         name = str(node.name)
         accuracy = f"{100 * accuracies[name]:.2f} %" if name in accuracies else ""
@@ -247,7 +251,7 @@ def _write_in_circle(ax: Axes, centre: np.ndarray, lines: Sequence[str]) -> None
 
 
 def _draw_label(
-    ax: Axes, receiver: int, centre: np.ndarray, direction: np.ndarray, gate: str
+    ax: Axes, receiver: int, centre: np.ndarray, direction: np.ndarray, edge: Edge
 ) -> None:
     """A square with the word "label" outside the ring of nodes, and its arrow to the node."""
     start = centre + (_NODE_RADIUS + _LABEL_EDGE) * direction
@@ -260,10 +264,12 @@ def _draw_label(
     text = ax.text(middle[0], middle[1], "label", fontsize=7, zorder=4)
     text.set(horizontalalignment="center", verticalalignment="center_baseline")
     end = centre + _rim(receiver) * direction
-    _draw_arrow(ax, Curve([start, end]), gate, f"edge-label-{receiver}")
+    _draw_arrow(ax, Curve([start, end]), edge.gate, f"edge-label-{receiver}")
+    outwards = math.copysign(_LABEL_SIDE / 2 + 0.08, direction[1])
+    _write_beside(ax, middle + np.array([0, outwards]), edge)
 
 
-def _draw_transfer(ax: Axes, sender: int, receiver: int, centres: np.ndarray, gate: str) -> None:
+def _draw_transfer(ax: Axes, sender: int, receiver: int, centres: np.ndarray, edge: Edge) -> None:
     """A curve that leaves and meets the circles at right angles, to the left of its way.
 
     The edge in the other direction lies on the other side of the straight line between the nodes.
@@ -279,7 +285,17 @@ def _draw_transfer(ax: Axes, sender: int, receiver: int, centres: np.ndarray, ga
     end = centres[receiver] + _rim(receiver) * (aside - math.cos(bend) * along)
     control = centres[sender] + between / 2 + distance / 2 * math.tan(bend) * left
     curve = Curve([start, control, end], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
-    _draw_arrow(ax, curve, gate, f"edge-{sender}-{receiver}")
+    _draw_arrow(ax, curve, edge.gate, f"edge-{sender}-{receiver}")
+    _write_beside(ax, (start + 2 * control + end) / 4, edge)
+
+
+def _write_beside(ax: Axes, place: np.ndarray, edge: Edge) -> None:
+    """Writes there what the edge carries, where its gate does not say all."""
+    if edge.says:
+        text = ax.text(place[0], place[1], edge.says, fontsize=6, zorder=5)
+        text.set(horizontalalignment="center", verticalalignment="center_baseline")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
+        text.set_parse_math(False)
 
 
 def _draw_arrow(ax: Axes, curve: Curve, gate: str, gid: str) -> None:
@@ -290,19 +306,25 @@ def _draw_arrow(ax: Axes, curve: Curve, gate: str, gid: str) -> None:
         arrowstyle="-|>,head_length=0.5,head_width=0.25",
         mutation_scale=10,
         linewidth=1.2,
-        color=GATE_COLOURS[gate],
+        color=_colours([gate])[gate],
         zorder=2,
         gid=gid,
     )
     ax.add_artist(arrow)
 
 
+def _colours(gates: Iterable[str]) -> dict[str, str]:
+    """The colours of these gates, the built-in ones first."""
+    given = set(gates)
+    others = dict.fromkeys(sorted(given - set(GATE_COLOURS)), _OTHER_COLOUR)
+    return {gate: colour for gate, colour in (GATE_COLOURS | others).items() if gate in given}
+
+
 def _add_legend(ax: Axes, graph: Graph) -> None:
     """Names the gates that occur, below the graph."""
-    occurring = {gate for row in graph.gates for gate in row} - {"cutoff"}
+    occurring = [gate for row in graph.gates for gate in row if gate != "cutoff"]
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=gate.replace("_", " "))
-        for gate, colour in GATE_COLOURS.items()
-        if gate in occurring
+        for gate, colour in _colours(occurring).items()
     ]
     ax.legend(handles=handles, ncols=len(handles), loc="upper center", bbox_to_anchor=(0.5, 0))

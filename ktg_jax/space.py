@@ -332,13 +332,11 @@ def _gate_name(receiver: int, sender: int) -> str:
 
 
 def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:
-    allowed = f"1 to {_LARGEST} nodes, or more with allow_large=True"
-    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
-        raise InputError("num_nodes", num_nodes, allowed)
-    if num_nodes > _LARGEST and not allow_large:
-        raise InputError("num_nodes", num_nodes, allowed)
-    if num_nodes > MOST_NODES:
-        raise InputError("num_nodes", num_nodes, f"1 to {MOST_NODES} nodes")
+    most = MOST_NODES if allow_large else _LARGEST
+    is_number = isinstance(num_nodes, int) and not isinstance(num_nodes, bool)
+    if not (is_number and 1 <= num_nodes <= most):
+        more = "" if allow_large else ", or more with allow_large=True"
+        raise InputError("num_nodes", num_nodes, f"1 to {most} nodes{more}")
 
 
 def _distinct(field: str, values: Any) -> tuple[Any, ...]:

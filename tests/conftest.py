@@ -1,5 +1,6 @@
 """Two simulated CPU devices for every test; set before jax starts its backend. And fixtures."""
 
+import os
 import signal
 import threading
 
@@ -14,6 +15,8 @@ from postgres import postgres_server, postgres_url  # noqa: E402
 __all__ = ["postgres_server", "postgres_url"]
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+os.environ.setdefault("KTG_HEARTBEAT", "1")  # of searches: nobody waits long for a dead worker
 
 if threading.current_thread() is threading.main_thread():
     # In the background of a shell Ctrl-C is ignored, and would be by the commands that tests start.

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+import ktg_jax as ktg
 from ktg_jax.draw import GATE_COLOURS, draw_curves, draw_graph
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
@@ -126,6 +127,25 @@ def test_cutoff_edges_and_their_label_squares_are_absent(tmp_path: Path) -> None
     assert gids(svg, "edge-") == ["edge-0-2", "edge-1-0", "edge-1-2", "edge-label-0"]
     assert gids(svg, "label-") == ["label-0"]
     assert texts(svg).count("label") == 1
+
+
+def test_what_edges_carry_is_written_beside_them(tmp_path: Path) -> None:
+    several = {"gate": "linear", "loss": {"kl": 1, "attention": 1000}, "temperature": 4}
+    cut = {"gate": "cutoff", "loss": "attention"}
+    gates = [[{"weight": 0.5}, several, "through"], [cut, "through", "through"], ["cutoff"] * 3]
+    svg = svg_of(tmp_path, Graph(["cnn", "cnn", "cnn"], gates))
+    carried = [text for text in texts(svg) if "kl" in text or "attention" in text]
+    assert carried == ["kl + 1000 attention, T 4"]
+    assert "0.5 cross_entropy" in texts(svg)
+    plain = texts(svg_of(tmp_path, full_graph(3)))
+    assert not any("kl" in text or "cross" in text for text in plain)
+
+
+def test_a_gate_that_somebody_registered_is_drawn(tmp_path: Path) -> None:
+    ktg.register_gate("late_gate", lambda progress, *given: progress)
+    svg = svg_of(tmp_path, Graph(["cnn", "cnn"], [["through", "late_gate"], ["cutoff", "linear"]]))
+    assert gids(svg, "edge-") == ["edge-1-0", "edge-label-0", "edge-label-1"]
+    assert "late gate" in texts(svg)
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 5, 7, 10])

@@ -237,7 +237,7 @@ class Study:
         runs: dict[str, list[Workdir]] = {
             arm.name: [folder.run(arm.name, seed) for seed in seeds] for arm in arms
         }
-        results = results_of(arms, runs, seeds, self.config.reach)
+        results = results_of(arms, runs, seeds)
         write_text(folder.path / "results.md", markdown(results))
         folder.write("results.json", results)
         paths = [folder.path / "curves.svg", folder.path / "curves.png"]

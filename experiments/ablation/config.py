@@ -54,8 +54,6 @@ class _StudyOptions:
     """Of attention transfer."""
     feature_weight: float = 1.0
     """Of feature transfer."""
-    reach: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    """Validation accuracies of which is told in which epoch they are reached."""
 
 
 GROUPS = {
@@ -76,7 +74,7 @@ Examples:
   python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
   python -m experiments.ablation --data cifar10 --train-limit 10000 \
       --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
-      --epochs 20 --reach 0.4 0.5 0.55"""
+      --epochs 20"""
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,12 @@ def check(config: AblationConfig) -> None:
         if not 0 < getattr(config, field) < float("inf"):
             raise InputError(field, getattr(config, field), "a finite number above 0")
         checked_number(field, getattr(config, field))
-    for share in config.reach:
-        if not 0 < share <= 1:
-            raise InputError("reach", share, "accuracies above 0, at most 1")
 
 
 def resolved(config: AblationConfig) -> dict[str, Any]:
     """What determines the runs, as JSON; students, arms and seeds may become more."""
     fields = dataclasses.asdict(config)
-    more = ("students", "arms", "seeds", "reach")
+    more = ("students", "arms", "seeds")
     for field in ("workdir", "data_dir", "compile_cache", "teacher", *more):
         del fields[field]
     return json.loads(json.dumps(fields))

@@ -18,20 +18,21 @@ Runs = Mapping[str, Sequence[Workdir]]
 """The runs of each arm by its name, one a seed."""
 
 
-def results_of(
-    arms: Sequence[Arm], runs: Runs, seeds: Sequence[int], reach: Sequence[float]
-) -> Record:
+REACH = tuple(percent / 100 for percent in range(10, 100, 5))
+"""Validation accuracies of which is told in which epoch they are reached."""
+
+
+def results_of(arms: Sequence[Arm], runs: Runs, seeds: Sequence[int]) -> Record:
     """The content of `results.json`.
 
     Args:
         arms: that were run.
         runs: finished, of each arm.
         seeds: of the runs, in their order.
-        reach: accuracies.
 
     Returns:
         As `comparison.compare` returns it, the accuracies being those on the test images after the
-        last epoch; each entry with `about`, `epochs_to` (by accuracy in `reach`: with each seed the
+        last epoch; each entry with `about`, `epochs_to` (by accuracy in `REACH`: with each seed the
         first epoch in which the validation accuracy is no less, None if there is none),
         `val_accuracy_by_epoch` (mean over seeds; None without validation images), `prior_kernels`
         (the parameters that the prior speaks of; None without one) and `prior_distance_by_epoch`
@@ -57,7 +58,7 @@ def results_of(
         curves = [[node["val_accuracy"] for node in nodes] for nodes in targets]
         entry["about"] = arm.about
         entry["epochs_to"] = {
-            str(share): [first_epoch(curve, share) for curve in curves] for share in reach
+            str(share): [first_epoch(curve, share) for curve in curves] for share in REACH
         }
         entry["val_accuracy_by_epoch"] = _mean(curves)
         prior = prior_of(runs[arm.name][0])

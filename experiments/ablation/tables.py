@@ -82,12 +82,18 @@ def _differences(results: Record) -> tuple[Titles, Rows]:
 
 
 def _epochs(results: Record) -> tuple[Titles, Rows]:
-    shares = list(results["entries"][0]["epochs_to"])
+    shares = [share for share in results["entries"][0]["epochs_to"] if _tells(results, share)]
     rows = [
         [entry["name"], *(_mean_epoch(entry["epochs_to"][share]) for share in shares)]
         for entry in results["entries"]
     ]
     return ["arm", *(f"{100 * float(share):g} %" for share in shares)], rows
+
+
+def _tells(results: Record, share: str) -> bool:
+    """Whether some run reaches the accuracy, and not every run does so in its first epoch."""
+    epochs = [epoch for entry in results["entries"] for epoch in entry["epochs_to"][share]]
+    return set(epochs) not in ({None}, {1})
 
 
 def _distances(results: Record) -> tuple[Titles, Rows]:

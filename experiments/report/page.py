@@ -74,17 +74,23 @@ def write_report(study: StudyRecord, path: str | os.PathLike[str]) -> Path:
 
 
 def short_form(graph: ktg.Graph) -> Markup:
-    """A graph in a line: each node's model, and a letter for each of its gates, from node 0 on."""
+    """A graph in a line: each node's model, and a letter for each of its gates, from node 0 on.
+
+    After a gate stands what its edge carries, where that is not the papers' divergence.
+    """
     rows = [
         f"<span>{Markup.escape(node.model)} {''.join(map(_letter, row))}</span>"
-        for node, row in zip(graph.nodes, graph.gates, strict=True)
+        for node, row in zip(graph.nodes, graph.edges, strict=True)
     ]
     return Markup("&ensp; ".join(rows))
 
 
-def _letter(gate: str) -> str:
-    letter = _GATE_LETTERS[gate]
-    return letter if gate == "cutoff" else f"<b class={letter}>{letter}</b>"
+def _letter(edge: ktg.Edge) -> str:
+    letter = _GATE_LETTERS[edge.gate]
+    if edge.gate == "cutoff":
+        return letter
+    carried = f"<small>[{Markup.escape(edge.says)}]</small>" if edge.says else ""
+    return f"<b class={letter}>{letter}</b>{carried}"
 
 
 def _content(study: StudyRecord) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from urllib.parse import quote
 import ktg_jax as ktg
 from ktg_jax.data.sources import has_val_images
 from ktg_jax.errors import InputError
+from ktg_jax.io.json_input import decoded
 
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig
@@ -30,16 +31,13 @@ from ..runs.options import (
 )
 
 MOST_WORKERS = 1000
-MOST_HEARTBEAT = 86_400
-"""Seconds; after three of them a dead worker's trial is run again."""
-
 Pruner = Literal["asha", "patient", "hyperband", "none"]
 
 
 @dataclass(frozen=True)
 class _SpaceOptions:
     nodes: int = 3
-    """Nodes of a graph, 1 to 7, the target included."""
+    """Nodes of a graph, 1 to 100, the target included; the papers' have 2 to 7."""
     target: Annotated[str, "MODEL"] = "cnn"
     """Model of the target, node 0."""
     candidates: Annotated[tuple[str, ...], "MODEL"] = ("cnn", "resnet8")
@@ -48,8 +46,14 @@ class _SpaceOptions:
     """Gates that each edge is chosen from."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures that a graph's transfer edges are chosen from."""
-    allow_large: bool = False
-    """Accept more than 7 nodes."""
+    losses: Annotated[tuple[str, ...], "LOSS"] = ("kl",)
+    """Losses that each transfer edge carries one of: kl, reverse_kl, attention, features, ...;
+    several together as JSON, with their weights: '{"kl": 1, "features": 0.1}'."""
+    loss_weights: tuple[float, ...] = (1.0,)
+    """Weights that the loss of each transfer edge is multiplied by one of."""
+    edge_temperatures: Annotated[tuple[float, ...], "X"] = ()
+    """Temperatures that each transfer edge has one of, in place of --temperatures; else one a
+    graph."""
     imports: Annotated[tuple[str, ...], "MODULE"] = ()
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
@@ -123,8 +127,6 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
     on many machines; else study.db in the workdir."""
     study: Annotated[str | None, "NAME"] = None
     """Name of the study in the storage; else search-DATA-HASH."""
-    heartbeat: float = 20
-    """Seconds between a worker's heartbeats; silent for three, its trial is run by another."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, for the other workers and searches."""
 
@@ -136,7 +138,10 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
             self.candidates if self.nodes > 1 else (),
             gates=self.gates,
             temperatures=self.temperatures,
-            allow_large=self.allow_large,
+            losses=tuple(map(_loss, self.losses)),
+            weights=self.loss_weights,
+            edge_temperatures=self.edge_temperatures,
+            allow_large=True,
         )
 
     def training(self, **changes: Any) -> TrainConfig:
@@ -163,16 +168,17 @@ def check(config: SearchConfig) -> ktg.SearchSpace:
         raise InputError("val_fraction", config.val_fraction, allowed)
     if config.timeout is not None and not config.timeout > 0:
         raise InputError("timeout", config.timeout, "a number of seconds above 0")
-    if not (math.isfinite(config.heartbeat) and config.heartbeat > 0):
-        raise InputError("heartbeat", config.heartbeat, "a number of seconds above 0")
-    at_least(config, 0, "heartbeat", most=MOST_HEARTBEAT)
     try:
         return config.space()
     except InputError as error:
-        if error.field != "num_nodes":
-            raise
-        allowed = error.allowed.replace("allow_large=True", "--allow-large")
-        raise InputError("nodes", config.nodes, allowed) from None
+        field, dot, rest = re.match(r"(\w+)(\[?)(.*)", error.field).groups()  # type: ignore[union-attr]
+        known = {"num_nodes": "nodes", "weights": "loss_weights"}.get(field, field)
+        raise InputError(f"{known}{dot}{rest}", error.value, error.allowed) from None
+
+
+def _loss(text: str) -> str | Mapping[str, float]:
+    """A loss of the options: its name, or several as JSON."""
+    return decoded("losses", text) if text.lstrip().startswith("{") else text
 
 
 def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:

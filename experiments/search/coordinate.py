@@ -23,7 +23,7 @@ from ..runs.assemble import check_steps, data_facts, load, without_test
 from ..runs.command_line import as_called
 from ..runs.console import busy
 from ..runs.identity import is_own
-from ..runs.networks import check_models
+from ..runs.networks import check_models, check_networks
 from ..runs.options import import_modules
 from ..runs.process import check_platform
 from .config import (
@@ -97,7 +97,7 @@ def search(config: SearchConfig, console: Console) -> None:
         explained_outage(url),
     ):
         with _nothing_left(folder.path, added):
-            storage = opened or open_storage(url, config.heartbeat)
+            storage = opened or open_storage(url)
             with Turn(url, name):
                 study = begin_study(storage, name, config, space, setting)
                 run_all_again(study, folder.owner)
@@ -128,10 +128,28 @@ def _loaded(config: SearchConfig) -> Dataset:
     candidates = config.space().candidates
     models = {f"candidates[{i}]": model for i, model in enumerate(candidates)}
     check_models(config.training(), {"target": config.target, **models}, dataset)
+    _check_losses(config, dataset)
     if config.retrain_top and not has_test_images(config.data):
         allowed = "0, for the data has no test images"
         raise InputError("retrain_top", config.retrain_top, allowed)
     return dataset
+
+
+def _check_losses(config: SearchConfig, dataset: Dataset) -> None:
+    """Raises InputError where the stages of two models do not fit one of the losses."""
+    space = config.space()
+    models = list(dict.fromkeys((space.target, *space.candidates)))
+    for i, loss in enumerate(space.losses):
+        mutual = ktg.graphs.mutual(models)
+        edges = [
+            [gate if s == t else ktg.Edge(gate, loss) for s, gate in enumerate(row)]
+            for t, row in enumerate(mutual.gates)
+        ]
+        try:
+            check_networks(config.training(), ktg.Graph(models, edges), dataset)
+        except InputError as error:
+            allowed = f"a loss that fits all models ({error})"
+            raise InputError(f"losses[{i}]", config.losses[i], allowed) from None
 
 
 def _opened(
@@ -147,7 +165,7 @@ def _opened(
     file = sqlite_file(url)
     if config.storage is None or (file is not None and not file.is_file()):
         return None
-    storage = open_storage(url, config.heartbeat)
+    storage = open_storage(url)
     with explained_outage(url):
         check_study(storage, name, setting)
     return storage
@@ -229,7 +247,7 @@ def _run(
             # Where this fails, too, the first reason counts: the next command does it again.
             with suppress(InputError), explained_outage(url):
                 # Anew: an interrupt may have left the study's session in the midst of a commit.
-                anew = open_storage(url, config.heartbeat)
+                anew = open_storage(url)
                 left = optuna.load_study(study_name=study.study_name, storage=anew)
                 with Turn(url, study.study_name):
                     run_all_again(left, folder.owner)

@@ -105,13 +105,20 @@ def best_so_far(records: Sequence[TrialRecord]) -> TrialRecord | None:
 
 
 def short(graph: ktg.Graph) -> str:
-    """A graph in a line: its models, and the gates of each receiver.
+    """A graph in a line: its models, and for each receiver the gates, and what edges carry.
 
     >>> short(ktg.graphs.mutual(["cnn", "resnet8"]))
     'cnn, resnet8: through through | through through'
+    >>> short(ktg.Graph(["cnn", "cnn"], [["through", {"loss": "attention"}], ["cutoff", "linear"]]))
+    'cnn, cnn: through through [attention] | cutoff linear'
     """
     models = ", ".join(node.model for node in graph.nodes)
-    return f"{models}: {' | '.join(' '.join(row) for row in graph.gates)}"
+    rows = (" ".join(map(_edge, row)) for row in graph.edges)
+    return f"{models}: {' | '.join(rows)}"
+
+
+def _edge(edge: ktg.Edge) -> str:
+    return f"{edge.gate} [{edge.says}]" if edge.carries and edge.says else edge.gate
 
 
 def _is_ended(trial: TrialRecord) -> bool:

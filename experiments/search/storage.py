@@ -6,6 +6,7 @@ the trial of one that fell silent is run again by whoever asks for a trial next.
 
 import hashlib
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 GRACE = 3  # intervals without a heartbeat after which a worker counts as dead
+HEARTBEAT = "KTG_HEARTBEAT"
+_MOST_HEARTBEAT = 86_400
 
 # Seconds after which the server gives up the lock of a machine that is gone: 30 + 3 * 10.
 _SERVER_OPTIONS = (
@@ -94,24 +97,38 @@ def _experimental() -> Iterator[None]:
         yield
 
 
-def open_storage(url: str, heartbeat: float) -> Storage:
+def heartbeat_seconds() -> float:
+    """Seconds between two heartbeats of a running trial: 20, unless `KTG_HEARTBEAT` is set.
+
+    Raises:
+        InputError: it is set to anything but a number of seconds.
+    """
+    text = os.environ.get(HEARTBEAT, "20")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MOST_HEARTBEAT:
+        allowed = f"a number of seconds above 0, at most {_MOST_HEARTBEAT:,}"
+        raise InputError(HEARTBEAT, text, allowed)
+    return seconds
+
+
+def open_storage(url: str) -> Storage:
     """Opens a storage of studies, and makes its tables where there are none.
 
-    Any number of processes may open the same one at once. To be called outside of `Turn`.
+    Any number of processes may open the same one at once. To be called outside of `Turn`. A trial
+    without a heartbeat for `GRACE` times `heartbeat_seconds`, rounded up to whole ones, has failed,
+    and is enqueued again with the same parameters, however often that happens.
 
     Args:
         url: `sqlite:///FILE`, or `postgresql+psycopg://USER[:PASSWORD]@HOST[:PORT]/DATABASE`.
-        heartbeat: seconds between two heartbeats of a running trial, rounded up to whole ones.
-            After `GRACE` times as long without one the trial failed, and is enqueued again with
-            the same parameters, however often that happens.
 
     Raises:
         InputError: the URL is another; the database cannot be reached, read or written, or is of
             another Optuna; the driver is missing.
     """
-    if not (math.isfinite(heartbeat) and heartbeat > 0):
-        raise InputError("heartbeat", heartbeat, "a number of seconds above 0")
-    interval = math.ceil(heartbeat)
+    interval = math.ceil(heartbeat_seconds())
     parsed = url_parts(url)
     with _experimental(), Turn(url, ""), explained(url):
         return Storage(
@@ -141,7 +158,7 @@ def open_to_read(url: str) -> optuna.storages.RDBStorage:
         file = sqlite_file(url)
         if file is None or not Path(f"{file}-journal").exists():
             raise
-    return open_storage(url, heartbeat=60)
+    return open_storage(url)
 
 
 def _opened_to_read(url: str) -> optuna.storages.RDBStorage:

@@ -91,7 +91,10 @@ def check_setting(name: str, found: Mapping[str, Any], setting: Mapping[str, Any
 
 
 def baselines(space: ktg.SearchSpace) -> dict[str, ktg.Graph]:
-    """The methods designed by hand, as far as they are graphs of the space."""
+    """The methods designed by hand, as far as their gates are those of the space.
+
+    Their edges carry the first of the space's losses, at the first weight and temperature.
+    """
     others = [space.candidates[i % len(space.candidates)] for i in range(space.num_nodes - 1)]
     models = [space.target, *others]
     graphs = {"independent": ktg.graphs.independent(models)}
@@ -99,10 +102,19 @@ def baselines(space: ktg.SearchSpace) -> dict[str, ktg.Graph]:
         graphs["mutual"] = ktg.graphs.mutual(models)
         graphs["distillation"] = ktg.graphs.distillation(models[0], models[1:])
     return {
-        kind: ktg.Graph(graph.nodes, graph.gates, space.temperatures[0])
+        kind: space.graph(_choices(space, graph))
         for kind, graph in graphs.items()
         if {gate for row in graph.gates for gate in row} <= set(space.gates)
     }
+
+
+def _choices(space: ktg.SearchSpace, graph: ktg.Graph) -> dict[str, Any]:
+    """The models and gates of a graph, and of all else the first that the space has."""
+    choices = {name: allowed[0] for name, allowed in space.choices().items()}
+    for i, node in enumerate(graph.nodes):
+        choices |= {f"gate.{i}.{s}": gate for s, gate in enumerate(graph.gates[i])}
+        choices |= {f"node{i}.model": node.model} if i else {}
+    return choices
 
 
 def is_counted(trial: optuna.trial.FrozenTrial) -> bool:

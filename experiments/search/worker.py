@@ -102,7 +102,7 @@ class Worker:
         self._space = config.space()
         self._trainer = trainer
         self._programs = Programs()
-        self._storage = open_storage(url, config.heartbeat)
+        self._storage = open_storage(url)
         self._study = open_study(self._storage, orders.study, config, self._space)
         self._turn = Turn(url, orders.study)
 

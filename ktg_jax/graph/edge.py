@@ -56,6 +56,19 @@ class Edge:
         """Whether the gate says all: it carries what the paper's edges do."""
         return self == Edge(self.gate) or self == Edge(self.gate, LABEL_LOSS)
 
+    @property
+    def says(self) -> str:
+        """What the edge carries, in words for people; empty where the gate says all.
+
+        >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4).says, Edge().says
+        ('kl + 1000 attention, T 4', '')
+        """
+        if self.is_plain:
+            return ""
+        parts = [n if w == 1 else f"{w:g} {n}" for n, w in self.losses.items()]
+        at = "" if self.temperature is None else f", T {self.temperature:g}"
+        return " + ".join(parts) + at
+
     def to_json(self) -> Any:
         """The gate's name where it says all, else an object of the fields that are not default."""
         if self.is_plain:

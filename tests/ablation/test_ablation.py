@@ -50,7 +50,6 @@ def small(workdir: Path, **changes: Any) -> AblationConfig:
         "fit_steps": 6,
         "batch_size": 32,
         "seeds": 2,
-        "reach": (0.05, 1.0),
     }
     return AblationConfig(**fields | {"workdir": str(workdir)} | changes)
 
@@ -281,7 +280,7 @@ def entry(name: str, accuracies: list[float], epochs: list[int | None]) -> dict[
         "accuracies": accuracies,
         "mean": float(np.mean(accuracies)),
         "std": float(np.std(accuracies, ddof=1)),
-        "epochs_to": {"0.5": epochs},
+        "epochs_to": {"0.1": [1, 1], "0.5": epochs, "0.95": [None, None]},
         "val_accuracy_by_epoch": None,
         "prior_kernels": ["x", "y"] if name == "b" else None,
         "prior_distance_by_epoch": [[1.0, 2.0], [0.5, 1.0], [0.25, 0.125]] if name == "b" else None,
@@ -320,7 +319,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"feature_weight": 1e300}, "feature_weight", "got 1e+300; allowed: at most 1e+30"),
     ({"students": ("staged", "stagd")}, "students[1]", "got 'stagd'; allowed: cnn, resnet8"),
     ({"temperature": 0.0}, "temperature", "got 0.0; allowed: a finite number above 0"),
-    ({"reach": (0.5, 60.0)}, "reach", "got 60.0; allowed: accuracies"),
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
     (
         {"teacher": "gone", "teacher_model": "resnet14"},

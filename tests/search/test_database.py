@@ -26,7 +26,7 @@ def test_other_storages_are_refused(bad: str) -> None:
 def refused(url: str, reason: str = "") -> None:
     """Every use of the URL ends with one line, which tells no password."""
     for use in (
-        lambda: open_storage(url, 60),
+        lambda: open_storage(url),
         lambda: Turn(url, "s"),
         lambda: without_password(url),
     ):
@@ -75,7 +75,7 @@ def test_any_file_name_makes_a_url(tmp_path: Path) -> None:
     folder.mkdir()
     url = sqlite_url(folder / "studies.db")
     assert hidden(url) == without_password(url) == url
-    open_storage(url, 60)
+    open_storage(url)
     assert {file.name for file in folder.iterdir()} == {"studies.db", "studies.db.lock"}
 
 
@@ -87,7 +87,7 @@ def test_a_file_is_the_same_from_every_folder(
     url = absolute("sqlite:///../studies.db?timeout=5")
     monkeypatch.chdir("/")
     assert url == absolute(url) == f"sqlite:///{tmp_path}/studies.db?timeout=5"
-    open_storage(url, 60)
+    open_storage(url)
     assert (tmp_path / "studies.db").is_file()
     elsewhere = SPECIAL.render_as_string(hide_password=False)
     assert absolute(elsewhere) == elsewhere

@@ -139,7 +139,7 @@ def test_a_database_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> 
     with pytest.raises(InputError, match="unable to open database file"):
         open_to_read(f"sqlite:///{tmp_path}/study.db")
     assert list(tmp_path.iterdir()) == []
-    open_storage(f"sqlite:///{tmp_path}/study.db", 60)
+    open_storage(f"sqlite:///{tmp_path}/study.db")
     assert optuna.get_all_study_names(open_to_read(f"sqlite:///{tmp_path}/study.db")) == []
 
 

@@ -53,7 +53,7 @@ def folder(searched: Path, tmp_path: Path) -> Path:
 
 
 def storage_of(folder: Path) -> Storage:
-    return open_storage(study_url(folder), 60)
+    return open_storage(study_url(folder))
 
 
 def study_in(folder: Path) -> optuna.Study:
@@ -174,7 +174,7 @@ def test_a_trial_that_is_run_again_keeps_its_artifact(tmp_path: Path) -> None:
     artifacts = str(tmp_path / "artifacts")
     worker(url, config, PretendedTrainer(values), artifacts=artifacts).search()
     again = study.trials[-1]
-    storage = open_storage(url, 60)
+    storage = open_storage(url)
     (meta,) = optuna.artifacts.get_all_artifact_meta(again, storage=storage)
     (first,) = optuna.artifacts.get_all_artifact_meta(study.trials[0], storage=storage)
     assert meta.artifact_id == first.artifact_id
@@ -214,7 +214,7 @@ def test_where_no_picture_can_be_announced_there_is_still_a_trial(tmp_path: Path
     (tmp_path / "artifacts").write_text("a file where the folder should be")
     artifacts = str(tmp_path / "artifacts")
     worker(url, config, PretendedTrainer(values), artifacts=artifacts).search()
-    study = optuna.load_study(study_name=STUDY, storage=open_storage(url, 60))
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(url))
     assert [t.value for t in study.trials if t.state.is_finished()] == [0.75]
 
 

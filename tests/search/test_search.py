@@ -16,6 +16,7 @@ from runs import Ended, end_of, in_process, options, own_cache, start
 from searches import small_search
 
 import experiments.evaluate
+import experiments.report.command
 import experiments.search.command
 import experiments.train
 import ktg_jax as ktg
@@ -142,6 +143,26 @@ def test_a_finished_search_has_nothing_to_do(finished: tuple[Path, Ended]) -> No
     assert end.code == 0, end.err
     assert trials(workdir) == before
     assert times == {p: p.stat().st_mtime_ns for p in times}
+
+
+def test_what_edges_carry_is_searched(tmp_path: Path) -> None:
+    losses = ("kl", '{"attention": 10, "kl": 1}')
+    carried = {"losses": losses, "loss_weights": (0.5, 2.0), "edge_temperatures": (1.0, 4.0)}
+    models = {"target": "staged", "candidates": ("staged",)}
+    workdir = tmp_path / "search"
+    end = run(small_search(workdir, trials=5, retrain_top=1, retrain_seeds=1, **models, **carried))
+    assert (end.code, end.err) == (0, "")
+    edges = [trial.graph.edges[0][1] for trial in trials(workdir) if trial.graph is not None]
+    assert edges[0] == ktg.Edge("cutoff", "kl", 0.5, 1.0)  # of the first baseline
+    assert all(edge.loss in ("kl", {"attention": 10, "kl": 1}) for edge in edges)
+    assert {edge.weight for edge in edges} <= {0.5, 2.0}
+    assert {edge.temperature for edge in edges} <= {1.0, 4.0}
+    assert len({edge.says for edge in edges}) > 1
+    assert any(f"[{edge.says}]" in end.out for edge in edges if edge.carries)
+    end = in_process(experiments.report.command.main, workdir)
+    assert (end.code, end.err) == (0, "")
+    page = (workdir / "report.html").read_text()
+    assert any(f"<small>[{edge.says}]</small>" in page for edge in edges if edge.carries)
 
 
 def test_its_graphs_can_be_trained(finished: tuple[Path, Ended], found: StudyRecord) -> None:
@@ -293,7 +314,10 @@ ktg.register_model("killer", Killer)
 """
 
 
-def test_a_graph_that_kills_its_worker_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+def test_a_graph_that_kills_its_worker_fails_and_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KTG_HEARTBEAT", "60")
     (tmp_path / "killer_model.py").write_text(KILLER)
     workdir = tmp_path / "search"
     config = small_search(
@@ -304,12 +328,11 @@ def test_a_graph_that_kills_its_worker_fails_and_the_search_goes_on(tmp_path: Pa
         trials=5,
         workers=1,
         retrain_top=0,
-        heartbeat=60,
     )
     end = run(config)
     assert (end.code, end.err) == (0, "")
     # Without `load_search`, which would import the model here.
-    storage = open_storage(SearchFolder(workdir).storage, 60)
+    storage = open_storage(SearchFolder(workdir).storage)
     (name,) = optuna.get_all_study_names(storage)
     known = records(optuna.load_study(study_name=name, storage=storage).trials)
     counted = [trial for trial in known if not trial.is_interrupted]

@@ -79,7 +79,7 @@ def wait_until(condition: Callable[[], Any]) -> Any:
 @pytest.fixture
 def storage(postgres_url: str) -> Storage:
     """The database that the searches of a test share."""
-    return open_storage(postgres_url, 60)
+    return open_storage(postgres_url)
 
 
 def trials(storage: Storage) -> Trials:

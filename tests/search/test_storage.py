@@ -99,7 +99,7 @@ def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[...
     started = PROCESSES.Event()
     worker = start(workers.train_forever, url, started)
     assert started.wait(PATIENCE)
-    storage = open_storage(url, workers.HEARTBEAT)
+    storage = open_storage(url)
     study = workers.study_of(url, storage)
     first_heartbeat = select(url, HEARTBEATS)
     wait_for(lambda: select(url, HEARTBEATS) > first_heartbeat)
@@ -119,7 +119,7 @@ def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[...
 
 
 def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> None:
-    storage = open_storage(url, workers.HEARTBEAT)
+    storage = open_storage(url)
     study = workers.study_of(url, storage)
     study.enqueue_trial({"x": 0.25, "y": 2.0})
     ask(study)  # Optuna's heartbeats begin after this
@@ -136,7 +136,7 @@ def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> N
 def test_heartbeats_and_storages_outlive_a_restart(
     postgres_server: PostgresServer, postgres_url: str
 ) -> None:
-    storage = open_storage(postgres_url, workers.HEARTBEAT)
+    storage = open_storage(postgres_url)
     study = workers.study_of(postgres_url, storage)
     trial = ask(study)
     trial_id = storage.trial_id(study, study.trials[0])
@@ -154,18 +154,24 @@ def test_heartbeats_and_storages_outlive_a_restart(
     assert study.trials[0].state == COMPLETE
 
 
-def test_heartbeats_are_whole_seconds(tmp_path: Path) -> None:
-    def opened(heartbeat: float) -> Storage:
-        return open_storage(f"sqlite:///{tmp_path}/studies.db", heartbeat)
+def test_heartbeats_are_whole_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(heartbeat: str) -> Storage:
+        monkeypatch.setenv("KTG_HEARTBEAT", heartbeat)
+        return open_storage(f"sqlite:///{tmp_path}/studies.db")
 
-    assert [opened(seconds).heartbeat_interval for seconds in (0.1, 1, 1.5, 60.0)] == [1, 1, 2, 60]
-    assert opened(1.5).grace_period == 6
+    assert [opened(s).heartbeat_interval for s in ("0.1", "1", "1.5", "60.0")] == [1, 1, 2, 60]
+    assert opened("1.5").grace_period == 6
 
 
-@pytest.mark.parametrize("heartbeat", [0, -1.0, float("nan"), float("inf")])
-def test_a_bad_heartbeat_is_refused(tmp_path: Path, heartbeat: float) -> None:
-    with pytest.raises(InputError, match=r"heartbeat: got .*; allowed: a number of seconds above"):
-        open_storage(f"sqlite:///{tmp_path}/studies.db", heartbeat)
+@pytest.mark.parametrize("heartbeat", ["0", "-1", "nan", "inf", "1e9", "often", ""])
+def test_a_bad_heartbeat_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat: str
+) -> None:
+    monkeypatch.setenv("KTG_HEARTBEAT", heartbeat)
+    allowed = "a number of seconds above 0, at most 86,400"
+    with pytest.raises(InputError, match=f"^KTG_HEARTBEAT: got '{heartbeat}'; allowed: {allowed}"):
+        open_storage(f"sqlite:///{tmp_path}/studies.db")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_turns_exclude_each_other(url: str, tmp_path: Path, start: Callable[..., Any]) -> None:
@@ -215,7 +221,7 @@ def test_a_turn_is_released_once_and_taken_again(url: str) -> None:
 
 def test_studies_in_postgresql_have_turns_of_their_own(postgres_url: str) -> None:
     with Turn(postgres_url, "one"), Turn(postgres_url, "two"):
-        open_storage(postgres_url, 60)
+        open_storage(postgres_url)
 
 
 def test_a_turn_can_be_released_after_the_server_is_gone(
@@ -231,7 +237,7 @@ def test_a_turn_can_be_released_after_the_server_is_gone(
 def refused(url: str) -> str:
     """The one line that both uses of the database end with."""
     lines = []
-    for use in (lambda: open_storage(url, 60), lambda: Turn(url, "shared").acquire()):
+    for use in (lambda: open_storage(url), lambda: Turn(url, "shared").acquire()):
         with pytest.raises(InputError, match=r"^storage: got ") as info:
             use()
         lines.append(str(info.value))
@@ -282,14 +288,14 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "studies.db").write_text("Some text that is no database. " * 100)
     with pytest.raises(InputError, match=r"storage: .*file is not a database"):
-        open_storage(f"sqlite:///{tmp_path}/studies.db", 60)
+        open_storage(f"sqlite:///{tmp_path}/studies.db")
 
 
 def test_tables_of_another_optuna_are_an_error(url: str) -> None:
-    open_storage(url, 60)
+    open_storage(url)
     change(url, "UPDATE alembic_version SET version_num = 'v9.9.9'")
     with pytest.raises(InputError, match=r"storage: .* a database of this Optuna .*no longer"):
-        open_storage(url, 60)
+        open_storage(url)
 
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,4 +313,4 @@ def test_the_password_may_come_from_the_environment(
     assert "no password supplied" in refused(kept)
     monkeypatch.setenv("PGPASSWORD", postgres_server.password)
     with Turn(kept, "shared"):
-        open_storage(kept, 60)
+        open_storage(kept)

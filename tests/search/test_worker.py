@@ -195,7 +195,7 @@ def test_one_that_is_run_again_keeps_its_seed(url: str) -> None:
     config = small_search(trials=4, **ALL_EQUIVALENT)
     with pytest.raises(Killed):
         work(url, config, killed)
-    study = open_study(open_storage(url, 60), STUDY, config, config.space())
+    study = open_study(open_storage(url), STUDY, config, config.space())
     other = study.ask(study.trials[0].distributions)
     begin_trial(other, ktg.graphs.independent(["tiny"]), "elsewhere/0")
     run_all_again(study, "elsewhere")  # comes first, but the other has its seed
@@ -209,7 +209,7 @@ def test_one_that_is_run_again_keeps_its_seed(url: str) -> None:
 
 def stored(url: str) -> list[optuna.trial.FrozenTrial]:
     """The trials as they are in the database."""
-    return optuna.load_study(study_name=STUDY, storage=open_storage(url, 60)).trials
+    return optuna.load_study(study_name=STUDY, storage=open_storage(url)).trials
 
 
 # --- failures
@@ -294,7 +294,7 @@ def test_a_full_disk_is_no_failure_of_a_graph(
     with pytest.raises(raised, match=r"No space left|a folder that can be written"):
         work(url, config, full)
     assert [trial.reason for trial in trials_of(url)] == [None]
-    study = open_study(open_storage(url, 60), STUDY, config, config.space())
+    study = open_study(open_storage(url), STUDY, config, config.space())
     run_all_again(study, "here")
     work(url, config, rising)  # with room again: nothing was lost
     ended = [trial for trial in trials_of(url) if trial.state in ("complete", "pruned")]

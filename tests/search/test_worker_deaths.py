@@ -73,7 +73,7 @@ def test_a_trial_that_was_left_is_run_again_with_its_graph(url: str) -> None:
         work(url, config, killed)
     (left,) = trials_of(url)
     assert left.state == "running"
-    study = open_study(open_storage(url, 1), STUDY, config, config.space())
+    study = open_study(open_storage(url), STUDY, config, config.space())
     run_again(study, study.get_trials()[0])
     trainer = work(url, config, rising)
     again = next(trial for trial in trials_of(url) if trial.number == 1)
@@ -132,7 +132,7 @@ def test_a_trial_that_kills_its_workers_fails_and_the_search_goes_on(url: str) -
     config = small_search(trials=4, pruner="none", baselines=False)
     study, space, killer = begin(url, config), config.space(), ktg.graphs.mutual(["tiny", "tiny"])
     study.enqueue_trial(space.parameters(killer))
-    storage = open_storage(url, 1)
+    storage = open_storage(url)
 
     def begin_killer(worker: str) -> None:
         trial = study.ask()

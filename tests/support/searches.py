@@ -32,7 +32,6 @@ def small_search(workdir: str | Path | None = None, **changes: Any) -> SearchCon
         "trials": 6,
         "retrain_top": 1,
         "retrain_seeds": 2,
-        "heartbeat": 1,
     }
     at = {} if workdir is None else {"workdir": str(workdir)}
     return SearchConfig(**defaults | at | changes)
@@ -72,7 +71,7 @@ def study_url(folder: Path) -> str:
 
 def begin(url: str, config: SearchConfig, setting: Mapping[str, Any] | None = None) -> optuna.Study:
     """The study of a search, begun as the command does."""
-    storage, space = open_storage(url, config.heartbeat), config.space()
+    storage, space = open_storage(url), config.space()
     with Turn(url, STUDY):
         return begin_study(storage, STUDY, config, space, setting or resolved(config, space))
 
@@ -106,5 +105,5 @@ def work(url: str, config: SearchConfig, values: Values, workers: int = 1) -> Pr
 
 def trials_of(url: str) -> list[TrialRecord]:
     """What is known of the trials of the study at `url`."""
-    study = optuna.load_study(study_name=STUDY, storage=open_storage(url, 60))
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(url))
     return records(study.get_trials())

@@ -12,7 +12,7 @@ HEARTBEAT = 1.0
 
 def study_of(url: str, storage: Storage | None = None) -> Any:
     """The study that all of them share."""
-    storage = storage or open_storage(url, HEARTBEAT)
+    storage = storage or open_storage(url)
     return optuna.create_study(storage=storage, study_name="shared", load_if_exists=True)
 
 
