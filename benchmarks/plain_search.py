@@ -29,8 +29,9 @@ from experiments.search.samplers import make_sampler, suggest_graph
 from experiments.search.study import State
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import RunError
-from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
-from ktg_jax.training.loop import Arrays, evaluation_batch_size, make_evaluator, train_epochs
+from ktg_jax.training.batches import Arrays, plan_batch, steps_per_epoch, take_batch
+from ktg_jax.training.evaluation import evaluation_batch_size, make_evaluator
+from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics
 

@@ -22,15 +22,17 @@ from ktg_jax.io.trees import unflatten
 from ktg_jax.models.network import NodeFns
 from ktg_jax.models.streams import without_stream
 from ktg_jax.models.weights import save_node
+from ktg_jax.training.batches import Arrays
 from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
 from ktg_jax.training.engines import choose_engine, make_per_node_evaluator
-from ktg_jax.training.loop import Arrays, Means, evaluation_batch_size, make_evaluator
+from ktg_jax.training.evaluation import Means, evaluation_batch_size, make_evaluator
 from ktg_jax.training.state import GraphState
 
 from .runs import cli
-from .runs.assemble import data_facts, load, without_test
+from .runs.assemble import load
 from .runs.command_line import Command, parse
 from .runs.console import Table, make_console
+from .runs.facts import data_facts, without_test
 from .runs.identity import data_kind, is_own
 from .runs.options import Training, import_modules
 from .runs.process import check_platform, prepare

@@ -20,15 +20,7 @@ from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.state import GraphState
 
 from .runs import cli
-from .runs.assemble import (
-    Run,
-    assemble,
-    data_facts,
-    facts_of,
-    graph_facts,
-    graph_files,
-    load,
-)
+from .runs.assemble import Run, assemble, load
 from .runs.command_line import parse
 from .runs.config import (
     TrainConfig,
@@ -37,6 +29,7 @@ from .runs.config import (
     resolved,
 )
 from .runs.console import busy, make_console
+from .runs.facts import data_facts, facts_of, graph_facts, graph_files
 from .runs.graphs import as_given, build_graph
 from .runs.identity import is_own
 from .runs.networks import check_networks

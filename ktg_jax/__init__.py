@@ -35,10 +35,11 @@ from ktg_jax.priors import (
 )
 from ktg_jax.space import SearchSpace
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
+from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState, init_state
-from ktg_jax.training.step import eval_step, graph_gradients, node_forward, train_step
+from ktg_jax.training.step import graph_gradients, node_forward, train_step
 from ktg_jax.training.updates import node_update
 from ktg_jax.transfer import EdgeArrays, edge_losses, graph_loss, node_losses
 

@@ -28,8 +28,8 @@ from experiments.represent import command as represent
 from experiments.search import command as search
 from ktg_jax.gates import gate_weights
 from ktg_jax.priors import NodePrior, stage_kernels
+from ktg_jax.training.evaluation import eval_sums
 from ktg_jax.training.node_terms import distance_metrics
-from ktg_jax.training.step import eval_sums
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.standard_normal((5, 4, 3)), jnp.float32)

@@ -11,7 +11,7 @@ from carried import carrying, stage_edge_losses
 
 import ktg_jax as ktg
 from ktg_jax.losses import is_correct
-from ktg_jax.training.step import eval_sums
+from ktg_jax.training.evaluation import eval_sums
 
 # Three nodes, two samples, three classes, as probabilities. Sample 1 is the one with a bad label.
 P = np.array([[[2, 1, 1], [1, 1, 2]], [[1, 2, 1], [1, 2, 1]], [[1, 1, 2], [2, 1, 1]]]) / 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ktg_jax as ktg
-from ktg_jax.training.step import eval_sums
+from ktg_jax.training.evaluation import eval_sums
 
 INF = np.inf
 A, B = [1, -INF, 2], [0.5, -INF, 0.1]

@@ -18,7 +18,8 @@ import ktg_jax as ktg
 from ktg_jax import GraphState, NodeFns, Parallel
 from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
-from ktg_jax.training.loop import Arrays, make_train_step
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Task, fused_step
 from ktg_jax.transfer import EdgeArrays
 
 RNG = np.random.default_rng(0)
@@ -615,13 +616,8 @@ def trained(strategy: str, devices: int, calls: int, attention: float = 40.0) ->
     """Parameters and the last edge losses after four steps in so many calls."""
     graph = ktg.graphs.mutual(["a", "b"]).carrying({"kl": 0.5, "attention": attention})
     parallel = Parallel(strategy, jax.local_devices()[:devices])
-    sizes: dict[str, Any] = {
-        "num_images": 16,
-        "batch_size": 8,
-        "total_steps": 4,
-        "steps_per_call": 4 // calls,
-    }
-    compiled = make_train_step(PLAIN, SGD, parallel, **sizes)
+    task = Task(PLAIN, SGD, Batches(16, 8), (4, 4, 3), total_steps=4)
+    compiled = fused_step(task, parallel, steps_per_call=4 // calls)
     state = ktg.init_state(graph, PLAIN, SGD, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     state = parallel.replicate(state)
     inputs = parallel.replicate((DATA, graph.edge_arrays, jax.random.key(1)))

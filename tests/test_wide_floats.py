@@ -20,8 +20,9 @@ from experiments import evaluate
 from ktg_jax.cpu import operations
 from ktg_jax.cpu.convolution import conv2d, formulation
 from ktg_jax.models.layers import BatchNormRelu
-from ktg_jax.training.batches import plan_batch, take_batch
-from ktg_jax.training.loop import Arrays, make_evaluator, make_train_step
+from ktg_jax.training.batches import Arrays, Batches, plan_batch, take_batch
+from ktg_jax.training.engines import Task, fused_step
+from ktg_jax.training.evaluation import make_evaluator
 from ktg_jax.training.per_node import per_node_step, place
 
 RNG = np.random.default_rng(0)
@@ -160,9 +161,8 @@ def two_steps(engine: str) -> Any:
     data, seen = Arrays(jnp.asarray(IMAGES), jnp.asarray(LABELS)), []
     how: dict[str, Any] = {"node_fns": node_fns, "optimizer": OPTIMIZER}
     if engine == "fused":
-        step = make_train_step(
-            parallel=parallel, num_images=12, batch_size=12, total_steps=10, **how
-        )
+        task = Task(batches=Batches(12, 12), image_shape=(8, 8, 1), total_steps=10, **how)
+        step = fused_step(task, parallel)
         for _ in range(2):
             state, metrics = step(state, data, GRAPH.edge_arrays, jax.random.key(1))
             seen.append(metrics)

@@ -29,9 +29,10 @@ from ..represent.teacher import (
     trained_teacher,
 )
 from ..runs import cli
-from ..runs.assemble import check_steps, data_facts, load, weights_checksum
+from ..runs.assemble import check_steps, load
 from ..runs.command_line import parse
 from ..runs.console import busy, make_console
+from ..runs.facts import data_facts, weights_checksum
 from ..runs.identity import is_own
 from ..runs.networks import check_models
 from ..runs.options import import_modules

@@ -27,8 +27,8 @@ from ktg_jax.priors import (
 from ktg_jax.priors.aggregate import Metrics
 
 from ..runs import cli
-from ..runs.assemble import data_facts, without_test
 from ..runs.console import is_watched, text_column
+from ..runs.facts import data_facts, without_test
 from ..runs.identity import data_kind
 from ..runs.options import training_fields
 from ..runs.progress import Countdown

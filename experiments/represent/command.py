@@ -14,10 +14,11 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.priors import KernelShapes, about_prior
 
 from ..runs import cli
-from ..runs.assemble import check_steps, data_facts, load, weights_checksum
+from ..runs.assemble import check_steps, load
 from ..runs.command_line import parse
 from ..runs.config import resolved
 from ..runs.console import busy, make_console
+from ..runs.facts import data_facts, weights_checksum
 from ..runs.identity import is_own
 from ..runs.networks import check_models
 from ..runs.observers import require_tensorboard

@@ -27,8 +27,8 @@ from ktg_jax.priors import (
 from ktg_jax.training.warm_start import load_weights
 
 from ..runs import cli
-from ..runs.assemble import data_facts
 from ..runs.config import TrainConfig
+from ..runs.facts import data_facts
 from ..runs.identity import data_kind
 from ..runs.options import import_modules
 from ..runs.pretrained import trained_alone

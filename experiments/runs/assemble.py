@@ -1,32 +1,34 @@
 """From a configuration to everything that training needs, checked and on the devices."""
 
 import functools
-import json
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import ktg_jax as ktg
-from ktg_jax.data.dataset import Dataset, Split
+from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, part_of
-from ktg_jax.io.trees import digest
-from ktg_jax.priors import about_prior, readers_checksum
-from ktg_jax.training.batches import steps_per_epoch
-from ktg_jax.training.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
-from ktg_jax.training.loop import Arrays, Means
+from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch
+from ktg_jax.training.engines import (
+    Engine,
+    FusedEngine,
+    PerNodeEngine,
+    Step,
+    Task,
+    choose_engine,
+)
+from ktg_jax.training.evaluation import Means
+from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.warm_start import load_weights, with_weights
 
 from .config import TrainConfig
-from .graphs import PRETRAINED
-from .networks import check_networks, node_functions, parallel_of
+from .networks import node_functions, parallel_of
 from .options import MOST, Training
 from .progress import decoding_shown
 
@@ -40,7 +42,7 @@ class Run:
         node_fns: one a node.
         state: the initial state, pre-trained weights and priors included.
         engine: which trains and evaluates, on which devices.
-        step: `step(state, count)`, compiled; consumes the state.
+        step: of the engine.
         val: validation images as the engine has them, or None.
         test: test images likewise, or None.
         epochs: passes over the training images.
@@ -54,7 +56,7 @@ class Run:
     node_fns: Sequence[ktg.NodeFns]
     state: GraphState
     engine: Engine
-    step: Callable[[GraphState, int], tuple[GraphState, dict[str, jax.Array]]]
+    step: Step
     val: Any
     test: Any
     epochs: int
@@ -105,77 +107,6 @@ def check_steps(training: Training, dataset: Dataset, field: str = "epochs") -> 
     return per_epoch
 
 
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """What must be the same when a run is resumed on data that may have changed meanwhile.
-
-    Of splits that are not there, or were not read, there is no checksum.
-    """
-    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    names = json.dumps(dataset.class_names)
-    return {
-        "classes": dataset.num_classes,
-        "image_shape": list(dataset.image_shape),
-        **{name: len(split) if split else 0 for name, split in splits.items()},
-        "class_names_crc32": zlib.crc32(names.encode()),
-        **{f"{name}_crc32": _checksum(split) for name, split in splits.items() if split},
-    }
-
-
-def without_test(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of data, but for what is known of its test images."""
-    return {field: value for field, value in facts.items() if field not in ("test", "test_crc32")}
-
-
-def _checksum(split: Split) -> int:
-    labels = zlib.crc32(np.ascontiguousarray(split.labels).data)
-    return zlib.crc32(np.ascontiguousarray(split.images).data, labels)
-
-
-def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
-    """All checksums of what a run rests on: `data_facts` and `graph_facts`."""
-    return {"data_facts": data_facts(dataset), **graph_facts(graph)}
-
-
-def graph_facts(graph: ktg.Graph) -> dict[str, Any]:
-    """Checksums of weights, priors and projections, which must be the same, too.
-
-    Networks that are trained alone first are told by the run itself, and have none.
-
-    Raises:
-        InputError: a file or a folder that cannot be read.
-    """
-    checksums: dict[str, dict[str, Any]] = {}
-    index = {str(node.name): i for i, node in enumerate(graph.nodes)}
-    for name, field, path in graph_files(graph):
-        with part_of(f"nodes[{index[name]}].{field}"):
-            checksums.setdefault(f"{field}_facts", {})[name] = _CHECKSUMS[field](path)
-    return checksums
-
-
-def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
-    """The files that nodes are made from: the node's name, its field, and the path."""
-    return [
-        (str(node.name), field, path)
-        for node in graph.nodes
-        for field in _CHECKSUMS
-        if (path := getattr(node, field)) not in (None, PRETRAINED)
-    ]
-
-
-def weights_checksum(source: str) -> int:
-    """Of a node's weights; arguments and errors as of `load_weights`."""
-    weights = load_weights(source)
-    return digest(weights.params | weights.model_state)
-
-
-_CHECKSUMS: dict[str, Callable[[str], Any]] = {
-    "weights": weights_checksum,
-    "prior": lambda path: about_prior(path)["checksum"],
-    "projection": readers_checksum,
-}
-"""Of the fields of a node that are paths."""
-
-
 def assemble(
     config: TrainConfig,
     graph: ktg.Graph,
@@ -184,26 +115,49 @@ def assemble(
 ) -> Run:
     """Builds the run, on these devices (default: all of this process's).
 
+    Args:
+        config: of the run, checked.
+        graph: whose networks were found fit for the data, as by `check_networks`.
+        dataset: to train on.
+        devices: of one kind.
+
     Raises:
-        InputError: weights or a prior that does not fit, a batch larger than the data, a network
-            that does not fit the data or cannot compute in bfloat16.
+        InputError: weights or a prior that does not fit, a batch larger than the data, or what the
+            engine cannot do.
     """
-    check_networks(config, graph, dataset, devices)
-    weights = {}
-    for i, node in enumerate(graph.nodes):
-        if node.weights:
-            with part_of(f"nodes[{i}].weights"):
-                weights[i] = load_weights(node.weights)
     parallel = parallel_of(config, devices)
-    engine_name = choose_engine(config.engine, parallel, config.steps_per_call)
+    task = _task(config, node_functions(config, graph, dataset, parallel), dataset)
+    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    state, priors = _initial_state(graph, task, init_key)
+    engine = _engine(config, task, state, parallel)
+    train, val, test = (
+        None if split is None else engine.load(Arrays(split.images, split.labels))
+        for split in (dataset.train, dataset.val, dataset.test)
+    )
+    return Run(
+        graph=graph,
+        node_fns=task.node_fns,
+        state=engine.place(state),
+        engine=engine,
+        step=engine.make_step(train, graph.edge_arrays, data_key, priors),
+        val=val,
+        test=test,
+        epochs=config.epochs,
+        steps_per_epoch=task.total_steps // config.epochs,
+        batch_size=config.batch_size,
+        steps_per_call=config.steps_per_call,
+        summary=_summary(config, graph, dataset, engine),
+    )
+
+
+def _task(config: TrainConfig, node_fns: Sequence[ktg.NodeFns], dataset: Dataset) -> Task:
+    """What is trained, and how it is augmented and updated."""
     per_epoch = check_steps(config, dataset)
-    node_fns = node_functions(config, graph, dataset, parallel)
-    total_steps = config.epochs * per_epoch
     optimizer = _optimizer(
         config.schedule,
         config.learning_rate,
         config.weight_decay,
-        total_steps,
+        config.epochs * per_epoch,
         config.warmup_epochs * per_epoch,
     )
     batches = Batches(
@@ -212,38 +166,28 @@ def assemble(
         max_offset=min(dataset.image_shape[:2]) // 8 if config.augment else 0,
         flip=config.augment and config.mirror and dataset.flip,
     )
-    init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    sample = jnp.zeros((1, *dataset.image_shape))
-    state = ktg.init_state(graph, node_fns, optimizer, init_key, sample)
-    for i, node_weights in weights.items():
-        state = with_weights(state, i, node_weights)
-    state, priors = ktg.with_priors(state, graph)
-    task: dict[str, Any] = {
-        "image_shape": dataset.image_shape,
-        "total_steps": total_steps,
-    }
-    if engine_name == "fused":
-        engine = fused_engine(node_fns, optimizer, parallel, batches, **task)
-    else:
-        engine = per_node_engine(node_fns, optimizer, state, parallel.devices, batches, **task)
+    return Task(node_fns, optimizer, batches, dataset.image_shape, config.epochs * per_epoch)
 
-    def load(split: Split | None) -> Any:
-        return None if split is None else engine.load(Arrays(split.images, split.labels))
 
-    return Run(
-        graph=graph,
-        node_fns=node_fns,
-        state=engine.place(state),
-        engine=engine,
-        step=engine.make_step(load(dataset.train), graph.edge_arrays, data_key, priors),
-        val=load(dataset.val),
-        test=load(dataset.test),
-        epochs=config.epochs,
-        steps_per_epoch=per_epoch,
-        batch_size=config.batch_size,
-        steps_per_call=config.steps_per_call,
-        summary=_summary(config, graph, dataset, engine),
-    )
+def _initial_state(
+    graph: ktg.Graph, task: Task, key: jax.Array
+) -> tuple[GraphState, Priors | None]:
+    """The state with the weights and priors that the graph names, and these priors."""
+    sample = jnp.zeros((1, *task.image_shape))
+    state = ktg.init_state(graph, task.node_fns, task.optimizer, key, sample)
+    for i, node in enumerate(graph.nodes):
+        if node.weights:
+            with part_of(f"nodes[{i}].weights"):
+                weights = load_weights(node.weights)
+            state = with_weights(state, i, weights)
+    return ktg.with_priors(state, graph)
+
+
+def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:
+    name = choose_engine(config.engine, parallel, config.steps_per_call)
+    if name == "fused":
+        return FusedEngine(task, parallel)
+    return PerNodeEngine(task, state, parallel.devices)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ktg_jax.errors import InputError, part_of
 from ktg_jax.models import check_network
 from ktg_jax.models.returned import errors_of
 from ktg_jax.priors import load_readers, projected
-from ktg_jax.training.loop import evaluation_batch_size
+from ktg_jax.training.evaluation import evaluation_batch_size
 
 from .config import TrainConfig
 

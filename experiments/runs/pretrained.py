@@ -15,8 +15,8 @@ import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.io.files import cache_folder
 
-from .assemble import data_facts
 from .config import TrainConfig, resolved
+from .facts import data_facts
 from .folder import place_of
 from .graphs import PRETRAINED, build_graph, with_sources
 from .identity import identity

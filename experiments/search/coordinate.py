@@ -19,9 +19,10 @@ from ktg_jax.data.sources import has_test_images
 from ktg_jax.errors import InputError
 
 from ..runs import cli
-from ..runs.assemble import check_steps, data_facts, load, without_test
+from ..runs.assemble import check_steps, load
 from ..runs.command_line import as_called
 from ..runs.console import busy
+from ..runs.facts import data_facts, without_test
 from ..runs.identity import is_own
 from ..runs.networks import check_models, check_networks
 from ..runs.options import import_modules

@@ -8,13 +8,15 @@ import jax
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.training.engines import make_per_node_evaluator
-from ktg_jax.training.loop import evaluation_batch_size, train_epochs
+from ktg_jax.training.evaluation import evaluation_batch_size
+from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.state import GraphState
 
 from ..runs.assemble import Run, assemble
 from ..runs.config import TrainConfig
 from ..runs.console import make_console
 from ..runs.graphs import with_pretrained
+from ..runs.networks import check_networks
 from ..runs.pretrained import locate_pretrained
 from ..train import train
 
@@ -60,6 +62,7 @@ class Trainer:
         self.node_epochs = 0.0
         config = dataclasses.replace(self._config, seed=seed)
         graph = with_pretrained(graph.pruned())
+        check_networks(config, graph, self._dataset, [self._device])
         located = locate_pretrained(graph, config, self._dataset, self._train_alone)
         run = assemble(config, located, self._dataset, [self._device])
         frozen = len(graph.frozen)

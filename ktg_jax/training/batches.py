@@ -4,13 +4,20 @@ All randomness comes from `(key, step)`: the position in the data is just the st
 depends neither on the number of nodes nor on the number of devices.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
 from ktg_jax.models.pixels import to_float
+
+
+class Arrays(NamedTuple):
+    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`."""
+
+    images: Any
+    labels: Any
 
 
 class BatchPlan(NamedTuple):
@@ -25,6 +32,26 @@ class BatchPlan(NamedTuple):
     image_index: jax.Array
     offset: jax.Array
     flip: jax.Array
+
+
+class Batches(NamedTuple):
+    """How batches are made from the training images.
+
+    Attributes:
+        num_images: size of the data.
+        batch_size: of all devices together.
+        max_offset: as in `plan_batch`.
+        flip: as in `plan_batch`.
+    """
+
+    num_images: int
+    batch_size: int
+    max_offset: int = 0
+    flip: bool = False
+
+    def plan(self, key: jax.Array, step: jax.Array | int) -> BatchPlan:
+        """The batch of a step: see `plan_batch`."""
+        return plan_batch(key, step, **self._asdict())
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:

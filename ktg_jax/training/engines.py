@@ -1,28 +1,28 @@
 """Engines: two ways to run the same training, behind one interface.
 
-`fused` is the single compiled step of `train_step`; `per_node` composes the same pieces node by
-node, with one executable for each model. Both give the same updates to float rounding.
+`FusedEngine` runs the single compiled step of `train_step`; `PerNodeEngine` composes the same
+pieces node by node, with one executable for each model. Both give the same updates to float
+rounding.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.models.network import NodeFns
-from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
-from ktg_jax.training.loop import (
-    Arrays,
+from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
+from ktg_jax.training.evaluation import (
     Means,
     evaluation_batch,
     evaluation_batch_size,
     make_evaluator,
-    make_train_step,
     means_of,
 )
 from ktg_jax.training.node_terms import Priors
@@ -36,50 +36,72 @@ from ktg_jax.training.per_node import (
     place,
 )
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics
+from ktg_jax.training.step import Metrics, train_step
 from ktg_jax.transfer import EdgeArrays
 
 ENGINES = ("fused", "per_node")
 
-
-class Batches(NamedTuple):
-    """How batches are made from the training images.
-
-    Attributes:
-        num_images: size of the data.
-        batch_size: of all devices together.
-        max_offset: as in `plan_batch`.
-        flip: as in `plan_batch`.
-    """
-
-    num_images: int
-    batch_size: int
-    max_offset: int = 0
-    flip: bool = False
+Step = Callable[[GraphState, int], tuple[GraphState, Metrics]]
+"""`step(state, count)`: so many updates, with metrics stacked along a first axis where there are
+several; consumes the state."""
 
 
 @dataclass(frozen=True)
-class Engine:
+class Task:
+    """What is trained: all that stays as it is while a run trains.
+
+    Attributes:
+        node_fns: one a node; equal ones share what is compiled.
+        optimizer: as given to `init_state`.
+        batches: how they are made.
+        image_shape: `(H, W, C)`.
+        total_steps: k_end of the gates' progress.
+
+    Raises:
+        InputError: a batch larger than the data.
+    """
+
+    node_fns: Sequence[NodeFns]
+    optimizer: optax.GradientTransformation
+    batches: Batches
+    image_shape: Sequence[int]
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        steps_per_epoch(self.batches.num_images, self.batches.batch_size)
+
+
+class Engine(Protocol):
     """Runs a training.
 
     Attributes:
         name: one of `ENGINES`.
-        place: puts a state, or a copy of it, where the engine wants it.
-        load: puts images and labels where the engine wants them.
-        make_step: `make_step(data, edges, key, priors=None)` returns `step(state, count) ->
-            (state, metrics)`, which consumes the state; data as `load` returns it, priors as for
-            `train_step`.
-        evaluate: `evaluate(state, data)` returns every node's and the ensemble's means, as
-            `make_evaluator` describes.
-        summary: in a few words.
+        summary: the devices, in a few words.
     """
 
-    name: str
-    place: Callable[[GraphState], GraphState]
-    load: Callable[[Arrays], Any]
-    make_step: Callable[..., Callable[[GraphState, int], Any]]
-    evaluate: Callable[[GraphState, Any], Means]
+    name: ClassVar[str]
     summary: str
+
+    def place(self, state: GraphState) -> GraphState:
+        """Puts a state, or a copy of it, where the engine wants it."""
+
+    def load(self, arrays: Arrays) -> Any:
+        """Puts images and labels where the engine wants them."""
+
+    def make_step(
+        self, data: Any, edges: ArrayLike | EdgeArrays, key: jax.Array, priors: Priors | None = None
+    ) -> Step:
+        """The step of a training.
+
+        Args:
+            data: of `load`.
+            edges: `Graph.edge_arrays`, or gates as for `train_step`.
+            key: a random key: what `plan_batch` draws batches by.
+            priors: as for `train_step`.
+        """
+
+    def evaluate(self, state: GraphState, data: Any) -> Means:
+        """Every node's and the ensemble's means over data of `load`."""
 
 
 def choose_engine(name: str, parallel: Parallel, steps_per_call: int = 1) -> str:
@@ -104,110 +126,146 @@ def choose_engine(name: str, parallel: Parallel, steps_per_call: int = 1) -> str
     return name
 
 
-def fused_engine(
-    node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
-    parallel: Parallel,
-    batches: Batches,
-    *,
-    image_shape: Sequence[int],
-    total_steps: int,
-) -> Engine:
-    """The whole graph in one program, its batch split over all devices.
+def fused_step(
+    task: Task, parallel: Parallel, steps_per_call: int = 1
+) -> Callable[..., tuple[GraphState, Metrics]]:
+    """Compiles `step(state, data, edges, key, priors=None) -> (state, metrics)`.
+
+    It makes its own batch; the arguments are those of `Engine.make_step` and `train_step`.
 
     Args:
-        node_fns: one a node.
-        optimizer: as given to `init_state`.
+        task: of the training.
         parallel: devices and strategy.
-        batches: of the training.
-        image_shape: `(H, W, C)`.
-        total_steps: k_end of the gates' progress.
+        steps_per_call: updates in one call; with several, the metrics are stacked along a first
+            axis.
 
     Raises:
-        InputError: a batch larger than the data, or not divisible by the number of devices.
+        InputError: a batch that is not divisible by the number of devices.
     """
+    parallel.check_batch_size(task.batches.batch_size)
 
-    @functools.cache
-    def compiled(count: int) -> Callable[..., Any]:
-        return make_train_step(
-            node_fns,
-            optimizer,
-            parallel,
-            total_steps=total_steps,
-            steps_per_call=count,
-            **batches._asdict(),
-        )
-
-    compiled(1)  # checks the batch size; compiles nothing yet
-
-    def make_step(
-        data: Arrays, edges: EdgeArrays, key: jax.Array, priors: Priors | None = None
-    ) -> Callable[[GraphState, int], Any]:
-        inputs = parallel.replicate((jax.tree.map(jnp.asarray, edges), key, priors))
-        return lambda state, count: compiled(count)(state, data, *inputs)
-
-    platform = parallel.devices[0].platform
-    return Engine(
-        name="fused",
-        place=parallel.replicate,
-        load=lambda arrays: parallel.replicate(Arrays(*map(jnp.asarray, arrays))),
-        make_step=make_step,
-        evaluate=make_evaluator(node_fns, parallel, evaluation_batch_size(image_shape, platform)),
-        summary=f"{_devices(parallel.devices)} ({parallel.strategy})",
-    )
-
-
-def per_node_engine(
-    node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
-    state: GraphState,
-    devices: Sequence[jax.Device],
-    batches: Batches,
-    *,
-    image_shape: Sequence[int],
-    total_steps: int,
-) -> Engine:
-    """Each node on one device, balanced by cost; only what nodes put out travels.
-
-    Args:
-        node_fns: one a node; equal ones share their executables.
-        optimizer: as given to `init_state`.
-        state: from `init_state`; its frozen nodes and shapes count, not its values.
-        devices: over which the nodes are spread.
-        batches: of the training.
-        image_shape: `(H, W, C)`.
-        total_steps: k_end of the gates' progress.
-
-    Raises:
-        InputError: a batch larger than the data.
-    """
-    steps_per_epoch(batches.num_images, batches.batch_size)
-    placement = node_placement(node_fns, state, devices, image_shape)
-    used = tuple(dict.fromkeys(placement))
-
-    def load(arrays: Arrays) -> dict[jax.Device, Arrays]:
-        return {to: jax.device_put(Arrays(*map(jnp.asarray, arrays)), to) for to in used}
-
-    def make_step(
-        data: dict[jax.Device, Arrays],
+    def step(
+        state: GraphState,
+        data: Arrays,
         edges: EdgeArrays,
         key: jax.Array,
         priors: Priors | None = None,
-    ) -> Callable[[GraphState, int], tuple[GraphState, Metrics]]:
+    ) -> tuple[GraphState, Metrics]:
+        plan = parallel.shard(task.batches.plan(key, state.step))
+        return train_step(
+            state,
+            *take_batch(data.images, data.labels, plan),
+            edges,
+            (state.step + 1) / task.total_steps,
+            node_fns=task.node_fns,
+            optimizer=task.optimizer,
+            axis_name=parallel.axis_name,
+            priors=priors,
+        )
+
+    if steps_per_call == 1:
+        return parallel.compile(step)
+
+    def steps(state: GraphState, *inputs: Any) -> tuple[GraphState, Metrics]:
+        # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
+        unroll = parallel.devices[0].platform == "cpu"
+        return jax.lax.scan(
+            lambda state, _: step(state, *inputs), state, length=steps_per_call, unroll=unroll
+        )
+
+    return parallel.compile(steps)
+
+
+class FusedEngine:
+    """The whole graph in one program, its batch split over all devices.
+
+    Args:
+        task: of the training.
+        parallel: devices and strategy.
+
+    Raises:
+        InputError: a batch that is not divisible by the number of devices.
+    """
+
+    name: ClassVar[str] = "fused"
+
+    def __init__(self, task: Task, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._compiled = functools.cache(functools.partial(fused_step, task, parallel))
+        self._compiled(1)  # checks the batch size; compiles nothing yet
+        size = evaluation_batch_size(task.image_shape, parallel.devices[0].platform)
+        self.evaluate = make_evaluator(task.node_fns, parallel, size)
+        self.summary = f"{_devices(parallel.devices)} ({parallel.strategy})"
+
+    def place(self, state: GraphState) -> GraphState:
+        """A copy of the state on every device."""
+        return self._parallel.replicate(state)
+
+    def load(self, arrays: Arrays) -> Arrays:
+        """A copy of the data on every device."""
+        return self._parallel.replicate(Arrays(*map(jnp.asarray, arrays)))
+
+    def make_step(
+        self,
+        data: Arrays,
+        edges: ArrayLike | EdgeArrays,
+        key: jax.Array,
+        priors: Priors | None = None,
+    ) -> Step:
+        """The step of a training: see `Engine`."""
+        inputs = self._parallel.replicate((jax.tree.map(jnp.asarray, edges), key, priors))
+        return lambda state, count: self._compiled(count)(state, data, *inputs)
+
+
+class PerNodeEngine:
+    """Each node on one device, balanced by cost; only what nodes put out travels.
+
+    Args:
+        task: of the training.
+        state: from `init_state`; its frozen nodes and shapes count, not its values.
+        devices: over which the nodes are spread.
+    """
+
+    name: ClassVar[str] = "per_node"
+
+    def __init__(self, task: Task, state: GraphState, devices: Sequence[jax.Device]) -> None:
+        self._task = task
+        self._placement = node_placement(task.node_fns, state, devices, task.image_shape)
+        self._used = tuple(dict.fromkeys(self._placement))
+        size = evaluation_batch_size(task.image_shape, devices[0].platform)
+        self.evaluate = make_per_node_evaluator(task.node_fns, self._placement, size)
+        self.summary = f"{_devices(self._used)} (node by node)"
+
+    def place(self, state: GraphState) -> GraphState:
+        """Every node on its device."""
+        return place(state, self._placement)
+
+    def load(self, arrays: Arrays) -> dict[jax.Device, Arrays]:
+        """A copy of the data on each device that has nodes."""
+        return {to: jax.device_put(Arrays(*map(jnp.asarray, arrays)), to) for to in self._used}
+
+    def make_step(
+        self,
+        data: dict[jax.Device, Arrays],
+        edges: ArrayLike | EdgeArrays,
+        key: jax.Array,
+        priors: Priors | None = None,
+    ) -> Step:
+        """The step of a training: see `Engine`. It makes one update a call."""
+        task, placement = self._task, self._placement
         home = placement[0]
-        keys = {to: jax.device_put(key, to) for to in used}
+        keys = {to: jax.device_put(key, to) for to in self._used}
         edges = jax.device_put(jax.tree.map(jnp.asarray, edges), home)
         if priors is not None:
             priors = [jax.device_put(p, to) for p, to in zip(priors, placement, strict=True)]
 
+        def batch(state: GraphState, to: jax.Device) -> tuple[jax.Array, jax.Array, jax.Array]:
+            given = data[to], keys[to], jax.device_put(state.step, to), task.total_steps
+            return _make_batch(*given, batches=task.batches)
+
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
-            made = {
-                to: _make_batch(
-                    data[to], keys[to], jax.device_put(state.step, to), total_steps, batches=batches
-                )
-                for to in used
-            }
+            made = {to: batch(state, to) for to in self._used}
             _, labels, progress = made[home]
             return per_node_step(
                 state,
@@ -215,24 +273,13 @@ def per_node_engine(
                 labels,
                 edges,
                 progress,
-                node_fns=node_fns,
-                optimizer=optimizer,
+                node_fns=task.node_fns,
+                optimizer=task.optimizer,
                 placement=placement,
                 priors=priors,
             )
 
         return step
-
-    return Engine(
-        name="per_node",
-        place=lambda state: place(state, placement),
-        load=load,
-        make_step=make_step,
-        evaluate=make_per_node_evaluator(
-            node_fns, placement, evaluation_batch_size(image_shape, devices[0].platform)
-        ),
-        summary=f"{_devices(used)} (node by node)",
-    )
 
 
 def make_per_node_evaluator(
@@ -260,7 +307,7 @@ def _make_batch(
     data: Arrays, key: jax.Array, step: jax.Array, total_steps: int, *, batches: Batches
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Images and labels of the next step, and the gates' progress in it."""
-    images, labels = take_batch(*data, plan_batch(key, step, **batches._asdict()))
+    images, labels = take_batch(*data, batches.plan(key, step))
     return images, labels, (step + 1) / total_steps
 
 

@@ -1,174 +1,19 @@
-"""The training loop: epochs of compiled steps over data that lives on the device."""
+"""The training loop: epochs of compiled steps, and a record of each."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ktg_jax.errors import RunError
-from ktg_jax.models.network import NodeFns
-from ktg_jax.models.pixels import to_float
-from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
-from ktg_jax.training.node_terms import Priors
-from ktg_jax.training.parallel import Parallel
+from ktg_jax.training.evaluation import Means
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics, eval_step, train_step
-from ktg_jax.transfer import EdgeArrays
+from ktg_jax.training.step import Metrics
 
 Record = dict[str, Any]
-
-
-Means = dict[str, np.ndarray]
-
-
-class Arrays(NamedTuple):
-    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`."""
-
-    images: Any
-    labels: Any
-
-
-Evaluator = Callable[[GraphState, Arrays], Means]
-
-
-def make_train_step(
-    node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
-    parallel: Parallel,
-    *,
-    num_images: int,
-    batch_size: int,
-    total_steps: int,
-    max_offset: int = 0,
-    flip: bool = False,
-    steps_per_call: int = 1,
-) -> Callable[..., tuple[GraphState, Metrics]]:
-    """Compiles `step(state, data, edges, key, priors=None) -> (state, metrics)`.
-
-    It makes its own batch; the arguments are those of `train_step`.
-
-    Args:
-        node_fns: one a node.
-        optimizer: an optax transformation.
-        parallel: devices and strategy.
-        num_images: size of the data.
-        batch_size: of all devices together.
-        total_steps: k_end of the gates' progress.
-        max_offset: as in `plan_batch`.
-        flip: as in `plan_batch`.
-        steps_per_call: updates in one call; with several, the metrics are stacked along a first
-            axis.
-
-    Raises:
-        InputError: a batch larger than the data, or not divisible by the number of devices.
-    """
-    steps_per_epoch(num_images, batch_size)
-    parallel.check_batch_size(batch_size)
-
-    def step(
-        state: GraphState,
-        data: Arrays,
-        edges: EdgeArrays,
-        key: jax.Array,
-        priors: Priors | None = None,
-    ) -> tuple[GraphState, Metrics]:
-        plan = plan_batch(
-            key,
-            state.step,
-            num_images=num_images,
-            batch_size=batch_size,
-            max_offset=max_offset,
-            flip=flip,
-        )
-        images, labels = take_batch(data.images, data.labels, parallel.shard(plan))
-        return train_step(
-            state,
-            images,
-            labels,
-            edges,
-            (state.step + 1) / total_steps,
-            node_fns=node_fns,
-            optimizer=optimizer,
-            axis_name=parallel.axis_name,
-            priors=priors,
-        )
-
-    if steps_per_call == 1:
-        return parallel.compile(step)
-
-    def steps(state: GraphState, *inputs: Any) -> tuple[GraphState, Metrics]:
-        # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
-        unroll = parallel.devices[0].platform == "cpu"
-        return jax.lax.scan(
-            lambda state, _: step(state, *inputs), state, length=steps_per_call, unroll=unroll
-        )
-
-    return parallel.compile(steps)
-
-
-def evaluation_batch_size(image_shape: Sequence[int], platform: str) -> int:
-    """Images `[H, W, C]` of an evaluation batch: many where memory allows, few in a CPU's caches.
-
-    >>> evaluation_batch_size((32, 32, 3), "cpu"), evaluation_batch_size((32, 32, 3), "gpu")
-    (512, 4096)
-    """
-    pixels = 2**19 if platform == "cpu" else 2**22
-    return min(max(pixels // math.prod(image_shape[:2]), 16), 4096)
-
-
-def make_evaluator(
-    node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
-) -> Evaluator:
-    """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
-
-    Args:
-        node_fns: one a node.
-        parallel: whose devices are used.
-        batch_size: rounded up to a multiple of the number of devices.
-
-    Returns:
-        A function that returns float64 means on the host: `loss` `[N]`, `accuracy` `[N]`,
-        `ensemble_loss` `[]` and `ensemble_accuracy` `[]` (of the summed logits).
-    """
-    # Stored statistics need no averaging over devices: jit serves both strategies here.
-    mesh = Parallel("jit", parallel.devices)
-    batch_size = -(-batch_size // len(mesh.devices)) * len(mesh.devices)
-
-    @jax.jit
-    def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
-        position = mesh.shard(start + jnp.arange(batch_size))
-        return eval_step(state, *evaluation_batch(data, position), node_fns=node_fns)
-
-    def evaluate(state: GraphState, data: Arrays) -> Means:
-        starts = range(0, len(data.labels), batch_size)
-        return means_of([evaluate_batch(state, data, start) for start in starts])
-
-    return evaluate
-
-
-def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
-
-    >>> data = Arrays(jnp.zeros((3, 1, 1, 1), jnp.uint8), jnp.array([5, 6, 7]))
-    >>> _, labels, mask = evaluation_batch(data, jnp.array([2, 3]))
-    >>> labels.tolist(), mask.tolist()
-    ([7, 7], [True, False])
-    """
-    index = jnp.minimum(position, len(data.labels) - 1)
-    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
-
-
-def means_of(batches: Sequence[Metrics]) -> Means:
-    """Means over all samples, float64 on the host, from each batch's sums by `eval_step`."""
-    sums = jax.device_get(batches)
-    total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
-    count = total.pop("count")
-    return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
 
 
 def train_epochs(

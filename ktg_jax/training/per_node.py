@@ -19,14 +19,10 @@ from jax.typing import ArrayLike
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
-from ktg_jax.training.node_terms import NodeTerm, Priors, checked_priors, distance_metrics
+from ktg_jax.training.evaluation import eval_sums
+from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import (
-    Metrics,
-    eval_sums,
-    graph_gradients,
-    node_forward,
-)
+from ktg_jax.training.step import Metrics, StepOptions, graph_gradients, node_forward
 from ktg_jax.training.updates import check_states, node_update
 from ktg_jax.transfer import EdgeArrays, edge_arrays
 
@@ -95,12 +91,8 @@ def per_node_step(
     gates: ArrayLike | EdgeArrays,
     progress: ArrayLike,
     *,
-    node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
     placement: Placement,
-    temperature: ArrayLike = 1.0,
-    priors: Priors | None = None,
-    where: ArrayLike | None = None,
+    **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
 
@@ -110,12 +102,9 @@ def per_node_step(
         labels: int `[B]`, on the first node's device.
         gates: as for `train_step`.
         progress: scalar in (0, 1].
-        node_fns: one a node; equal ones share their executables.
-        optimizer: as given to `init_state`.
         placement: the device of each node.
-        temperature: as for `train_step`.
-        priors: as for `train_step`; best already on their nodes' devices.
-        where: as for `train_step`, on the first node's device.
+        **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
+            are best already on their nodes' devices, and `where` is to be on the first node's.
 
     Returns:
         The new state, and the metrics of `train_step` on the first node's device.
@@ -137,13 +126,14 @@ def per_node_step(
     1
     """
     home = placement[0]
-    frozen = state.frozen
-    priors = checked_priors(priors, state)
+    how = StepOptions(**options)
+    frozen, optimizer = state.frozen, how.optimizer
+    priors = checked_priors(how.priors, state)
     check_states(state.opt_state, state.params, optimizer)
-    edges = edge_arrays(gates, temperature)
+    edges = edge_arrays(gates, how.temperature)
     with_stages = edges.needs_stages
     outputs, pullbacks, model_state = [], [], list(state.model_state)
-    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+    for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
         inputs = state.params[i], state.model_state[i], images[device]
         with errors_of(f"node {i}"):
             if i in frozen:
@@ -156,7 +146,7 @@ def per_node_step(
         pullbacks.append(pullback)
 
     output_gradients, metrics, losses = _graph_gradients(
-        outputs, labels, edges, progress, where=where
+        outputs, labels, edges, progress, where=how.where
     )
 
     params, opt_state = list(state.params), list(state.opt_state)
@@ -187,7 +177,23 @@ def per_node_eval(
     node_fns: Sequence[NodeFns],
     placement: Placement,
 ) -> Metrics:
-    """`eval_step` node by node: the same sums."""
+    """`eval_step` node by node: the same sums.
+
+    Args:
+        state: as `place` returns it.
+        images: float `[B, H, W, C]`, as for `node_forward`, on each device that has nodes.
+        labels: int `[B]`, on the first node's device.
+        mask: bool `[B]`, which samples count, likewise; None: all.
+        node_fns: one a node; equal ones share their executables.
+        placement: the device of each node.
+
+    Returns:
+        As `eval_step`: `loss` and `correct` `[N]`, `ensemble_loss`, `ensemble_correct` and `count`
+        `[]`, float32, on the first node's device.
+
+    Raises:
+        InputError: as `eval_step`.
+    """
     logits = []
     for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
         inputs = state.params[i], state.model_state[i], images[device]

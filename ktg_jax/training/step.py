@@ -7,17 +7,17 @@ their own.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
-from ktg_jax.losses import checked_labels, cross_entropy, is_correct
+from ktg_jax.losses import is_correct
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import check_floats
 from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
@@ -129,6 +129,27 @@ def graph_gradients(
     return gradients, metrics
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """The keyword arguments of `train_step` and of `per_node_step`.
+
+    Attributes:
+        node_fns: one a node.
+        optimizer: as given to `init_state`. One that asks for `value` is given the node's own
+            loss, that of its edges in the whole batch.
+        temperature: as for `edge_losses`; `Graph.edge_arrays` has its own.
+        priors: one a node, or None where it has none, as `with_priors` returns them; they add to
+            the gradients of their own nodes, and to nothing else. None: no node has one.
+        where: bool of the labels' shape, which samples count; None: all. Batch statistics see all.
+    """
+
+    node_fns: Sequence[NodeFns]
+    optimizer: optax.GradientTransformation
+    temperature: ArrayLike = 1.0
+    priors: Priors | None = None
+    where: ArrayLike | None = None
+
+
 def train_step(
     state: GraphState,
     images: jax.Array,
@@ -136,12 +157,8 @@ def train_step(
     gates: ArrayLike | EdgeArrays,
     progress: ArrayLike,
     *,
-    node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
-    temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
-    priors: Priors | None = None,
-    where: ArrayLike | None = None,
+    **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node at once, from one forward and one backward pass. Pure.
 
@@ -155,16 +172,10 @@ def train_step(
         gates: `Graph.edge_arrays`, or as for `edge_losses`: codes or coefficients. They gate
             losses; what freezes a node is the state alone.
         progress: scalar in (0, 1]; the k-th update of k_end has k / k_end.
-        node_fns: one a node.
-        optimizer: as given to `init_state`. One that asks for `value` is given the node's own
-            loss, that of its edges in the whole batch.
-        temperature: as for `edge_losses`; `Graph.edge_arrays` has its own.
         axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
             then that of the whole batch, of which each device's share has random numbers of its
             own.
-        priors: one a node, or None where it has none, as `with_priors` returns them; they add to
-            the gradients of their own nodes, and to nothing else. None: no node has one.
-        where: bool of the labels' shape, which samples count; None: all. Batch statistics see all.
+        **options: the fields of `StepOptions`: `node_fns`, `optimizer` and others.
 
     Returns:
         The new state and the metrics of `graph_gradients`. With priors also `prior_distance`,
@@ -188,38 +199,20 @@ def train_step(
     >>> int(state.step), metrics["edge_losses"].shape
     (1, (2, 2))
     """
-    check_states(state.opt_state, state.params, optimizer)
-    priors, edges = checked_priors(priors, state), edge_arrays(gates, temperature)
-    outputs, pullbacks, model_state = [], [], []
-    output: Any
-    for i, fns in enumerate(node_fns):
-        frozen = i in state.frozen
-        forward = partial(
-            node_forward,
-            model_state=state.model_state[i],
-            images=images,
-            fns=fns,
-            frozen=frozen,
-            with_stages=edges.needs_stages,
-        )
-        scope, about = jax.named_scope(f"node{i}_forward"), errors_of(f"node {i}")
-        with scope, about, batch_spread_over(axis_name):
-            if frozen:
-                output, new_model_state = forward(state.params[i])
-                pullback = None
-            else:
-                output, pullback, new_model_state = jax.vjp(forward, state.params[i], has_aux=True)
-            check_for_labels(output.logits if edges.needs_stages else output, labels)
-        outputs.append(output)
-        pullbacks.append(pullback)
-        model_state.append(new_model_state)
-
+    how = StepOptions(**options)
+    check_states(state.opt_state, state.params, how.optimizer)
+    priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
+    with batch_spread_over(axis_name):
+        nodes = [
+            _forward(state, i, images, labels, fns, edges.needs_stages)
+            for i, fns in enumerate(how.node_fns)
+        ]
+    outputs, pullbacks, model_state = zip(*nodes, strict=True)
     output_gradients, metrics = graph_gradients(
-        outputs, labels, edges, progress, where=where, axis_name=axis_name
+        outputs, labels, edges, progress, where=how.where, axis_name=axis_name
     )
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
-
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
     for i, (pullback, prior) in enumerate(zip(pullbacks, priors, strict=True)):
@@ -231,91 +224,40 @@ def train_step(
                 gradients = jax.lax.pmean(gradients, axis_name)
             if prior is not None:
                 gradients, distances[i] = prior.add_to(gradients, params[i], progress)
-            params[i], opt_state[i] = node_update(
-                params[i],
-                opt_state[i],
-                gradients,
-                optimizer=optimizer,
-                value=metrics["loss"][i],
-            )
+            updated = params[i], opt_state[i], gradients
+            own_loss = metrics["loss"][i]
+            params[i], opt_state[i] = node_update(*updated, optimizer=how.optimizer, value=own_loss)
     metrics |= distance_metrics(distances)
-    new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
+    new_state = GraphState(tuple(params), model_state, tuple(opt_state), state.step + 1)
     return new_state, metrics
 
 
-def eval_step(
+def _forward(
     state: GraphState,
+    i: int,
     images: jax.Array,
     labels: ArrayLike,
-    mask: jax.Array | None = None,
-    *,
-    node_fns: Sequence[NodeFns],
-) -> Metrics:
-    """Evaluates every node and their ensemble on a batch, with stored statistics. Pure.
+    fns: NodeFns,
+    with_stages: bool,
+) -> tuple[Any, Any, PyTree]:
+    """What node i puts out, how its gradient gets back to the parameters, and its model state.
 
-    Args:
-        state: from `init_state` or `train_step`.
-        images: float `[B, H, W, C]`, as for `node_forward`.
-        labels: int `[B]`.
-        mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
-            all.
-        node_fns: one a node.
-
-    Returns:
-        Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
-        `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
-        logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
-        losses are NaN where a label that counts is no class.
-
-    Raises:
-        InputError: images that are no floats.
-
-    >>> import ktg_jax as ktg
-    >>> graph, images = ktg.graphs.mutual(["cnn", "cnn"]), jnp.ones((4, 8, 8, 1))
-    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
-    >>> state = ktg.init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images)
-    >>> mask = jnp.array([True, True, True, False])
-    >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
-    3.0
+    A frozen node has None for the second.
     """
-    logits: list[Any] = []
-    nodes = zip(node_fns, state.params, state.model_state, strict=True)
-    for i, (fns, params, model_state) in enumerate(nodes):
-        with errors_of(f"node {i}"):
-            output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
-            check_for_labels(output, labels)
-        logits.append(output)
-    return eval_sums(logits, labels, mask)
-
-
-def eval_sums(
-    logits: ArrayLike | Sequence[ArrayLike], labels: ArrayLike, mask: ArrayLike | None = None
-) -> Metrics:
-    """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
-
-    >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
-    >>> sums = eval_sums(logits, jnp.array([0]))
-    >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
-    ([1.0, 0.0], 1.0)
-    """
-    each = logits if isinstance(logits, list | tuple) else jnp.asarray(logits)
-    stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in each])
-    counts = jnp.ones(stacked.shape[1], jnp.float32)
-    if mask is not None:
-        counts = jnp.asarray(mask, jnp.float32)
-        chex.assert_shape(counts, stacked.shape[1:2])
-        labels = jnp.where(counts > 0, checked_labels(stacked, labels), 0)
-
-    def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
-        return jnp.sum(loss), jnp.sum(is_correct(z, labels).astype(jnp.float32) * counts)
-
-    loss, correct = jax.vmap(sums)(stacked)
-    ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
-    return {
-        "loss": loss,
-        "correct": correct,
-        "ensemble_loss": ensemble_loss,
-        "ensemble_correct": ensemble_correct,
-        "count": jnp.sum(counts),
-    }
+    frozen = i in state.frozen
+    forward = partial(
+        node_forward,
+        model_state=state.model_state[i],
+        images=images,
+        fns=fns,
+        frozen=frozen,
+        with_stages=with_stages,
+    )
+    output: Any
+    with jax.named_scope(f"node{i}_forward"), errors_of(f"node {i}"):
+        if frozen:
+            (output, model_state), pullback = forward(state.params[i]), None
+        else:
+            output, pullback, model_state = jax.vjp(forward, state.params[i], has_aux=True)
+        check_for_labels(output.logits if with_stages else output, labels)
+    return output, pullback, model_state

@@ -18,8 +18,9 @@ from ktg_jax import Graph, GraphState, InputError, NodePrior, Parallel, Prior
 from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.priors import normalised, prior_distance, prior_loss, save_prior
 from ktg_jax.training import per_node
-from ktg_jax.training.engines import Batches, Engine, fused_engine, per_node_engine
-from ktg_jax.training.loop import Arrays, make_train_step, train_epochs
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, fused_step
+from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.per_node import per_node_step, place
 from ktg_jax.transfer import edge_arrays
 
@@ -314,11 +315,10 @@ DATA = Arrays(
 
 
 def engines(optimizer: optax.GradientTransformation) -> list[Engine]:
-    batches = Batches(32, 8)
-    task: dict[str, Any] = {"image_shape": (8, 8, 1), "total_steps": 8}
+    task = Task(NODE_FNS, optimizer, Batches(32, 8), (8, 8, 1), total_steps=8)
     return [
-        fused_engine(NODE_FNS, optimizer, Parallel("jit", DEVICES[:2]), batches, **task),
-        per_node_engine(NODE_FNS, optimizer, started(optimizer), DEVICES[:2], batches, **task),
+        FusedEngine(task, Parallel("jit", DEVICES[:2])),
+        PerNodeEngine(task, started(optimizer), DEVICES[:2]),
     ]
 
 
@@ -344,15 +344,8 @@ def test_engines_train_with_priors_and_record_their_distance() -> None:
 
 def test_several_updates_in_one_call_are_the_same() -> None:
     def train(steps_per_call: int) -> Any:
-        step = make_train_step(
-            (STAGED,),
-            SGD,
-            Parallel("jit", DEVICES[:1]),
-            num_images=32,
-            batch_size=8,
-            total_steps=4,
-            steps_per_call=steps_per_call,
-        )
+        task = Task((STAGED,), SGD, Batches(32, 8), (8, 8, 1), total_steps=4)
+        step = fused_step(task, Parallel("jit", DEVICES[:1]), steps_per_call)
         state, gates, history = part_of(started(), slice(0, 1)), jnp.zeros((1, 1), jnp.int32), []
         for _ in range(4 // steps_per_call):
             state, metrics = step(state, DATA, gates, jax.random.key(0), PRIORS[:1])
@@ -367,9 +360,8 @@ def test_under_pmap_a_prior_acts_as_on_one_device() -> None:
     for devices in (DEVICES[:1], DEVICES[:2]):
         parallel = Parallel("pmap", devices)
         # Batch statistics are each device's own here: no edges, only the prior is compared.
-        step = make_train_step(
-            NODE_FNS[1:], SGD, parallel, num_images=32, batch_size=8, total_steps=4
-        )
+        task = Task(NODE_FNS[1:], SGD, Batches(32, 8), (8, 8, 1), total_steps=4)
+        step = fused_step(task, parallel)
         gates = jnp.full((2, 2), ktg.GATES.index("cutoff"), jnp.int32)
         inputs = parallel.replicate((DATA, gates, jax.random.key(0), (None, PRIORS[0])))
         state = parallel.replicate(part_of(started(), slice(1, 3)))

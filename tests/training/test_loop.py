@@ -16,9 +16,10 @@ from tiny_models import Tiny
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, Parallel, RunError
-from ktg_jax.training.batches import plan_batch, take_batch
-from ktg_jax.training.engines import Batches, fused_engine
-from ktg_jax.training.loop import Arrays, make_evaluator, make_train_step, train_epochs
+from ktg_jax.training.batches import Arrays, Batches, plan_batch, take_batch
+from ktg_jax.training.engines import FusedEngine, Task, fused_step
+from ktg_jax.training.evaluation import make_evaluator
+from ktg_jax.training.loop import train_epochs
 
 NAMES = ("student", "assistant")
 RNG = np.random.default_rng(0)
@@ -244,7 +245,8 @@ def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
         fixed: dict[str, Any] = {"node_fns": node_fns, "optimizer": optimizer}
         return ktg.train_step(state, images, labels, edges, 4 / 10, **fixed)
 
-    step = make_train_step(node_fns, optimizer, Parallel(), total_steps=10, **augmented)
+    task = Task(node_fns, optimizer, Batches(**augmented), (8, 8, 1), total_steps=10)
+    step = fused_step(task, Parallel())
     with compiled_once():
         expected = expected_step(state)
         parallel = Parallel()
@@ -265,14 +267,9 @@ def test_several_steps_a_call_are_the_same_steps() -> None:
     def trained(steps_per_call: int) -> tuple[GraphState, dict[int, Metrics], list[int]]:
         seen: dict[int, Metrics] = {}
         counts: list[int] = []
-        engine = fused_engine(
-            (TINY, TINY),
-            optimizer,
-            Parallel(),
-            Batches(num_images=23, batch_size=4, max_offset=1),
-            image_shape=(8, 8, 1),
-            total_steps=10,
-        )
+        batches = Batches(num_images=23, batch_size=4, max_offset=1)
+        task = Task((TINY, TINY), optimizer, batches, (8, 8, 1), total_steps=10)
+        engine = FusedEngine(task, Parallel())
         step = engine.make_step(engine.load(DATA), graph.gate_codes, jax.random.key(5))
 
         def counted(state: GraphState, count: int) -> Any:
@@ -307,13 +304,9 @@ def test_several_steps_a_call_are_the_same_steps() -> None:
 )
 def test_a_batch_that_cannot_be_made_is_refused(batch_size: int, allowed: str) -> None:
     with pytest.raises(InputError, match=f"^batch_size: got {batch_size}; allowed: {allowed}"):
-        make_train_step(
-            [TINY],
-            optax.sgd(0.1),
+        FusedEngine(
+            Task([TINY], optax.sgd(0.1), Batches(23, batch_size), (8, 8, 1), total_steps=10),
             Parallel(),
-            num_images=23,
-            batch_size=batch_size,
-            total_steps=10,
         )
 
 

@@ -18,8 +18,9 @@ import ktg_jax as ktg
 from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.training import per_node
-from ktg_jax.training.engines import Batches, Engine, choose_engine, fused_engine, per_node_engine
-from ktg_jax.training.loop import Arrays, make_evaluator
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, choose_engine
+from ktg_jax.training.evaluation import make_evaluator
 from ktg_jax.training.per_node import balanced, forward_cost, per_node_eval, per_node_step, place
 
 DEVICES = jax.local_devices()
@@ -280,17 +281,18 @@ def test_a_convolution_costs_what_xla_says_whatever_computes_it() -> None:
 
 BATCHES = Batches(num_images=23, batch_size=8, max_offset=1, flip=True)
 DATA = Arrays(RNG.integers(0, 256, (23, 8, 8, 3), np.uint8), np.arange(23, dtype=np.int32) % 5)
-TASK: dict[str, Any] = {"image_shape": (8, 8, 3), "total_steps": 6}
+
+
+def task_of(case: Case, batches: Batches = BATCHES) -> Task:
+    return Task(case.node_fns, OPTIMIZER, batches, (8, 8, 3), total_steps=6)
 
 
 def fused(parallel: Parallel, case: Case) -> Engine:
-    given = OPTIMIZER, parallel, BATCHES
-    return fused_engine(case.node_fns, *given, **TASK)
+    return FusedEngine(task_of(case), parallel)
 
 
 def by_node(num_devices: int, case: Case) -> Engine:
-    given = OPTIMIZER, started(case.node_fns), DEVICES[:num_devices], BATCHES
-    return per_node_engine(case.node_fns, *given, **TASK)
+    return PerNodeEngine(task_of(case), started(case.node_fns), DEVICES[:num_devices])
 
 
 def trained(engine: Engine, case: Case) -> tuple[GraphState, list[Any], Any, list[str]]:
@@ -333,14 +335,9 @@ def test_the_fused_step_is_compiled_once(fused_result: Any) -> None:
     assert fused(Parallel("pmap", DEVICES[:2]), Case()).summary == "2 x cpu (pmap)"
 
 
-def test_an_engine_refuses_a_batch_that_cannot_be_made() -> None:
-    batches = BATCHES._replace(batch_size=24)
-    for make in (
-        lambda: fused_engine(NODE_FNS, OPTIMIZER, Parallel(), batches, **TASK),
-        lambda: per_node_engine(NODE_FNS, OPTIMIZER, started(), DEVICES, batches, **TASK),
-    ):
-        with pytest.raises(InputError, match=r"^batch_size: got 24; allowed: 1 to the 23 training"):
-            make()
+def test_a_task_refuses_a_batch_that_cannot_be_made() -> None:
+    with pytest.raises(InputError, match=r"^batch_size: got 24; allowed: 1 to the 23 training"):
+        task_of(Case(), BATCHES._replace(batch_size=24))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from tiny_models import Regularised
 import ktg_jax as ktg
 from experiments import evaluate
 from ktg_jax import NodeFns, from_linen, from_nnx
-from ktg_jax.training.engines import Batches, fused_engine, per_node_engine
-from ktg_jax.training.loop import Arrays
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
 from ktg_jax.training.warm_start import load_weights, with_weights
 
 KEY = jax.random.key(0)
@@ -201,12 +201,11 @@ def trained(engine_name: str, steps_per_call: int = 1) -> ktg.GraphState:
     state = ktg.init_state(graph, node_fns, SGD, KEY, jnp.zeros((1, 8, 8, 1)))
     rng = np.random.default_rng(0)
     data = Arrays(rng.integers(256, size=(32, 8, 8, 1), dtype=np.uint8), rng.integers(10, size=32))
-    parallel, batches = ktg.Parallel(devices=jax.local_devices()[:1]), Batches(32, 8)
-    fixed: dict[str, Any] = {"image_shape": (8, 8, 1), "total_steps": 4}
-    if engine_name == "fused":
-        engine = fused_engine(node_fns, SGD, parallel, batches, **fixed)
-    else:
-        engine = per_node_engine(node_fns, SGD, state, parallel.devices, batches, **fixed)
+    parallel = ktg.Parallel(devices=jax.local_devices()[:1])
+    task = Task(node_fns, SGD, Batches(32, 8), (8, 8, 1), total_steps=4)
+    engine: Engine = FusedEngine(task, parallel)
+    if engine_name == "per_node":
+        engine = PerNodeEngine(task, state, parallel.devices)
     step = engine.make_step(engine.load(data), graph.gate_codes, KEY)
     state = engine.place(state)
     for _ in range(4 // steps_per_call):

@@ -1,0 +1,88 @@
+"""Checksums of all that a run rests on: its data, and the files that its graph names."""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+import ktg_jax as ktg
+from ktg_jax.data.dataset import Dataset, Split
+from ktg_jax.errors import part_of
+from ktg_jax.io.trees import digest
+from ktg_jax.priors import about_prior, readers_checksum
+from ktg_jax.training.warm_start import load_weights
+
+from .graphs import PRETRAINED
+
+
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """What must be the same when a run is resumed on data that may have changed meanwhile.
+
+    Of splits that are not there, or were not read, there is no checksum.
+    """
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    names = json.dumps(dataset.class_names)
+    return {
+        "classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        **{name: len(split) if split else 0 for name, split in splits.items()},
+        "class_names_crc32": zlib.crc32(names.encode()),
+        **{f"{name}_crc32": _checksum(split) for name, split in splits.items() if split},
+    }
+
+
+def without_test(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of data, but for what is known of its test images."""
+    return {field: value for field, value in facts.items() if field not in ("test", "test_crc32")}
+
+
+def _checksum(split: Split) -> int:
+    labels = zlib.crc32(np.ascontiguousarray(split.labels).data)
+    return zlib.crc32(np.ascontiguousarray(split.images).data, labels)
+
+
+def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
+    """All checksums of what a run rests on: `data_facts` and `graph_facts`."""
+    return {"data_facts": data_facts(dataset), **graph_facts(graph)}
+
+
+def graph_facts(graph: ktg.Graph) -> dict[str, Any]:
+    """Checksums of weights, priors and projections, which must be the same, too.
+
+    Networks that are trained alone first are told by the run itself, and have none.
+
+    Raises:
+        InputError: a file or a folder that cannot be read.
+    """
+    checksums: dict[str, dict[str, Any]] = {}
+    index = {str(node.name): i for i, node in enumerate(graph.nodes)}
+    for name, field, path in graph_files(graph):
+        with part_of(f"nodes[{index[name]}].{field}"):
+            checksums.setdefault(f"{field}_facts", {})[name] = _CHECKSUMS[field](path)
+    return checksums
+
+
+def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
+    """The files that nodes are made from: the node's name, its field, and the path."""
+    return [
+        (str(node.name), field, path)
+        for node in graph.nodes
+        for field in _CHECKSUMS
+        if (path := getattr(node, field)) not in (None, PRETRAINED)
+    ]
+
+
+def weights_checksum(source: str) -> int:
+    """Of a node's weights; arguments and errors as of `load_weights`."""
+    weights = load_weights(source)
+    return digest(weights.params | weights.model_state)
+
+
+_CHECKSUMS: dict[str, Callable[[str], Any]] = {
+    "weights": weights_checksum,
+    "prior": lambda path: about_prior(path)["checksum"],
+    "projection": readers_checksum,
+}
+"""Of the fields of a node that are paths."""

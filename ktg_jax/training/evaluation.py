@@ -1,0 +1,166 @@
+"""Evaluation: every node and their ensemble on all images, in batches of sums.
+
+`eval_step` is the reference; `make_evaluator` compiles it for a whole graph.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ktg_jax.losses import checked_labels, cross_entropy, is_correct
+from ktg_jax.models.network import NodeFns
+from ktg_jax.models.pixels import to_float
+from ktg_jax.models.returned import check_for_labels, errors_of
+from ktg_jax.training.batches import Arrays
+from ktg_jax.training.parallel import Parallel
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.step import Metrics, node_forward
+
+Means = dict[str, np.ndarray]
+"""Float64 on the host: `loss` `[N]`, `accuracy` `[N]`, and of the summed logits `ensemble_loss` and
+`ensemble_accuracy`, `[]`."""
+
+Evaluator = Callable[[GraphState, Arrays], Means]
+
+
+def eval_step(
+    state: GraphState,
+    images: jax.Array,
+    labels: ArrayLike,
+    mask: jax.Array | None = None,
+    *,
+    node_fns: Sequence[NodeFns],
+) -> Metrics:
+    """Evaluates every node and their ensemble on a batch, with stored statistics. Pure.
+
+    Args:
+        state: from `init_state` or `train_step`.
+        images: float `[B, H, W, C]`, as for `node_forward`.
+        labels: int `[B]`.
+        mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
+            all.
+        node_fns: one a node.
+
+    Returns:
+        Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
+        `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
+        logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
+        losses are NaN where a label that counts is no class.
+
+    Raises:
+        InputError: images that are no floats.
+
+    >>> import ktg_jax as ktg
+    >>> graph, images = ktg.graphs.mutual(["cnn", "cnn"]), jnp.ones((4, 8, 8, 1))
+    >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
+    >>> state = ktg.init_state(graph, node_fns, ktg.sgd(), jax.random.key(0), images)
+    >>> mask = jnp.array([True, True, True, False])
+    >>> float(eval_step(state, images, jnp.arange(4), mask, node_fns=node_fns)["count"])
+    3.0
+    """
+    logits: list[Any] = []
+    nodes = zip(node_fns, state.params, state.model_state, strict=True)
+    for i, (fns, params, model_state) in enumerate(nodes):
+        with errors_of(f"node {i}"):
+            output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
+            check_for_labels(output, labels)
+        logits.append(output)
+    return eval_sums(logits, labels, mask)
+
+
+def eval_sums(
+    logits: ArrayLike | Sequence[ArrayLike], labels: ArrayLike, mask: ArrayLike | None = None
+) -> Metrics:
+    """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
+
+    >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
+    >>> sums = eval_sums(logits, jnp.array([0]))
+    >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
+    ([1.0, 0.0], 1.0)
+    """
+    each = logits if isinstance(logits, list | tuple) else jnp.asarray(logits)
+    stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in each])
+    counts = jnp.ones(stacked.shape[1], jnp.float32)
+    if mask is not None:
+        counts = jnp.asarray(mask, jnp.float32)
+        chex.assert_shape(counts, stacked.shape[1:2])
+        labels = jnp.where(counts > 0, checked_labels(stacked, labels), 0)
+
+    def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
+        return jnp.sum(loss), jnp.sum(is_correct(z, labels).astype(jnp.float32) * counts)
+
+    loss, correct = jax.vmap(sums)(stacked)
+    ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
+    return {
+        "loss": loss,
+        "correct": correct,
+        "ensemble_loss": ensemble_loss,
+        "ensemble_correct": ensemble_correct,
+        "count": jnp.sum(counts),
+    }
+
+
+def evaluation_batch_size(image_shape: Sequence[int], platform: str) -> int:
+    """Images `[H, W, C]` of an evaluation batch: many where memory allows, few in a CPU's caches.
+
+    >>> evaluation_batch_size((32, 32, 3), "cpu"), evaluation_batch_size((32, 32, 3), "gpu")
+    (512, 4096)
+    """
+    pixels = 2**19 if platform == "cpu" else 2**22
+    return min(max(pixels // math.prod(image_shape[:2]), 16), 4096)
+
+
+def make_evaluator(
+    node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
+) -> Evaluator:
+    """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
+
+    Args:
+        node_fns: one a node.
+        parallel: whose devices are used.
+        batch_size: rounded up to a multiple of the number of devices.
+
+    Returns:
+        A function that returns the `Means`.
+    """
+    # Stored statistics need no averaging over devices: jit serves both strategies here.
+    mesh = Parallel("jit", parallel.devices)
+    batch_size = -(-batch_size // len(mesh.devices)) * len(mesh.devices)
+
+    @jax.jit
+    def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
+        position = mesh.shard(start + jnp.arange(batch_size))
+        return eval_step(state, *evaluation_batch(data, position), node_fns=node_fns)
+
+    def evaluate(state: GraphState, data: Arrays) -> Means:
+        starts = range(0, len(data.labels), batch_size)
+        return means_of([evaluate_batch(state, data, start) for start in starts])
+
+    return evaluate
+
+
+def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
+
+    >>> data = Arrays(jnp.zeros((3, 1, 1, 1), jnp.uint8), jnp.array([5, 6, 7]))
+    >>> _, labels, mask = evaluation_batch(data, jnp.array([2, 3]))
+    >>> labels.tolist(), mask.tolist()
+    ([7, 7], [True, False])
+    """
+    index = jnp.minimum(position, len(data.labels) - 1)
+    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
+
+
+def means_of(batches: Sequence[Metrics]) -> Means:
+    """Means over all samples, float64 on the host, from each batch's sums by `eval_step`."""
+    sums = jax.device_get(batches)
+    total = {key: np.sum([batch[key] for batch in sums], 0, np.float64) for key in sums[0]}
+    count = total.pop("count")
+    return {key.replace("correct", "accuracy"): np.asarray(total[key] / count) for key in total}
