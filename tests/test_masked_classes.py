@@ -193,6 +193,7 @@ def test_correct_makes_nothing_of_an_infinite_loss_where_the_sender_is_wrong() -
     assert ktg.edge_losses(logits, right, gates, 0.5)[0, 1] == INF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["tc", "lc", "rc"])
 def test_a_cut_edge_from_a_network_with_other_classes_is_as_good_as_none(row: str) -> None:
     logits, labels = np.stack([RECEIVER, WIDE]), np.array([2, 0])

@@ -56,6 +56,7 @@ def all_graphs(space: SearchSpace) -> Iterator[Graph]:
                 yield Graph((Node(space.target), *map(Node, models)), rows, temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES, ids=name_of)
 def test_sizes_are_what_enumeration_counts(space: SearchSpace) -> None:
     graphs = list(all_graphs(space))

@@ -626,6 +626,7 @@ def trained(strategy: str, devices: int, calls: int, attention: float = 40.0) ->
     return jax.device_get((state.params, metrics["edge_losses"].reshape(-1, 2, 2)[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [("jit", 2, 2), ("pmap", 2, 4)], ids=str)
 def test_devices_and_calls_make_no_difference(how: tuple[str, int, int]) -> None:
     expected = trained("jit", 1, 4)

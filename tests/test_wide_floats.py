@@ -98,6 +98,7 @@ def test_batch_normalisation_keeps_float32_statistics(dtype: Any) -> None:
 # --- losses
 
 
+@pytest.mark.slow
 def test_float64_logits_have_float32_losses_and_float64_gradients() -> None:
     logits = jnp.asarray(RNG.standard_normal((2, 5, 3)))
     labels, gates = np.arange(5) % 3, np.array([[0, 2], [3, 4]])
@@ -184,6 +185,7 @@ def two_steps(engine: str) -> Any:
     return jax.device_get((state, seen, sums))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "per_node"])
 @pytest.mark.parametrize("name", ["onednn", "xla"])
 def test_a_graph_trains_the_same(engine: str, name: str) -> None:
@@ -195,6 +197,7 @@ def test_a_graph_trains_the_same(engine: str, name: str) -> None:
     chex.assert_trees_all_close(wide, narrow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_is_evaluated(tmp_path: Path) -> None:
     options: dict[str, Any] = {"models": ("tiny", "dropping"), "epochs": 2}
     train(tmp_path / "whole", **options)

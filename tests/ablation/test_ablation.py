@@ -102,6 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_costs_no_results(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_controls_are_arms_that_come_before() -> None:
 # --- runs
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
     results = results_in(whole)
     assert results["seeds"] == [0, 1]
@@ -197,6 +199,7 @@ def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
         np.testing.assert_allclose(found["difference"], difference.mean(), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_all_arms_can_be_run_with_several_students(tmp_path: Path) -> None:
     short = {"seeds": 1, "epochs": 1, "fit_steps": 2, "arms": ()}
     said = ablate(tmp_path / "study", students=("staged", "staged_wide"), **short)
@@ -213,6 +216,7 @@ def test_all_arms_can_be_run_with_several_students(tmp_path: Path) -> None:
         assert tuple(kernel.shape[-1] for kernel in prior.kernels) == widths
 
 
+@pytest.mark.slow
 def test_each_seed_has_its_prior_and_arms_share_it(whole: Path) -> None:
     priors = [load_prior(whole / "priors" / f"fit-{seed}" / "prior") for seed in (0, 1)]
     assert not np.allclose(priors[0].kernels[0], priors[1].kernels[0])
@@ -222,6 +226,7 @@ def test_each_seed_has_its_prior_and_arms_share_it(whole: Path) -> None:
         assert node.prior == str(whole / "priors" / "fit-1" / "prior")
 
 
+@pytest.mark.slow
 def test_a_study_that_was_stopped_and_extended_has_the_runs_of_another(
     whole: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +235,7 @@ def test_a_study_that_was_stopped_and_extended_has_the_runs_of_another(
     assert_same_end(tmp_path / "study" / "staged" / path, whole / path)
 
 
+@pytest.mark.slow
 def test_a_finished_study_trains_nothing(whole: Path) -> None:
     before = times(whole)
     said = ablate(whole.parent)
@@ -238,6 +244,7 @@ def test_a_finished_study_trains_nothing(whole: Path) -> None:
     assert times(whole) == before
 
 
+@pytest.mark.slow
 def test_a_study_that_was_moved_has_its_priors_with_it(whole: Path, tmp_path: Path) -> None:
     study = tmp_path / "moved"
     shutil.copytree(whole.parent, study)
@@ -252,6 +259,7 @@ def test_a_study_that_was_moved_has_its_priors_with_it(whole: Path, tmp_path: Pa
         assert ours["accuracies"] == theirs["accuracies"]
 
 
+@pytest.mark.slow
 def test_tables_and_curves_are_written(whole: Path) -> None:
     with Image.open(whole / "curves.png") as picture:
         picture.load()
@@ -345,6 +353,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_study_is_refused(whole: Path) -> None:
     ended = in_process(ablation.main, *options(small(whole.parent, prior_weight=3.0)))
     assert ended.code == 2

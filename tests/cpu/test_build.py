@@ -235,6 +235,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return cache, ended
 
 
+@pytest.mark.slow
 def test_the_command_builds_and_says_what_is_used(built: tuple[Path, Ended]) -> None:
     cache, ended = built
     assert (ended.code, ended.err) == (0, "")

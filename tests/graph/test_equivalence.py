@@ -106,6 +106,7 @@ def test_a_canonical_graph_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_equivalent_graphs_have_one_canonical_graph() -> None:
     rng = np.random.default_rng(0)
     for _ in range(400):

@@ -52,6 +52,7 @@ def fitted(teacher: ktg.NodeFns = WATCHING, factor: float = 1.0, **changes: Any)
     return aggregate_prior(teacher, jnp.asarray(factor), {}, kernels, *data, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [("resnet8", "wrn10_2"), ("wrn10_2", "resnet8")])
 def test_priors_of_built_in_pairs(pair: tuple[str, str]) -> None:
     teacher, student = (ktg.build_model(name, 4) for name in pair)
@@ -84,6 +85,7 @@ def test_priors_of_built_in_pairs(pair: tuple[str, str]) -> None:
     assert (last["loss"] < 0.7 * first["loss"]).all()
 
 
+@pytest.mark.slow
 def test_the_kernels_learn_to_tell_patterns_apart() -> None:
     prior, shorter = fitted(steps=150), fitted()
     assert prior.accuracy is not None

@@ -322,6 +322,7 @@ def engines(optimizer: optax.GradientTransformation) -> list[Engine]:
     ]
 
 
+@pytest.mark.slow
 def test_engines_train_with_priors_and_record_their_distance() -> None:
     optimizer, key = ktg.sgd(0.1), jax.random.key(1)
     ends, records = [], []
@@ -342,6 +343,7 @@ def test_engines_train_with_priors_and_record_their_distance() -> None:
         np.testing.assert_allclose(ours, other["nodes"][0]["prior_distance"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_several_updates_in_one_call_are_the_same() -> None:
     def train(steps_per_call: int) -> Any:
         task = Task((STAGED,), SGD, Batches(32, 8), (8, 8, 1), total_steps=4)
@@ -355,6 +357,7 @@ def test_several_updates_in_one_call_are_the_same() -> None:
     chex.assert_trees_all_close(train(1), train(2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_pmap_a_prior_acts_as_on_one_device() -> None:
     ends = []
     for devices in (DEVICES[:1], DEVICES[:2]):

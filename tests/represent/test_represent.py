@@ -35,6 +35,8 @@ from experiments.represent.measures import prior_gradients, share_kept, singular
 from ktg_jax.priors import about_prior, fit_readers, layer_prior, load_prior, svd_prior
 from ktg_jax.training.warm_start import load_weights
 
+pytestmark = pytest.mark.slow
+
 PATHS = ("stage1_conv.kernel", "stage2_conv.kernel")
 SMALL: dict[str, Any] = {
     "student": "staged",

@@ -258,6 +258,7 @@ def test_other_data_than_the_runs_is_refused(tmp_path: Path) -> None:
         assert ended.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_without_a_readable_checkpoint_fails_with_one_line(run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(run, workdir)

@@ -13,6 +13,8 @@ from runs import assert_same_end, end_of, finished, options, small, start, train
 from ktg_jax.io.files import naming, write_text
 from ktg_jax.training.checkpoint import read_nodes
 
+pytestmark = pytest.mark.slow
+
 LONG: dict[str, Any] = {"models": ("cnn", "tiny"), "epochs": 30}
 SMALLER_THAN_A_CHECKPOINT = 50_000  # bytes, and more than any other file has
 

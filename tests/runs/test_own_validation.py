@@ -19,7 +19,10 @@ from ktg_jax.errors import InputError
 SIZES = {"train": 64, "val": 24, "test": 12}
 RUN: dict[str, Any] = {"train_limit": None, "epochs": 2}
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def test_two_folders_of_like_names_are_kept_apart(tmp_path: Path) -> None:
     assert read_nodes(tmp_path / "a/b")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_with_brackets_is_a_run_as_any_other(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ from runs import own_cache, result, train
 
 from experiments.runs.workdir import Workdir
 
+pytestmark = pytest.mark.slow
+
 DISTILLATION: dict[str, Any] = {
     "graph": "distillation",
     "models": ("tiny", "tiny"),

@@ -32,6 +32,8 @@ from experiments.runs.workdir import Workdir
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.priors import PRIOR_FILE, normalised, stage_kernels
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 4
 DIGITS: dict[str, Any] = {"student": "staged", "num_classes": 10, "image_shape": (8, 8, 1)}
 PRIOR: dict[str, Any] = {"prior_weight": 5.0, "prior_quantile": 0.5, "prior_matching": "none"}

@@ -171,6 +171,7 @@ def test_without_validation_there_is_no_best_epoch(tmp_path: Path) -> None:
     assert kept == {"3", "4"}
 
 
+@pytest.mark.slow
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_model_that_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_pmap_and_jit_agree(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     train(tmp_path / "run", parallel="pmap")
     under_jit = finished(tmp_path_factory, "tiny")
@@ -251,6 +253,7 @@ def test_imported_modules_can_register_models(
 # --- engines and the process
 
 
+@pytest.mark.slow
 def test_the_engines_train_alike(tmp_path: Path) -> None:
     said = {
         engine: train(tmp_path / engine, engine=engine, steps_per_call=calls)
@@ -286,6 +289,7 @@ def test_what_an_engine_or_process_cannot_do_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_unless_they_should_not_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +374,7 @@ def test_without_tensorboardx_the_error_names_the_extra(
 # --- teachers
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_stays_what_it_was(tmp_path: Path) -> None:
     teacher = {"graph": "independent", "models": ("cnn",), "epochs": 1}
     train(tmp_path / "teacher", **teacher)
@@ -393,6 +398,7 @@ def test_a_frozen_teacher_stays_what_it_was(tmp_path: Path) -> None:
         assert record["nodes"][0]["edge_losses"][1] > 0
 
 
+@pytest.mark.slow
 def test_weights_come_from_runs_their_nodes_and_files(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -484,6 +490,7 @@ def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) ->
     assert graph.edges[0][1].losses == {"attention": 1000.0}
 
 
+@pytest.mark.slow
 def test_the_engines_train_alike_on_stages(attentive: Path, tmp_path: Path) -> None:
     changes = distilling(attentive, ATTENTIVE)
     train(tmp_path / "run", engine="fused", steps_per_call=3, **changes)

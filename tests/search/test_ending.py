@@ -17,7 +17,10 @@ import experiments.search.command
 from experiments.search.config import SearchConfig
 from experiments.search.folder import load_search
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 
 @pytest.fixture(scope="module")

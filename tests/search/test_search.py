@@ -30,7 +30,10 @@ from experiments.search.storage import open_storage
 from experiments.search.study import records
 from ktg_jax.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 SECONDS = 120
 

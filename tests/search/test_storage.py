@@ -95,6 +95,7 @@ def is_given_up(study: Any, storage: Storage) -> bool:
     return study.get_trials(deepcopy=False)[0].state == FAIL
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[..., Any]) -> None:
     started = PROCESSES.Event()
     worker = start(workers.train_forever, url, started)
@@ -118,6 +119,7 @@ def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[...
     assert study.trials[2].params != killed.params  # once was enough
 
 
+@pytest.mark.slow
 def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> None:
     storage = open_storage(url)
     study = workers.study_of(url, storage)

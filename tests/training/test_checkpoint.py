@@ -92,6 +92,7 @@ def test_a_state_may_be_deleted_as_soon_as_save_returns(folder: Path) -> None:
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_random_streams_of_nnx_modules_go_on_where_they_were(folder: Path) -> None:
     fns = dropping(10)
     graph = ktg.graphs.independent(["dropping"])
@@ -255,6 +256,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_read(
     assert (copied.parent / "damaged-checkpoint-4" / item).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_no_damage_to_any_file_gives_other_values_or_another_error(
     three_saved: Path, tmp_path: Path, damage: Callable[[Path], None]

@@ -255,6 +255,7 @@ def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
     assert int(ours[0].step) == 4
 
 
+@pytest.mark.slow
 def test_several_steps_a_call_are_the_same_steps() -> None:
     graph, optimizer = ktg.graphs.mutual(["tiny", "tiny"]), optax.sgd(0.1, momentum=0.9)
     variables = [random_variables(TINY, DATA.images, i) for i in (1, 2)]

@@ -313,6 +313,7 @@ def fused_result(case: Case) -> tuple[GraphState, list[Any], Any, list[str]]:
     return trained(fused(Parallel("jit", DEVICES[:2]), case), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_the_engines_agree(num_devices: int, case: Case, fused_result: Any) -> None:
     engine = by_node(num_devices, case)
@@ -330,6 +331,7 @@ def test_the_engines_agree(num_devices: int, case: Case, fused_result: Any) -> N
     chex.assert_trees_all_close(means, plain, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fused_step_is_compiled_once(fused_result: Any) -> None:
     assert fused_result[3] == []
     assert fused(Parallel("pmap", DEVICES[:2]), Case()).summary == "2 x cpu (pmap)"

@@ -213,6 +213,7 @@ def trained(engine_name: str, steps_per_call: int = 1) -> ktg.GraphState:
     return jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_both_engines_draw_the_same() -> None:
     with compiled_once():
         fused, per_node = trained("fused"), trained("per_node")
