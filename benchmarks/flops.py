@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Of the forward pass for one image; taps in the padding count as the others."""
+        """Those of the forward pass for one image; taps in the padding count as the others."""
         return math.prod(self.output) * math.prod(self.kernel[:-1])
 
 

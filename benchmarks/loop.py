@@ -37,11 +37,11 @@ class Job:
 
     Attributes:
         data: name of the data set; `random`: an npz file of as many random images as there are.
-        models: of the nodes.
+        models: the models of the nodes.
         image_shape: height, width and channels.
-        epochs: of `experiments.train`; the first, which compiles, does not count.
-        images: of the random data set.
-        steps: of the bare loop in its turn.
+        epochs: the epochs of `experiments.train`; the first, which compiles, does not count.
+        images: how many the random data set has.
+        steps: how many the bare loop makes in its turn.
     """
 
     data: str
@@ -85,10 +85,10 @@ def measure(
     """Measures all cases, writes and prints the figures, and returns them.
 
     Args:
-        options: of the command line.
+        options: the options of the command line.
         console: where to.
         jobs: to measure in place of those that the options imply.
-        start_options: of `experiments.train`, for another job than the default one to be started.
+        start_options: options of `experiments.train`, to start another job than the default one.
 
     Raises:
         InputError: bad input, found before anything is computed.

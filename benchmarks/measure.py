@@ -90,7 +90,7 @@ class Worker:
 
     Attributes:
         task: what it runs.
-        losses: of its first step.
+        losses: the losses of its first step.
         figures: what it took to get ready, in seconds; `process_s` is all of it, from the start of
             the process.
 
@@ -203,7 +203,7 @@ def start_all(
 
     Args:
         stack: ends them.
-        tasks: of different implementations; the first must be available.
+        tasks: the tasks of different implementations; the first must be available.
         left_out: called with a line for each that is not available; may raise.
 
     Raises:

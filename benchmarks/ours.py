@@ -66,7 +66,7 @@ class JaxSession:
 
     @property
     def losses(self) -> list[float]:
-        """Of the nodes, in the last step."""
+        """The nodes' losses in the last step."""
         return np.asarray(self._metrics["loss"]).tolist()
 
     def step(self) -> float:

@@ -98,7 +98,7 @@ class PlainTrainer:
     """Trains whole graphs, each with a program of its own.
 
     Args:
-        config: of the training; its graph does not count.
+        config: the configuration of the training; its graph does not count.
         dataset: with validation images.
     """
 

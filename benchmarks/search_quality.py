@@ -122,9 +122,9 @@ def search_until(config: SearchConfig, budget: float, trainer: SharedTrainer) ->
     """Searches until so many node-epochs are spent, or the space has no other graph.
 
     Args:
-        config: of the search; its number of trials does not count.
+        config: the configuration of the search; its number of trials does not count.
         budget: node-epochs.
-        trainer: of all searches.
+        trainer: the trainer of all searches.
 
     Returns:
         The trials, the last of which may begin beyond the budget.
@@ -160,8 +160,9 @@ def quality(
     """Searches with every method and every seed.
 
     Args:
-        config: of the searches; sampler, pruner and the sampler's seed are set here.
-        seeds: of the samplers; each method has one search for each.
+        config: the configuration of the searches; sampler, pruner and the sampler's seed are set
+            here.
+        seeds: the seeds of the samplers; each method has one search for each.
         budgets: node-epochs; all searches go on to the largest.
         begin: called with a few words as each search begins.
 

@@ -43,7 +43,7 @@ def throughput(arguments: Sequence[str], rounds: int, with_warm: bool) -> list[F
     pre-trained networks; the native operations are built, and the data prepared, before.
 
     Args:
-        arguments: of `experiments.search`: the space, the data, the training, `--trials`.
+        arguments: for `experiments.search`: the space, the data, the training, `--trials`.
         rounds: turns of each side.
         with_warm: after each of our searches make it again, with what it compiled, but without
             what it pre-trained.

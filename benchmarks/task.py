@@ -60,7 +60,7 @@ class Task:
     implementation: str
     """Name in `IMPLEMENTATIONS`."""
     models: tuple[str, ...]
-    """Of the nodes."""
+    """The nodes' models."""
     threads: int = 1
     """CPU cores that the process may use."""
     batch_size: int = 64
@@ -106,7 +106,7 @@ class Session(Protocol):
 
     @property
     def losses(self) -> list[float]:
-        """Of the nodes, in the last step."""
+        """The nodes' losses in the last step."""
 
     def step(self) -> float | None:
         """Makes a step and waits for it; returns the host's own seconds, where they are known."""

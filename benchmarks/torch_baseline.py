@@ -166,7 +166,7 @@ class Trainer:
     Args:
         networks: one a node; their memory becomes channels_last.
         through: as for `graph_losses`; every row has one.
-        learning_rate: of the papers' SGD.
+        learning_rate: the learning rate of the papers' SGD.
         compiled: whether the networks go through `torch.compile`.
     """
 
@@ -225,7 +225,7 @@ class TorchSession:
 
     @property
     def losses(self) -> list[float]:
-        """Of the nodes, in the last step."""
+        """The nodes' losses in the last step."""
         return self._losses.tolist()
 
     def step(self) -> None:

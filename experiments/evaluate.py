@@ -60,7 +60,7 @@ class EvaluateConfig:
     split: Literal["test", "val", "train"] = "test"
     """Images to evaluate on."""
     checkpoint: Literal["last", "best"] = "last"
-    """Of the last epoch, or of the target's best on validation."""
+    """The checkpoint of the last epoch, or of the target's best on validation."""
     data: str | None = None
     """npz:FILE or folder:DIR: where data of your own is now (default: where it was in training)."""
     data_dir: str | None = None

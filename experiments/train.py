@@ -63,7 +63,7 @@ def train(
     """Trains, or goes on training, the run that the configuration describes.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         console: where to say what is done.
         dataset: that the configuration describes, where it is loaded already; without test images
             the result has none of their numbers.

@@ -62,7 +62,7 @@ def curves_figure(records: Records, title: str | None) -> Figure:
 
 
 def _part(field: str) -> str:
-    """Of the data: that a field of a record is about."""
+    """The part of the data that a field of a record is about."""
     return field.partition("_")[0]
 
 

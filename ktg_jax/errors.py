@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _MOST_CHARACTERS = 1000
-"""Of a value in a message."""
+"""The most characters of a value that a message shows."""
 
 _MOST_OF_OTHERS = 400
-"""Of an error that others raised."""
+"""The most characters of an error that others raised which a message shows."""
 
 
 class InputError(ValueError):

@@ -41,11 +41,12 @@ class SearchSpace:
         target: the model of node 0.
         candidates: models of the other nodes; may be empty where there are none.
         gates: names of gates.
-        temperatures: of the transfer edges, one a graph.
+        temperatures: the temperatures of the transfer edges, one a graph.
         losses: names of losses of transfer edges, or several with their weights, as of `Edge`; one
             an edge.
-        weights: of transfer edges, one an edge.
-        edge_temperatures: of transfer edges, one an edge, in place of one a graph; none: that one.
+        weights: the weights of transfer edges, one an edge.
+        edge_temperatures: the temperatures of transfer edges, one an edge, in place of one a graph;
+            none: that one.
         allow_large: (not kept) accepts more than 7 nodes, up to 100.
 
     Raises:

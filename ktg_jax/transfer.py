@@ -260,7 +260,7 @@ def mean_of(
 
 
 def _shares(where: jax.Array, axis_name: str | None) -> jax.Array:
-    """Of each sample in a plain mean: 0 of what does not count, else more than 1."""
+    """The weight of each sample in a plain mean: 0 for what does not count, else more than 1."""
     count = jnp.sum(where, dtype=jnp.float32)
     if axis_name is not None:
         count = jax.lax.pmean(count, axis_name)

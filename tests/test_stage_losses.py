@@ -29,7 +29,7 @@ Loss = Callable[..., jax.Array]
 
 
 def gradients_of(loss: Loss, student: jax.Array, teacher: jax.Array) -> Any:
-    """Of a single stage: the loss, and its gradients with respect to both."""
+    """The loss of a single stage, and its gradients with respect to both."""
     value = jax.value_and_grad(lambda s, t: loss([s], [t]), argnums=(0, 1))
     return jax.jit(value)(student, teacher)
 
@@ -463,7 +463,7 @@ def seen(i: int, params: Any, train: bool = True) -> tuple[jax.Array, list[jax.A
 
 @functools.partial(jax.jit, static_argnames=("i", "senders", "frozen"))
 def own_gradient(params: Any, i: int, senders: tuple[int, ...], frozen: Sequence[int] = ()) -> Any:
-    """Of a node that hears its label and, with through gates, these senders; written anew."""
+    """The loss of a node that hears its label and, through open gates, these senders."""
 
     def loss_of(params: Any) -> Any:
         logits, stages = seen(i, params)

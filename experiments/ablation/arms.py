@@ -22,11 +22,11 @@ class Setting:
         student: its model.
         teacher: source of the teacher's weights.
         teacher_model: its model.
-        weight: of priors.
-        schedule: of that weight.
-        temperature: of the distillation.
-        attention_weight: of attention transfer.
-        feature_weight: of feature transfer.
+        weight: the weight of priors.
+        schedule: the schedule of that weight.
+        temperature: the temperature of the distillation.
+        attention_weight: the weight of attention transfer.
+        feature_weight: the weight of feature transfer.
         prior_of: the folder of the prior, by aggregation.
     """
 

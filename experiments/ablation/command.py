@@ -179,10 +179,10 @@ class Study:
     """All arms of one student.
 
     Attributes:
-        config: of the ablation.
+        config: the configuration of the ablation.
         student: its model.
-        teacher: of the priors and of the arms that hear it.
-        kernels: of the student, by aggregation.
+        teacher: the teacher of the priors and of the arms that hear it.
+        kernels: the kernels of the student, by aggregation.
         dataset: for all trainings.
         console: where to say what is done.
     """
@@ -196,7 +196,7 @@ class Study:
 
     @property
     def folder(self) -> AblationFolder:
-        """Of the priors and runs."""
+        """The folder of the priors and runs."""
         return AblationFolder(self.config.folder_of(self.student))
 
     def is_done(self, arm: Arm, seed: int) -> bool:

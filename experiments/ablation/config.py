@@ -25,7 +25,7 @@ from ..runs.options import (
     Training,
     at_least,
     check_seeds,
-    digest,
+    hash_of,
     training_fields,
 )
 from .arms import ARMS, chosen
@@ -44,16 +44,16 @@ class _StudyOptions:
     """With how many seeds, --seed and those after it; arms are paired by seed, and each seed has
     priors of its own."""
     temperature: float = 4.0
-    """Of the distillation."""
+    """Temperature of the distillation."""
     prior_weight: float = 1.0
-    """Of the priors' losses."""
+    """Weight of the priors' losses."""
     prior_schedule: Literal["linear", "constant"] = "linear"
     """linear: their weights fall to 0 over the training; constant: they stay. The arm `schedule`
     has the other one."""
     attention_weight: float = 1000.0
-    """Of attention transfer."""
+    """Weight of attention transfer."""
     feature_weight: float = 1.0
-    """Of feature transfer."""
+    """Weight of feature transfer."""
 
 
 GROUPS = {
@@ -94,11 +94,11 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
 
     @property
     def folder(self) -> Path:
-        """Of the study; absolute, for graphs name their priors by path."""
+        """The study's folder; absolute, for graphs name their priors by path."""
         return Path(os.path.expanduser(self.workdir or ".")).absolute()
 
     def folder_of(self, student: str) -> Path:
-        """Of the runs of one student."""
+        """The folder of the runs of one student."""
         return self.folder / student
 
     @property
@@ -169,6 +169,9 @@ def default_workdir(config: AblationConfig, facts: Mapping[str, Any]) -> Path:
     fields = resolved(config)
     data = {field: value for field, value in facts.items() if field == "data_facts"}
     teacher = {"teacher": facts.get("teacher")}
-    keys = (digest(identity(fields | data) | teacher), digest(fields | {"teacher": config.teacher}))
+    keys = (
+        hash_of(identity(fields | data) | teacher),
+        hash_of(fields | {"teacher": config.teacher}),
+    )
     name = f"ablation-{data_kind(config.data)}"
     return place_of("runs", name, fields | data, keys, inner=config.students[0])

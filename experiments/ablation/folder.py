@@ -15,7 +15,7 @@ class AblationFolder(Folder):
     seeds that all arms are done with.
 
     Args:
-        path: of the folder; need not exist.
+        path: the path of the folder; need not exist.
     """
 
     holds = "an ablation"

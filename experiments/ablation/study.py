@@ -28,7 +28,7 @@ def results_of(arms: Sequence[Arm], runs: Runs, seeds: Sequence[int]) -> Record:
     Args:
         arms: that were run.
         runs: finished, of each arm.
-        seeds: of the runs, in their order.
+        seeds: the seeds of the runs, in their order.
 
     Returns:
         As `comparison.compare` returns it, the accuracies being those on the test images after the

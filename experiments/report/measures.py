@@ -39,7 +39,7 @@ class Summary:
         node_epochs: compute spent.
         whole: node-epochs of training every graph of a complete or pruned trial whole, all its
             nodes for all epochs; failed trials are left out, though what they cost was spent.
-        epochs: of a trial that is not pruned; None: not known yet.
+        epochs: the epochs of a trial that is not pruned; None: not known yet.
         seconds: spent by all workers together.
     """
 

@@ -47,7 +47,7 @@ def write_report(study: StudyRecord, path: str | os.PathLike[str]) -> Path:
 
     Args:
         study: the search, finished or not.
-        path: of the file to write.
+        path: the path of the file to write.
 
     Returns:
         `path`.

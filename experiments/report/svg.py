@@ -18,7 +18,7 @@ def inline(
 
     Args:
         svg: content of the file.
-        prefix: of every id, so that no two pictures of a page share one.
+        prefix: the prefix of every id, so that no two pictures of a page share one.
         label: what the picture shows, for those who cannot see it.
         tooltips: by the id of a group, the text for each of its paths, in order.
 

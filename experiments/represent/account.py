@@ -35,7 +35,7 @@ class Account:
         prior: matched to the student.
         teacher: the last convolution of each of the teacher's stages; None: not known.
         before: the student's kernels as they are drawn from the seed, without the prior.
-        quantile: of the sparse recoding penalty.
+        quantile: the quantile of the sparse recoding penalty.
     """
 
     prior: Prior
@@ -49,7 +49,7 @@ class Account:
         Of a prior of all layers they are `layer<g>-...`.
 
         Args:
-            folder: of the pictures.
+            folder: the folder of the pictures.
             after: the student's kernels when it is trained; None: it is not yet.
         """
         moment = "before" if after is None else "after"

@@ -82,11 +82,11 @@ def make_prior(
     """Makes the prior in its folder, unless it is there; an interrupted fit begins anew.
 
     Args:
-        folder: of the prior.
+        folder: the folder of the prior.
         fields: as `prior_fields` returns them.
         config: how it is made.
         teacher: from whose parameters.
-        kernels: of the student.
+        kernels: the kernels of the student.
         dataset: that it is fitted on.
         console: where to say what is done.
 

@@ -19,7 +19,7 @@ from ..runs.options import (
     DATA_AND_TRAINING,
     Training,
     check_training,
-    digest,
+    hash_of,
     training_fields,
 )
 from .folder import PRIOR
@@ -44,8 +44,8 @@ class _PriorOptions:
     cluster: the teacher's own kernels, stage by stage, reduced by truncated SVD or by clustering;
     layers: no aggregation, one of the teacher's layers for each of the student's, by SVD."""
     prior_weight: float = 1.0
-    """Of the prior's loss beside the cross-entropy; 0: the prior only says how the student begins,
-    with --prior-matching initialise."""
+    """Weight of the prior's loss beside the cross-entropy; 0: the prior only says how the student
+    begins, with --prior-matching initialise."""
     prior_quantile: float = 0.7
     """Share of the prior's gradient, the smallest entries, that is cut off; 0 to 1."""
     prior_schedule: Literal["linear", "constant"] = "linear"
@@ -101,7 +101,7 @@ class RepresentConfig(  # the last's fields come first
 
     @property
     def folder(self) -> Path:
-        """Of the run; absolute, for a graph names its prior by its path."""
+        """The run's folder; absolute, for a graph names its prior by its path."""
         return Path(os.path.expanduser(self.workdir or ".")).absolute()
 
     @property
@@ -174,6 +174,6 @@ def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
     for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache"):
         del fields[field]
     name = f"represent-{data_kind(config.data)}-{config.student}"
-    keys = (digest(identity({**fields, **facts})), digest(fields))
+    keys = (hash_of(identity({**fields, **facts})), hash_of(fields))
     data = {field: value for field, value in facts.items() if field == "data_facts"}
     return place_of("runs", name, resolved(config.training(), config.graph()) | data, keys)

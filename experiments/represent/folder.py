@@ -21,7 +21,7 @@ class PriorFolder(Folder):
     the prior is finished.
 
     Args:
-        path: of the folder; need not exist.
+        path: the path of the folder; need not exist.
     """
 
     holds = "a prior"
@@ -46,7 +46,7 @@ class StudentFolder(Workdir):
 
     @property
     def prior(self) -> PriorFolder:
-        """Of the prior that was made here."""
+        """The folder of the prior that was made here."""
         return PriorFolder(self.path / PRIOR)
 
     @property

@@ -50,7 +50,7 @@ def share_kept(gradient: ArrayLike, quantile: float) -> float | None:
 
     Args:
         gradient: float `[...]`.
-        quantile: of the penalty, in [0, 1].
+        quantile: the quantile of the penalty, in [0, 1].
 
     Returns:
         In [0, 1]; None for a gradient of zeros, of which nothing can be kept.

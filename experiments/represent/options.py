@@ -40,7 +40,7 @@ class FitOptions:
     fit_steps: int = 1000
     """Updates, with --aggregation fit."""
     fit_learning_rate: float = 0.01
-    """Of the fit's optimiser, AdamW; down to 0 along a cosine."""
+    """Learning rate of the fit's optimiser, AdamW; down to 0 along a cosine."""
     fit_weight_decay: float = 1.0
     """Decoupled weight decay of that optimiser. Of the random start it leaves the share
     exp(-decay x rate x steps / 2), by default less than a hundredth; without it nearly all."""

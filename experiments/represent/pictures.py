@@ -33,8 +33,8 @@ def draw_stage(
         path: file to write, `.svg` or `.png`.
         title: text above the picture.
         kernels: float `[h, w, in, out]` by what they are, one of `LOOKS`.
-        gradients: of the prior's distance, by the kernel that they are taken at.
-        quantile: of the sparse recoding penalty.
+        gradients: the gradients of the prior's distance, by the kernel that they are taken at.
+        quantile: the quantile of the sparse recoding penalty.
     """
     with style():
         figure = Figure(figsize=(7, 2.8), layout="constrained")

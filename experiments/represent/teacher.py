@@ -44,7 +44,7 @@ class Teacher:
     Attributes:
         source: the folder of its run, or one node of it.
         model: its name.
-        checksum: of its weights.
+        checksum: the checksum of its weights.
         fns: its functions.
         params: its parameters.
         model_state: its model state.
@@ -103,9 +103,9 @@ def load_teacher(source: str, kernels: KernelShapes, dataset: Dataset, how: str)
 
     Args:
         source: folder of the run, or `DIR:node`.
-        kernels: of the student.
+        kernels: the kernels of the student.
         dataset: that the prior is fitted on.
-        how: of `--aggregation`.
+        how: the value of `--aggregation`.
 
     Raises:
         InputError: a run on other data, a checkpoint that cannot be read, or other stages.
@@ -159,10 +159,10 @@ def check_stages(model: str, kernels: KernelShapes, dataset: Dataset, how: str) 
 
     Args:
         model: the teacher's.
-        kernels: of the student.
+        kernels: the kernels of the student.
         dataset: that both are for.
-        how: of `--aggregation`: `fit` needs the stages' outputs, others their convolutions, and
-            `layers` has several kernels in a stage.
+        how: the value of `--aggregation`: `fit` needs the stages' outputs, others their
+            convolutions, and `layers` has several kernels in a stage.
     """
     fns = ktg.build_model(model, dataset.num_classes)
     params, model_state = _shapes(fns, dataset)

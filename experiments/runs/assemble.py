@@ -38,11 +38,11 @@ class Run:
     """Everything that training needs.
 
     Attributes:
-        graph: of the networks.
+        graph: the graph of the networks.
         node_fns: one a node.
         state: the initial state, pre-trained weights and priors included.
         engine: which trains and evaluates, on which devices.
-        step: of the engine.
+        step: the step of the engine.
         val: validation images as the engine has them, or None.
         test: test images likewise, or None.
         epochs: passes over the training images.
@@ -116,10 +116,10 @@ def assemble(
     """Builds the run, on these devices (default: all of this process's).
 
     Args:
-        config: of the run, checked.
+        config: the configuration of the run, checked.
         graph: whose networks were found fit for the data, as by `check_networks`.
         dataset: to train on.
-        devices: of one kind.
+        devices: all of one kind.
 
     Raises:
         InputError: weights or a prior that does not fit, a batch larger than the data, or what the

@@ -13,7 +13,7 @@ import ktg_jax.models
 from .command_line import Command
 from .folder import place_of
 from .identity import data_kind, identity, without_facts
-from .options import DATA_AND_TRAINING, Training, at_least, check_training, digest
+from .options import DATA_AND_TRAINING, Training, at_least, check_training, hash_of
 
 MOST_CPU_DEVICES = 1024
 
@@ -110,9 +110,9 @@ def default_workdir(config: TrainConfig, fields: Mapping[str, Any]) -> Path:
     """A folder's name from what determines the run: checksums in the place of paths.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         fields: `resolved`, with the checksums of all that has a path.
     """
     name = Path(config.graph).stem.replace(":", "-")
-    keys = (digest(identity(fields)), digest(without_facts(fields)))
+    keys = (hash_of(identity(fields)), hash_of(without_facts(fields)))
     return place_of("runs", f"{data_kind(config.data)}-{name}", fields, keys)

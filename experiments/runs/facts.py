@@ -75,7 +75,7 @@ def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
 
 
 def weights_checksum(source: str) -> int:
-    """Of a node's weights; arguments and errors as of `load_weights`."""
+    """The checksum of a node's weights; arguments and errors are those of `load_weights`."""
     weights = load_weights(source)
     return digest(weights.params | weights.model_state)
 
@@ -85,4 +85,4 @@ _CHECKSUMS: dict[str, Callable[[str], Any]] = {
     "prior": lambda path: about_prior(path)["checksum"],
     "projection": readers_checksum,
 }
-"""Of the fields of a node that are paths."""
+"""How a checksum is made of each field of a node that is a path."""

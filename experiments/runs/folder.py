@@ -32,7 +32,7 @@ class Folder:
     only reads takes no lock and writes nothing.
 
     Args:
-        path: of the folder; need not exist.
+        path: the path of the folder; need not exist.
     """
 
     holds: ClassVar[str]

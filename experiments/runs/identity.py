@@ -93,7 +93,7 @@ def _replaced(
     """The fields with other values for the paths of what `known` has checksums of.
 
     Args:
-        fields: of a run, a search or a prior.
+        fields: the fields of a run, a search or a prior.
         known: fields with checksums.
         of_data: gives the value for a user's own data.
         of_node: gives, from the checksum, the value for a path of a graph's node.

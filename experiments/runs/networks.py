@@ -66,7 +66,7 @@ def check_models(
     """Raises InputError unless these models can be trained on the data; computes nothing.
 
     Args:
-        config: of their training.
+        config: the configuration of their training.
         models: their names, by what an error calls each.
         dataset: to train on.
         devices: to train on (default: all of this process's).

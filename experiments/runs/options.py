@@ -12,17 +12,17 @@ from typing import Annotated, Any, Literal
 from ktg_jax.errors import InputError, in_a_line
 
 MOST = 2**31 - 1
-"""Of whatever is counted: steps are 32-bit integers."""
+"""The largest number of whatever is counted: steps are 32-bit integers."""
 
 MOST_SEED = 2**32 - 1
-"""Of a larger one JAX takes the last 32 bits: it would be another seed without a word."""
+"""The largest seed: JAX takes the last 32 bits of a larger one, which would be another seed."""
 
 MOST_SEEDS = 1000
-"""Of one command."""
+"""The most seeds of one command."""
 
 MOST_IMAGE_SIZE = 4096
 MOST_RATE = 1e30
-"""Of learning and decay, which are float32."""
+"""The largest rate of learning and decay, which are float32."""
 DATA_AND_TRAINING = {"data": "data", "training": "epochs"}
 """The groups of the options of `Training`, by their first fields."""
 
@@ -112,7 +112,7 @@ def check_seeds(first: int, number: int) -> None:
         raise InputError("seed", first, allowed)
 
 
-def digest(fields: Mapping[str, Any], length: int = 8) -> str:
+def hash_of(fields: Mapping[str, Any], length: int = 8) -> str:
     """So many hexadecimal digits that are the same for the same JSON fields."""
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]

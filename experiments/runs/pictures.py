@@ -19,7 +19,7 @@ def drawn(console: Console, path: Path, draw: Callable[[], None]) -> bool:
 
     Args:
         console: where to say it.
-        path: of the picture, or of the folder of pictures.
+        path: the path of the picture, or of the folder of pictures.
         draw: draws it.
     """
     try:

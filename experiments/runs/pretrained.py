@@ -21,7 +21,7 @@ from .folder import place_of
 from .graphs import PRETRAINED, build_graph, with_sources
 from .identity import identity
 from .locks import lock_if_possible
-from .options import digest
+from .options import hash_of
 from .workdir import Workdir
 
 Train = Callable[[TrainConfig, Dataset], Any]
@@ -33,9 +33,9 @@ def locate_pretrained(
     """The graph with the folders of runs in place of `pretrained`; trains those that are missing.
 
     Args:
-        graph: of the run.
-        config: of the run, which says how its networks are trained.
-        dataset: of the run; its test images are not used.
+        graph: the graph of the run.
+        config: the configuration of the run, which says how its networks are trained.
+        dataset: the dataset of the run; its test images are not used.
         train: trains a configuration on a data set.
 
     Raises:
@@ -76,7 +76,7 @@ def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Trai
     fields = resolved(alone, build_graph(alone))
     known = fields | {"data_facts": facts}
     formerly = fields | {"data_facts": {field: facts[field] for field in _FORMER_FACTS}}
-    keys = [digest(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
+    keys = [hash_of(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
     path = place_of(cache_folder() / PRETRAINED, model, known, keys)
     if Workdir(path).result is None:
         with _turn(path.with_name(f"{path.name}.lock")):

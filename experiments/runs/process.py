@@ -89,8 +89,9 @@ def share_cores(index: int, count: int) -> None:
     """Confines this process to its share of the cores, before JAX starts its threads.
 
     Args:
-        index: of the process among those that share the machine.
-        count: of such processes; where they are more than the cores, some have one in common.
+        index: the index of the process among those that share the machine.
+        count: the count of such processes; where they are more than the cores, some have one in
+            common.
     """
     if not hasattr(os, "sched_setaffinity"):  # only Linux has it
         return

@@ -25,8 +25,8 @@ class Countdown:
     """Tells the time left by the pace since it was made.
 
     Args:
-        total: of what is counted.
-        done: of it, when it is made.
+        total: how much there is to count.
+        done: how many of it are done when it is made.
     """
 
     def __init__(self, total: int, done: int = 0) -> None:
@@ -65,8 +65,8 @@ class Display:
     Args:
         rows: (name, model, mark) of each node; the mark says target or frozen.
         first_step: updates made before this process began.
-        total_steps: of the whole run.
-        epochs: of the whole run.
+        total_steps: the total steps of the whole run.
+        epochs: the epochs of the whole run.
         batch_size: images a step.
         console: where to.
     """

@@ -31,7 +31,7 @@ def make_result(
     """The content of `result.json`.
 
     Args:
-        graph: of the run.
+        graph: the graph of the run.
         records: one an epoch.
         last: means over the validation and the test images, after the last epoch.
         best: the epoch in which the *target* did best on validation, and the same means then.

@@ -91,7 +91,7 @@ class Watch:
     """Within it, the first of these signals raises `Stopped`; a second one ends the process.
 
     Attributes:
-        number: of the signal that came; None: none did.
+        number: the number of the signal that came; None: none did.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,7 @@ def markdown_table(
     """A table of GitHub's Markdown.
 
     Args:
-        titles: of the columns.
+        titles: the titles of the columns.
         rows: their cells.
         words: titles of the columns that are no numbers; numbers are aligned to the right.
 

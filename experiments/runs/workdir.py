@@ -44,7 +44,7 @@ class Workdir(Folder):
     `checkpoints/` has the state; `result.json` is there when, and only when, the run is finished.
 
     Args:
-        path: of the folder; need not exist.
+        path: the path of the folder; need not exist.
     """
 
     holds = "a run"

@@ -25,7 +25,7 @@ from ..runs.options import (
     at_least,
     check_seeds,
     check_training,
-    digest,
+    hash_of,
     training_fields,
     with_tuples,
 )
@@ -192,21 +192,21 @@ def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:
 
 def default_name(config: SearchConfig, fields: Mapping[str, Any]) -> str:
     """A study's name from what determines the search."""
-    return f"search-{data_kind(config.data)}-{digest(identity(fields))}"
+    return f"search-{data_kind(config.data)}-{hash_of(identity(fields))}"
 
 
 def default_workdir(config: SearchConfig, fields: Mapping[str, Any]) -> Path:
     """A folder's name from the same, and from the study's where one is given.
 
     Args:
-        config: of the search.
+        config: the configuration of the search.
         fields: `resolved`; for a user's own data, with its checksums.
 
     >>> default_workdir(SearchConfig(study="a/b"), {}).name
     'search-digits-44136fa3-a%2Fb'
     """
     study = f"-{quote(config.study, safe='')}" if config.study else ""
-    keys = [f"{digest(k)}{study}" for k in (identity(fields), without_facts(fields))]
+    keys = [f"{hash_of(k)}{study}" for k in (identity(fields), without_facts(fields))]
     return place_of("runs", f"search-{data_kind(config.data)}", fields, keys)
 
 

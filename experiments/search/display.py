@@ -20,7 +20,7 @@ class SearchDisplay:
 
     Args:
         trials: so many in all.
-        epochs: of a whole trial.
+        epochs: the epochs of a whole trial.
         console: where to; the table is shown only on a terminal.
     """
 

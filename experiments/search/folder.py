@@ -139,7 +139,7 @@ class SearchFolder(Folder):
             study: its name.
             storage: URL without a password; None: the file in the folder.
             data_dir: where the data is.
-            words: of the command line, without a password.
+            words: the words of the command line, without a password.
 
         Raises:
             InputError: another search, study or storage; names what differs. Or the folder cannot

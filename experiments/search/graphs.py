@@ -15,7 +15,7 @@ class GraphFiles:
     Each is the graph pruned for its target, with pretrained frozen nodes.
 
     Args:
-        folder: of the search.
+        folder: the folder of the search.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,5 +55,5 @@ def _trainable(graph: ktg.Graph) -> ktg.Graph:
 
 
 def _rank(trial: TrialRecord) -> tuple[float, int]:
-    """Of equal values the first counts."""
+    """The order of trials: by value, the first of equal ones being the best."""
     return trial.value or 0.0, -trial.number

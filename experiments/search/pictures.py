@@ -50,7 +50,7 @@ class Pictures:
     """Draws the graphs of the trials that the workers of one folder have trained.
 
     Args:
-        storage: of the study that the trials are of.
+        storage: the storage of the study that the trials are of.
         artifacts: folder of the pictures.
         owner: what the names of the folder's workers begin with.
         console: where to say that one cannot be drawn; then no further one is tried (default:

@@ -13,7 +13,7 @@ PRUNERS: tuple[str, ...] = ("asha", "patient", "hyperband", "none")
 """The names that `make_pruner` knows."""
 
 _REDUCTION = 2
-"""Of the trials that reach a rung one in so many goes on (the papers' reduction factor)."""
+"""One in so many of the trials that reach a rung goes on (the papers' reduction factor)."""
 
 
 def make_pruner(
@@ -26,7 +26,7 @@ def make_pruner(
             1, 2, 4, ...; `patient`: the same from a later first rung, for gates that act late
             (linear) and are cut too early otherwise; `hyperband`: several successive halvings that
             differ in their first rung; `none`.
-        epochs: of a whole trial.
+        epochs: the epochs of a whole trial.
         min_epochs: no trial is pruned before this epoch; it is the first rung of `asha`.
         patience: share of the training, 0 to 1, after which the first rung of `patient` comes, at
             epoch `max(min_epochs, round(patience * epochs))`.

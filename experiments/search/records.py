@@ -15,7 +15,7 @@ class TrialRecord:
     """A trial of the search.
 
     Attributes:
-        number: of the trial in its study, from 0.
+        number: the number of the trial in its study, from 0.
         state: one of `STATES`; failed trials include those whose worker died: see
             `is_interrupted`.
         graph: as drawn, all N nodes of the space, without weights; None where the trial ended
@@ -66,13 +66,13 @@ class StudyRecord:
 
     Attributes:
         path: its folder.
-        name: of the study.
+        name: the name of the study.
         config: what determines the search, as JSON: the space under `space`, and the training.
         command: the command line that ran it last, for a shell.
         space: that was searched.
         trials: in the order of their numbers.
         results: content of `results.json`, the fair ending; None: not there yet.
-        tested: of the trials whose graph was trained again in the fair ending: the accuracy of
+        tested: for the trials whose graph was trained again in the fair ending: the accuracy of
             each node on the test images, by its name, mean over the seeds.
         data_dir: where its data was.
     """

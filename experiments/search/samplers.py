@@ -47,7 +47,8 @@ def suggest_graph(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Graph:
     A graph is enqueued as `study.enqueue_trial(space.parameters(graph))`.
 
     Args:
-        trial: of a study with a sampler of `make_sampler`; another sampler may draw invalid graphs.
+        trial: the trial of a study with a sampler of `make_sampler`; another sampler may draw
+            invalid graphs.
         space: the space of that sampler.
 
     Raises:

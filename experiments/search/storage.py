@@ -189,7 +189,7 @@ class Turn:
 
     Args:
         url: as of `open_storage`.
-        name: of the study.
+        name: the name of the study.
 
     Raises:
         InputError: the URL is another.

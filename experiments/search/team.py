@@ -16,7 +16,7 @@ from ktg_jax.errors import RunError
 from .config import SearchConfig, from_json, to_json
 
 MOST_DEATHS = 5
-"""Of a worker and of those in its place, none of which ends a trial: something kills them all."""
+"""Deaths of a worker and of those in its place while no trial ends: something kills them all."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Orders:
     """What a worker is told to do.
 
     Attributes:
-        config: of the search.
-        index: of the worker among those of its machine.
+        config: the configuration of the search.
+        index: the index of the worker among those of its machine.
         worker: its name, unlike that of any other on any machine.
         storage: URL, password included.
         study: name of the study.

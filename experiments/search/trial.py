@@ -21,14 +21,14 @@ from ..runs.pretrained import locate_pretrained
 from ..train import train
 
 _FROZEN_COST = 1 / 3
-"""Of a forward pass against a whole step."""
+"""The cost of a forward pass, against that of a whole step."""
 
 
 class Trainer:
     """Trains graph after graph on data that is loaded once, with programs compiled once a model.
 
     Args:
-        config: of the training; its graph does not count.
+        config: the configuration of the training; its graph does not count.
         dataset: with validation images.
         device: to train on.
 
@@ -49,8 +49,8 @@ class Trainer:
         Frozen nodes are trained alone first, unless that was done before.
 
         Args:
-            graph: of which the nodes that the target needs are trained.
-            seed: of the initial weights and the data.
+            graph: its nodes that the target needs are trained.
+            seed: the seed of the initial weights and the data.
 
         Yields:
             The epoch, from 1, and the target's validation accuracy after it.

@@ -223,7 +223,7 @@ def check_failures(trials: Sequence[optuna.trial.FrozenTrial], since: float) -> 
     """Raises RunError where the last trials that were trained since then have all failed.
 
     Args:
-        trials: of a study.
+        trials: the trials of a study.
         since: seconds of `time.time`.
     """
     ended = {

@@ -135,7 +135,7 @@ def _compiler() -> list[str]:
 
 
 def _key(compiler: list[str], command: list[str], onednn: OneDnn) -> str:
-    """Of everything that the library depends on."""
+    """A digest of everything that the library depends on."""
     # What the compiler makes of -march=native says which instructions this processor has.
     macros = subprocess.run(
         [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],

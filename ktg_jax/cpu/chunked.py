@@ -21,8 +21,8 @@ def weight_gradient(
 
     Args:
         images: float `[B, H, W, in]`.
-        gradient: of the outputs, float `[B, H', W', out]`.
-        shape: of the kernel, `[h, w, in, out]`.
+        gradient: the gradient of the outputs, float `[B, H', W', out]`.
+        shape: the shape of the kernel, `[h, w, in, out]`.
         stride: along both axes.
         padding: on all four sides.
 

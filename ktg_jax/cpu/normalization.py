@@ -30,8 +30,8 @@ def normalize_relu(
         moments: mean and variance, float32 `[C]`.
         shortcut: float, as x; None: nothing is added.
         epsilon: added to the variance.
-        dtype: of the result; the normalisation itself is computed in float32, or in float64 where
-            x is.
+        dtype: the dtype of the result; the normalisation itself is computed in float32, or in
+            float64 where x is.
 
     >>> x = jnp.array([[1.0], [3.0]])
     >>> normalize_relu(x, jnp.ones(1), jnp.zeros(1), (jnp.ones(1), jnp.ones(1)), epsilon=0).tolist()
@@ -66,7 +66,7 @@ def batch_norm_relu(
             exact that is computed in one pass over x.
         epsilon: added to the variance.
         axis_name: a mapped axis over which the batch is spread, or None.
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
         The result, and the mean and biased variance of the batch, float32 `[C]` (float64 where x

@@ -168,7 +168,7 @@ def _call(
 
     Args:
         target: its name.
-        shapes: of its results.
+        shapes: the shapes of its results.
         operands: its inputs.
         operand_kinds: one letter each: b, with a batch axis in front, or r, the same everywhere.
         result_kinds: one letter each: b, or s, a sum (or mean) over the batch.

@@ -40,9 +40,9 @@ def read_arrays(arrays: NpzFile, names: Iterable[str], path: Path) -> dict[str, 
     """Reads arrays that fit in memory.
 
     Args:
-        arrays: of the file.
-        names: of those to read.
-        path: of the file, for the error.
+        arrays: the arrays of the file.
+        names: the names of the arrays to read.
+        path: the path of the file, for the error.
 
     Raises:
         InputError: together they are larger than the machine's memory, or larger than 1 GiB and

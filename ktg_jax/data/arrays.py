@@ -26,7 +26,7 @@ def check_images(images: np.ndarray, field: str, name: str = "images") -> None:
     Args:
         images: any array.
         field: for the error.
-        name: of the array, for the expression that the error proposes.
+        name: the name of the array, for the expression that the error proposes.
 
     Raises:
         InputError: they are not uint8 `[n, h, w, c]`, or the channels certainly come first.
@@ -118,7 +118,7 @@ def check_labels(labels: np.ndarray, field: str, name: str, num_classes: int) ->
     Args:
         labels: any array.
         field: for the error.
-        name: of the array, for the expression that the error proposes.
+        name: the name of the array, for the expression that the error proposes.
         num_classes: at most.
 
     Raises:

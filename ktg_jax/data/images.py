@@ -56,7 +56,7 @@ def form_of(paths: Sequence[Path], image_size: int | None = None) -> ImageForm:
     """The form for some image files: their own size, and greyscale if all of them are.
 
     Args:
-        paths: of which the headers are read; at least one.
+        paths: the paths of which the headers are read; at least one.
         image_size: resize to a square of this size, in pixels; None: the size of the first file.
 
     Raises:

@@ -29,7 +29,7 @@ def check_fits(field: str, value: object, size: int) -> None:
 
     Args:
         field: that asks for them.
-        value: of the field.
+        value: the field's value.
         size: in bytes.
     """
     memory = machine_memory()

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 _MAX_CLASSES = 2**16
 _CONTENTS = ("images", "labels")
 Names = dict[tuple[str, str], str]
-"""Of arrays, by split and content, as `("val", "images")`; `("", "class_names")`."""
+"""Names of arrays, by split and content, as `("val", "images")` or `("", "class_names")`."""
 
 _NAMES = "images=..., labels=..., val_images=..., val_labels=..., test_images=..., test_labels=..."
 

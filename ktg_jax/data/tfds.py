@@ -93,7 +93,7 @@ def decode_examples(
     Args:
         builder: from `open_builder`.
         split: name of the split.
-        indices: of the examples, in the order of the files; None: all.
+        indices: the indices of the examples, in the order of the files; None: all.
         on_progress: see `OnProgress`.
 
     Raises:

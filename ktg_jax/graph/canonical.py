@@ -13,7 +13,7 @@ from ktg_jax.errors import InputError
 Matrix = Sequence[Sequence[int]]
 
 _MOST_ENTRIES = 400_000
-"""Of the matrices that are compared, all together: seconds."""
+"""The most entries of all matrices that are compared, which takes seconds."""
 
 
 def canonical_order(kinds: Sequence[Any], edges: Matrix) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ class Edge:
         gate: the name of a gate.
         loss: the name of a loss, or several with the weight of each. Of a label edge `kl` stands
             for `cross_entropy`, which a label edge carries unless it is said otherwise.
-        weight: of all that the edge carries; finite, not negative.
+        weight: the weight of all that the edge carries; finite, not negative.
         temperature: T > 0 of the losses that have one; None: the graph's.
 
     >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4.0).losses

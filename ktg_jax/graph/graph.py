@@ -37,7 +37,7 @@ class Graph:
         nodes: N nodes, 1 to 100; strings are taken as model names.
         gates: N x N; row = receiver, column = sender, diagonal = label edge. Each is a gate's name
             or an `Edge`, or an edge as JSON has it.
-        temperature: of every edge that has none of its own, 1e-15 to 1e15.
+        temperature: the temperature of every edge that has none of its own, 1e-15 to 1e15.
         edges: (in place of the gates) N x N edges. Beside them, as `dataclasses.replace` gives
             them, a name among the gates changes an edge's gate and nothing else of it.
 

@@ -20,10 +20,10 @@ SCHEDULES = ("linear", "constant")
 NO_PRIOR = "nothing: the node has no prior"
 
 MOST_NODES = 100
-"""Of a graph. The published ones have up to 7."""
+"""The most nodes of a graph; the published ones have up to 7."""
 
 MOST_WEIGHT = 1e30
-"""Of a loss."""
+"""The largest weight of a loss."""
 
 TEMPERATURES = 1e-15, 1e15
 """The lowest and the highest."""
@@ -45,8 +45,8 @@ class Node:
             `DIR:name`); None: random initialisation.
         prior: where a prior for its kernels is (a file of `save_prior`, or its folder); None: it
             has none, and the other fields of the prior say nothing.
-        prior_weight: of the prior's loss, beside the node's edges; finite, not negative. 0: the
-            prior only acts on how the node begins.
+        prior_weight: the weight of the prior's loss, beside the node's edges; finite, not negative.
+            0: the prior only acts on how the node begins.
         prior_quantile: in [0, 1], of the sparse recoding penalty on the prior's gradient.
         prior_schedule: "linear": the weight falls to 0 over the training; "constant": it stays.
         prior_matching: "initialise": the node starts from the prior's kernels; "assignment": the

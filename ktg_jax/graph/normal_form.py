@@ -65,10 +65,10 @@ def merged(
     """The graph's nodes and edges, those that are alike merged.
 
     Args:
-        kinds: of each of the N nodes, what it is; frozen nodes of one kind are the same network.
+        kinds: what each of the N nodes is; frozen nodes of one kind are the same network.
         frozen: indices of the nodes that never learn.
         edges: N x N, [receiver][sender].
-        temperature: of edges that have none of their own.
+        temperature: the temperature of edges that have none of their own.
 
     Returns:
         The old index of each new node (that of a frozen node as often as it takes), the target

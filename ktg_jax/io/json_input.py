@@ -9,7 +9,7 @@ from typing import Any
 from ktg_jax.errors import InputError, did_you_mean, shown
 
 MOST_CHARACTERS = 10_000_000
-"""Of a text that is decoded."""
+"""The most characters of a text that is decoded."""
 
 _LONGEST_KEY = 60
 

@@ -35,7 +35,7 @@ def read_tensors(
     """Reads a file.
 
     Args:
-        path: of the file, or of a folder that it is in; `~` is the home folder.
+        path: the path of the file, or of a folder that it is in; `~` is the home folder.
         field: that an error is of.
         in_folder: its name there; None: folders are refused.
 
@@ -75,7 +75,7 @@ def texts_of(field: str, path: str | os.PathLike[str], writer: str) -> Iterator[
 
     Args:
         field: that an error is of.
-        path: of the file.
+        path: the path of the file.
         writer: the function whose files are understood.
     """
     try:

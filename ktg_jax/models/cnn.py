@@ -14,7 +14,7 @@ class CNN(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        dtype: of the computation; parameters are float32.
+        dtype: the dtype of the computation; parameters are float32.
         axis_name: as in `BatchNormRelu`.
     """
 

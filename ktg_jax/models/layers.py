@@ -41,7 +41,7 @@ class BatchNormRelu(nn.Module):
     float32, or in float64 where x is.
 
     Attributes:
-        dtype: of the result.
+        dtype: the dtype of the result.
         axis_name: a mapped axis (`jax.pmap`) over which the batch is spread, or None.
         momentum: share of the running statistics that a step keeps.
         epsilon: added to the variance.

@@ -66,7 +66,8 @@ class Call:
         call: the module's `__call__`, bound.
 
     Attributes:
-        defaults: of the arguments that have a name, `inspect.Parameter.empty` where there is none.
+        defaults: the defaults of the arguments that have a name, `inspect.Parameter.empty` where
+            there is none.
         takes_any: whether arguments of any name are taken.
 
     >>> call = Call(lambda images, train, rate=0.5: images)

@@ -12,7 +12,7 @@ from ktg_jax.errors import InputError
 from ktg_jax.models.network import NodeFns, PyTree
 
 DIVISOR = 255.0
-"""Of uint8 images, for every network that the experiments train."""
+"""The value of uint8 images that every network sees as 1."""
 
 
 def check_floats(images: Any) -> None:
@@ -55,7 +55,7 @@ def taking_pixels(fns: NodeFns, divisor: float = DIVISOR) -> NodeFns:
 
     Args:
         fns: a network of floats.
-        divisor: of uint8 images.
+        divisor: what uint8 images are divided by.
 
     Returns:
         Functions that raise InputError for images of any other dtype.

@@ -104,7 +104,8 @@ def build_model(
             place of 16, or `wrn<6n+4>_<width>`; of at most 1,202 layers, 1,024 channels in the
             first stage, and about a billion parameters.
         num_classes: number of logits, 1 to 1,000,000.
-        dtype: of the computation (`jnp.bfloat16`: mixed precision); parameters stay float32.
+        dtype: the dtype of the computation (`jnp.bfloat16`: mixed precision); parameters stay
+            float32.
         axis_name: the mapped axis over which batches are spread under `jax.pmap`, else None.
 
     Raises:

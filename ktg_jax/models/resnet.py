@@ -39,7 +39,7 @@ class ResNet(nn.Module):
         num_classes: number of logits.
         width: channels of the first stage, of which the second has twice and the third four times
             as many; the paper's: 16.
-        dtype: of the computation; parameters are float32.
+        dtype: the dtype of the computation; parameters are float32.
         axis_name: as in `BatchNormRelu`.
     """
 

@@ -40,7 +40,7 @@ def of_this_device(key: jax.Array, axis_name: str | None = None) -> jax.Array:
     """The key for this device's share of the batch.
 
     Args:
-        key: of the whole batch, or several.
+        key: the key of the whole batch, or several.
         axis_name: the mapped axis that the batch is spread over, where `batch_spread_over` does
             not say it.
     """

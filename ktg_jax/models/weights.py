@@ -65,7 +65,7 @@ def save_node(
         model: the model's registered name.
         num_classes: number of logits.
         image_shape: (height, width, channels) it was trained on.
-        input_divisor: of uint8 images before the network sees them; the experiments': 255.
+        input_divisor: what uint8 images are divided by for the network; the experiments': 255.
         about: further texts to keep in the file.
 
     Raises:

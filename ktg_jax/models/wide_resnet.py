@@ -42,7 +42,7 @@ class WideResNet(nn.Module):
         depth: 6n + 4: 10, 16, 22, 28, 40, ...
         width: w.
         num_classes: number of logits.
-        dtype: of the computation; parameters are float32.
+        dtype: the dtype of the computation; parameters are float32.
         axis_name: as in `BatchNormRelu`.
     """
 

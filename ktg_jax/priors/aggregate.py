@@ -7,6 +7,7 @@ layer whose filters have the number and shape of the student's. Ours: one such l
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.prior import Prior
 from ktg_jax.priors.readers import Aggregator, Readers
 from ktg_jax.priors.stages import KernelShapes, stage_outputs
-from ktg_jax.training.batches import plan_batch, steps_per_epoch, take_batch
+from ktg_jax.training.batches import Batches, steps_per_epoch, take_batch
 from ktg_jax.training.updates import init_opt_state, node_update
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -32,7 +33,37 @@ Variables: TypeAlias = tuple[PyTree, PyTree]
 Data: TypeAlias = tuple[jax.Array, jax.Array]
 
 ADAM = optax.adam(3e-3)
-"""The optimiser of a fit, unless another is given."""
+"""The optimiser of a fit, unless another is given: at a learning rate of 0.003."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a teacher's stages are fitted: keyword arguments of `fit_readers`.
+
+    Attributes:
+        steps: updates.
+        batch_size: images a step.
+        optimizer: an optax transformation; None: Adam at a learning rate of 0.003.
+        stride: the stride of the downscaling convolutions.
+        max_offset: random crops, as in `plan_batch`.
+        flip: random mirroring, as in `plan_batch`.
+
+    Raises:
+        InputError: steps or a stride that are no whole numbers above 0.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    optimizer: optax.GradientTransformation | None = None
+    stride: int = 1
+    max_offset: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "stride"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(field, value, "a whole number above 0")
 
 
 def aggregate_prior(
@@ -56,7 +87,7 @@ def aggregate_prior(
         student_kernels: from `stage_kernels(student's params)`, one for each stage of the teacher.
         images: uint8 `[n, H, W, C]`, training images.
         labels: int `[n]`, as the teacher numbers classes.
-        **options: those of `fit_readers`: `rng`, `steps` and others.
+        **options: those of `fit_readers`: `rng`, and the fields of `Fit`.
 
     Returns:
         The prior; its `accuracy` is that of each stage's head on all `images`, as they are.
@@ -89,13 +120,8 @@ def fit_readers(
     labels: ArrayLike,
     *,
     rng: jax.Array,
-    steps: int = 1000,
-    batch_size: int = 128,
-    optimizer: optax.GradientTransformation | None = None,
-    stride: int = 1,
-    max_offset: int = 0,
-    flip: bool = False,
     on_step: Callable[[int, Metrics], None] | None = None,
+    **options: Any,
 ) -> Readers:
     """Fits what reads a teacher's stages, an `Aggregator` each; the teacher stays as it is.
 
@@ -111,14 +137,9 @@ def fit_readers(
         images: uint8 `[n, H, W, C]`, training images.
         labels: int `[n]`, as the teacher numbers classes.
         rng: a random key, for initial weights and the order of the data.
-        steps: updates.
-        batch_size: images a step.
-        optimizer: an optax transformation; None: Adam at a learning rate of 0.003.
-        stride: of the downscaling convolutions.
-        max_offset: random crops, as in `plan_batch`.
-        flip: random mirroring, as in `plan_batch`.
         on_step: called with the number of updates made and their `loss` and `accuracy`, float32
             `[G]` on the device: the mean over the batch, by stage.
+        **options: the fields of `Fit`.
 
     Returns:
         The readers; their `accuracy` is that of each one's head on all `images`, as they are.
@@ -129,44 +150,32 @@ def fit_readers(
             bad option.
         RunError: the fit diverged: a kernel is not finite.
     """
-    for field, value in (("steps", steps), ("stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(field, value, "a whole number above 0")
-    variables, optimizer = (params, model_state), optimizer or ADAM
-    num_classes, output_shapes = _checked(
-        teacher, variables, student_kernels, images, labels, batch_size, max_offset
-    )
-    readers = tuple(Aggregator(shape, num_classes, stride) for shape in student_kernels.values())
+    how = Fit(**options)
+    variables, optimizer = (params, model_state), how.optimizer or ADAM
+    num_classes, output_shapes = _checked(teacher, variables, student_kernels, images, labels, how)
+    kernels = student_kernels.values()
+    readers = tuple(Aggregator(shape, num_classes, how.stride) for shape in kernels)
     init_rng, data_rng = jax.random.split(rng)
-    fit = _init_fit(readers, output_shapes, optimizer, init_rng)
+    state = _init_state(readers, output_shapes, optimizer, init_rng)
     data = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
-    models: dict[str, Any] = {"teacher": teacher, "readers": readers, "batch_size": batch_size}
-    for count in range(steps):
-        fit, metrics = _step(
-            fit,
-            variables,
-            data,
-            data_rng,
-            count,
-            optimizer=optimizer,
-            max_offset=max_offset,
-            flip=flip,
-            **models,
-        )
+    batches = Batches(len(data[1]), how.batch_size, how.max_offset, how.flip)
+    models: dict[str, Any] = {"teacher": teacher, "readers": readers, "batches": batches}
+    for count in range(how.steps):
+        state, metrics = _step(state, variables, data, data_rng, count, optimizer, **models)
         if on_step is not None:
             on_step(count + 1, metrics)
-    for stage, of_stage in enumerate(fit.params, start=1):
+    for stage, of_stage in enumerate(state.params, start=1):
         if not np.isfinite(of_stage["downscaling"]["kernel"]).all():
-            raise RunError(f"step {steps}, prior of stage {stage}: kernel not finite")
-    starts = range(0, len(data[1]), batch_size)
-    right = np.sum([_correct(fit, variables, data, start, **models) for start in starts], axis=0)
+            raise RunError(f"step {how.steps}, prior of stage {stage}: kernel not finite")
+    starts = range(0, len(data[1]), how.batch_size)
+    right = np.sum([_correct(state, variables, data, start, **models) for start in starts], axis=0)
     accuracy = jnp.asarray(right / len(data[1]), jnp.float32)
-    fitted = zip(fit.params, fit.statistics, strict=True)
+    fitted = zip(state.params, state.statistics, strict=True)
     return Readers(readers, tuple({"params": p, **stored} for p, stored in fitted), accuracy)
 
 
 @flax.struct.dataclass
-class Fit:
+class FitState:
     """All stages' aggregators while they are fitted: a tuple entry for each, and one optimiser."""
 
     params: tuple[PyTree, ...]
@@ -174,12 +183,12 @@ class Fit:
     opt_state: optax.OptState
 
 
-def _init_fit(
+def _init_state(
     readers: Sequence[Aggregator],
     output_shapes: Sequence[tuple[int, ...]],
     optimizer: optax.GradientTransformation,
     rng: jax.Array,
-) -> Fit:
+) -> FitState:
     params, statistics = [], []
     for stage, (reader, shape) in enumerate(zip(readers, output_shapes, strict=True)):
         output = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -187,72 +196,56 @@ def _init_fit(
         params.append(started.pop("params"))
         statistics.append(started)
     opt_state = init_opt_state(optimizer, tuple(params))
-    return Fit(tuple(params), tuple(statistics), opt_state)
+    return FitState(tuple(params), tuple(statistics), opt_state)
 
 
 # Compiled once for the same teacher, student and optimiser, whatever the data and the random key.
-@partial(
-    jax.jit, static_argnames=("teacher", "readers", "batch_size", "optimizer", "max_offset", "flip")
-)
+@partial(jax.jit, static_argnames=("optimizer", "teacher", "readers", "batches"))
 def _step(
-    fit: Fit,
+    state: FitState,
     variables: Variables,
     data: Data,
     rng: jax.Array,
     count: jax.Array | int,
+    optimizer: optax.GradientTransformation,
     *,
     teacher: NodeFns,
     readers: tuple[Aggregator, ...],
-    batch_size: int,
-    optimizer: optax.GradientTransformation,
-    max_offset: int,
-    flip: bool,
-) -> tuple[Fit, Metrics]:
+    batches: Batches,
+) -> tuple[FitState, Metrics]:
     """One update of all aggregators from the teacher's stage outputs on a batch."""
-    plan = plan_batch(
-        rng,
-        count,
-        num_images=len(data[1]),
-        batch_size=batch_size,
-        max_offset=max_offset,
-        flip=flip,
-    )
-    images, labels = take_batch(*data, plan)
+    images, labels = take_batch(*data, batches.plan(rng, count))
     _, outputs = stage_outputs(teacher, *variables, images)
 
     def loss_of(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple]:
-        logits, statistics = _read(readers, params, fit.statistics, outputs, train=True)
+        logits, statistics = _read(readers, params, state.statistics, outputs, train=True)
         losses = jnp.mean(jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels), axis=1)
         accuracy = jnp.mean(is_correct(logits, labels), axis=1, dtype=jnp.float32)
         return jnp.sum(losses), (statistics, {"loss": losses, "accuracy": accuracy})
 
-    gradients, (statistics, metrics) = jax.grad(loss_of, has_aux=True)(fit.params)
-    params, opt_state = node_update(
-        fit.params,
-        fit.opt_state,
-        gradients,
-        optimizer=optimizer,
-        value=jnp.sum(metrics["loss"]),
-    )
-    return Fit(params, statistics, opt_state), metrics
+    gradients, (statistics, metrics) = jax.grad(loss_of, has_aux=True)(state.params)
+    value = jnp.sum(metrics["loss"])
+    updated = state.params, state.opt_state, gradients
+    params, opt_state = node_update(*updated, optimizer=optimizer, value=value)
+    return FitState(params, statistics, opt_state), metrics
 
 
-@partial(jax.jit, static_argnames=("teacher", "readers", "batch_size"))
+@partial(jax.jit, static_argnames=("teacher", "readers", "batches"))
 def _correct(
-    fit: Fit,
+    state: FitState,
     variables: Variables,
     data: Data,
     start: jax.Array | int,
     *,
     teacher: NodeFns,
     readers: tuple[Aggregator, ...],
-    batch_size: int,
+    batches: Batches,
 ) -> jax.Array:
     """How many images of a batch each stage's head has right, int `[G]`."""
-    position = start + jnp.arange(batch_size)
+    position = start + jnp.arange(batches.batch_size)
     index = jnp.minimum(position, len(data[1]) - 1)  # the last batch is padded
     _, outputs = stage_outputs(teacher, *variables, to_float(data[0][index]))
-    logits, _ = _read(readers, fit.params, fit.statistics, outputs, train=False)
+    logits, _ = _read(readers, state.params, state.statistics, outputs, train=False)
     counts = position < len(data[1])
     return jnp.sum(is_correct(logits, data[1][index]) & counts[None], axis=1)
 
@@ -281,8 +274,7 @@ def _checked(
     student_kernels: KernelShapes,
     images: ArrayLike,
     labels: ArrayLike,
-    batch_size: int,
-    max_offset: int,
+    how: Fit,
 ) -> tuple[int, list[tuple[int, ...]]]:
     """The number of classes and the shape of each stage's output, if the teacher fits the rest."""
     shape, labels = np.shape(images), np.asarray(labels)
@@ -290,9 +282,9 @@ def _checked(
         raise InputError("images", shape, "uint8 [n, H, W, C]")
     if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise InputError("labels", labels.shape, f"int [{shape[0]}], one an image")
-    steps_per_epoch(len(labels), batch_size)
-    if not 0 <= max_offset < min(shape[1:3]):
-        raise InputError("max_offset", max_offset, f"0 to {min(shape[1:3]) - 1}")
+    steps_per_epoch(len(labels), how.batch_size)
+    if not 0 <= how.max_offset < min(shape[1:3]):
+        raise InputError("max_offset", how.max_offset, f"0 to {min(shape[1:3]) - 1}")
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     logits, outputs = jax.eval_shape(partial(stage_outputs, teacher), *variables, image)
     if len(outputs) != len(student_kernels):

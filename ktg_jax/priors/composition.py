@@ -31,7 +31,7 @@ class NodePrior:
     Attributes:
         prior: matched to the node.
         weight: float scalar `[]` of the prior's loss.
-        quantile: of the sparse recoding penalty, in [0, 1]. Static.
+        quantile: the quantile of the sparse recoding penalty, in [0, 1]. Static.
         schedule: "linear": the weight times 1 - progress; "constant": the weight. Static.
 
     >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",))
@@ -53,7 +53,7 @@ class NodePrior:
         which the prior does not speak keep their gradients as they are.
 
         Args:
-            gradients: of the node's edges, in the structure of the parameters.
+            gradients: the gradients of the node's edges, in the structure of the parameters.
             params: the node's parameters.
             progress: scalar in [0, 1], k / k_end.
 

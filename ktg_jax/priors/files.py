@@ -33,9 +33,9 @@ def save_prior(
 
     Args:
         path: ends in `.safetensors`.
-        prior: of any student.
+        prior: a prior of any student.
         student: its model's registered name, or what else it is called.
-        num_classes: of the data that the prior was fitted on.
+        num_classes: the number of classes of the data that the prior was fitted on.
         image_shape: (height, width, channels) of that data.
         about: further texts to keep in the file's metadata.
 

@@ -39,7 +39,7 @@ class Aggregator(nn.Module):
     Attributes:
         kernel_shape: (height, width, in, out) of the downscaling convolution.
         num_classes: number of logits.
-        stride: of the downscaling convolution.
+        stride: the stride of the downscaling convolution.
     """
 
     kernel_shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class Readers:
 
     Attributes:
         modules: static.
-        variables: of each, `params` and `batch_stats`.
+        variables: each one's `params` and `batch_stats`.
         accuracy: float32 `[G]`, how well each classified.
     """
 

@@ -39,7 +39,7 @@ class Batches(NamedTuple):
 
     Attributes:
         num_images: size of the data.
-        batch_size: of all devices together.
+        batch_size: the batch size of all devices together.
         max_offset: as in `plan_batch`.
         flip: as in `plan_batch`.
     """

@@ -69,7 +69,7 @@ class Checkpoints:
 
         Args:
             epoch: greater than those saved before.
-            state: of the graph.
+            state: the state of the graph.
             names: the nodes' names, in the state's order.
             score: the checkpoint with the highest score (of several, the first) is kept; None:
                 not a candidate.

@@ -94,7 +94,7 @@ class Engine(Protocol):
         """The step of a training.
 
         Args:
-            data: of `load`.
+            data: what `load` returned.
             edges: `Graph.edge_arrays`, or gates as for `train_step`.
             key: a random key: what `plan_batch` draws batches by.
             priors: as for `train_step`.
@@ -134,7 +134,7 @@ def fused_step(
     It makes its own batch; the arguments are those of `Engine.make_step` and `train_step`.
 
     Args:
-        task: of the training.
+        task: what is trained.
         parallel: devices and strategy.
         steps_per_call: updates in one call; with several, the metrics are stacked along a first
             axis.
@@ -180,7 +180,7 @@ class FusedEngine:
     """The whole graph in one program, its batch split over all devices.
 
     Args:
-        task: of the training.
+        task: what is trained.
         parallel: devices and strategy.
 
     Raises:
@@ -221,7 +221,7 @@ class PerNodeEngine:
     """Each node on one device, balanced by cost; only what nodes put out travels.
 
     Args:
-        task: of the training.
+        task: what is trained.
         state: from `init_state`; its frozen nodes and shapes count, not its values.
         devices: over which the nodes are spread.
     """

@@ -31,9 +31,10 @@ def check_states(
     """Raises InputError where all nodes look frozen, but only as their optimiser's state is None.
 
     Args:
-        opt_states: of the nodes; as `init_state` makes them, the target's is not None.
-        params: of the nodes.
-        optimizer: of the nodes.
+        opt_states: the optimiser states of the nodes; as `init_state` makes them, the target's is
+            not None.
+        params: the parameters of the nodes.
+        optimizer: the optimiser of the nodes.
     """
     if any(each is not None for each in opt_states) or not params:
         return

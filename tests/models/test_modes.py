@@ -105,7 +105,7 @@ class Merged(Normalised):
 
 
 class Phase(Normalised):
-    """Of an unknown name."""
+    """A mode argument of an unknown name."""
 
     default: bool = False
 

@@ -17,6 +17,7 @@ import experiments.search.command
 import experiments.train
 from experiments.search.config import resolved
 from experiments.search.folder import SearchFolder, load_search
+from experiments.search.graphs import GraphFiles
 from ktg_jax.training.warm_start import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -42,6 +43,7 @@ def search(tmp_path: Path) -> Iterator[Path]:
     fields = resolved(SEARCHED, SEARCHED.space())
     with SearchFolder(path).begun_search(fields, STUDY, None, None, []):
         work(study_url(path), SEARCHED, lambda graph, seed: [0.25, 0.5])
+    GraphFiles(path).write(load_search(path).trials)
     for name in (".lock", "study.db.lock"):
         (path / name).unlink()
     with read_only(path):

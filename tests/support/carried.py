@@ -10,7 +10,7 @@ from ktg_jax.outputs import Outputs
 from ktg_jax.transfer import EdgeArrays, edge_arrays
 
 Weights = dict[str, float]
-"""Of each loss, on all edges that may carry it."""
+"""The weight of each loss, on all edges that may carry it."""
 
 
 def carrying(gates: Any, weights: Weights, temperature: float = 1.0) -> EdgeArrays:
