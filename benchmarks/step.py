@@ -1,14 +1,15 @@
 """Times one training step against PyTorch: `python -m benchmarks.step --help`.
 
-PyTorch and every implementation of ours wait in processes of their own, on the same cores, and take
-turns. They start from the same weights; unless they agree on the losses nothing is timed.
+PyTorch and one implementation of ours after the other wait in processes of their own, on the same
+cores, and take turns. They start from the same weights; unless they agree on the losses nothing is
+timed. Each result is said and written as soon as it is there.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +21,24 @@ import ktg_jax as ktg
 from benchmarks import report
 from benchmarks.flops import train_step_flops
 from benchmarks.machine import machine
-from benchmarks.measure import Spread, Worker, interleaved, spread, start_all
+from benchmarks.measure import (
+    Spread,
+    Worker,
+    check_same_losses,
+    interleaved,
+    spread,
+    start_all,
+)
 from benchmarks.ours import initial_state
-from benchmarks.task import BASELINE, COMPILED_BASELINE, IMPLEMENTATIONS, OURS, Figures, Task
+from benchmarks.task import (
+    BASELINE,
+    COMPILED_BASELINE,
+    IMPLEMENTATIONS,
+    OURS,
+    Figures,
+    Task,
+    Unavailable,
+)
 from experiments.runs import cli
 from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
@@ -38,7 +54,8 @@ CASES = (
     "resnet8+resnet20+resnet32+resnet8+resnet20+resnet32",
     "resnet32+resnet32+resnet32+resnet32+resnet32+resnet32+resnet32",
 )
-QUICK_CASES = ("resnet8+resnet8+resnet8", "resnet32+resnet32")
+QUICK_CASES = ("resnet32+resnet110+wrn28_2",)
+QUICK_IMPLEMENTATIONS = ("xla", "onednn", "onednn_per_node")
 EXAMPLES = """Examples:
   python -m benchmarks.step
   python -m benchmarks.step --quick --json step.json
@@ -79,14 +96,14 @@ def measure(options: StepOptions, console: Console) -> dict[str, Any]:
     ]
     content: dict[str, Any] = {"machine": machine() | {"matmul_peak": {}}, "cases": []}
     left_out = report.left_out(options, console)
-    with report.progress(console, total=len(tasks)) as begin:
+    number = sum(task.implementation in OURS for of_case in tasks for task in of_case)
+    with report.progress(console, total=number) as begin:
         for of_case in tasks:
-            begin(f"{of_case[0].graph}, {of_case[0].threads} threads")
-            rounds = options.rounds or (3 if options.quick else 7)
-            entries, peaks = _case(of_case, rounds, options.steps, left_out)
-            content["cases"] += entries
-            _add_peaks(content, str(of_case[0].threads), peaks)
-            report.save(options, content)
+            for entry, peaks in _results(of_case, options, begin, left_out):
+                content["cases"].append(entry)
+                _add_peaks(content, str(entry["cores"]), peaks)
+                report.save(options, content)
+                cli.say(console, _line(entry))
     console.print(_time_table(content["cases"]), _figure_table(content["cases"]))
     return content
 
@@ -96,9 +113,11 @@ def _tasks(options: StepOptions, models: tuple[str, ...], threads: int) -> list[
     for model in models:
         if not model.startswith(("resnet", "wrn")):
             raise InputError("cases", model, "resnet<6n+2> and wrn<6n+4>_<width>, as the baseline")
-    wanted = options.implementations or tuple(IMPLEMENTATIONS)
-    if not options.implementations and (options.quick or _compiler() is None):
-        wanted = tuple(name for name in wanted if name != COMPILED_BASELINE)
+    wanted = options.implementations
+    if not wanted:
+        wanted = QUICK_IMPLEMENTATIONS if options.quick else tuple(IMPLEMENTATIONS)
+        if _compiler() is None:
+            wanted = tuple(name for name in wanted if name != COMPILED_BASELINE)
     shape = (options.image_size, options.image_size, 3)
     return [
         Task(name, models, threads, options.batch_size, shape)
@@ -112,27 +131,41 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
 
 
-def _case(
+def _results(
     tasks: Sequence[Task],
-    rounds: int,
-    steps: int,
+    options: StepOptions,
+    begin: Callable[[str], None],
     left_out: Callable[[str], None],
-) -> tuple[list[Figures], dict[str, float]]:
-    """Measures a graph with a number of threads; the entries of ours, and peaks by framework."""
+) -> Iterator[tuple[Figures, dict[str, float]]]:
+    """Measures a graph with a number of threads: each of ours beside PyTorch, the fastest first.
+
+    Yields:
+        The entry of one of our implementations, and the peaks by framework.
+    """
+    rounds = options.rounds or (3 if options.quick else 7)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         _save_weights(tasks[0], Path(folder))
-        tasks = [Task(**{**vars(task), "weights": folder}) for task in tasks]
-        workers = start_all(stack, tasks, left_out)
-        by_framework = {IMPLEMENTATIONS[name].framework: worker for name, worker in workers.items()}
-        peaks = {
-            framework: worker.ask("peak")["flops_per_second"]
-            for framework, worker in by_framework.items()
-        }
-        turns = {name: partial(_turn, worker, steps) for name, worker in workers.items()}
-        answers = interleaved(turns, rounds, warm_up=1)
-        measured = {name: _measured(worker, answers[name]) for name, worker in workers.items()}
-    entries = [_entry(tasks[0], name, answers, measured) for name in workers if name in OURS]
-    return entries, peaks
+        tasks = [replace(task, weights=folder) for task in tasks]
+        theirs = [task for task in tasks if task.implementation not in OURS]
+        baselines = start_all(stack, theirs, left_out)
+        for task in reversed([task for task in tasks if task.implementation in OURS]):
+            begin(f"{task.graph}, {task.threads} threads, {task.implementation}")
+            try:
+                worker = Worker(task)
+            except Unavailable as reason:
+                left_out(str(reason))
+                continue
+            with worker:
+                workers = {**baselines, task.implementation: worker}
+                check_same_losses({name: each.losses for name, each in workers.items()})
+                turns = {name: partial(_turn, w, options.steps) for name, w in workers.items()}
+                answers = interleaved(turns, rounds, warm_up=1)
+                measured = {name: _measured(w, answers[name]) for name, w in workers.items()}
+                peaks = {
+                    IMPLEMENTATIONS[name].framework: w.ask("peak")["flops_per_second"]
+                    for name, w in workers.items()
+                }
+            yield _entry(task, task.implementation, answers, measured), peaks
 
 
 def _add_peaks(content: dict[str, Any], cores: str, peaks: dict[str, float]) -> None:
@@ -216,6 +249,16 @@ def _entry(
         "baseline": baseline,
         "compiled_baseline": compiled,
     }
+
+
+def _line(case: Figures) -> str:
+    """A result, as soon as it is there."""
+    low, high = case["ratio_quartiles"]
+    which = f"{case['graph']}, {case['cores']} cores, {case['implementation']}"
+    return (
+        f"{which}: {case['ours_s']:.3f} s, "
+        f"PyTorch {case['baseline_s']:.3f} s, ratio {case['ratio']:.2f} ({low:.2f}-{high:.2f})"
+    )
 
 
 def _time_table(cases: Sequence[Figures]) -> Table:

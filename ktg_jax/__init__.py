@@ -5,6 +5,7 @@ Layers, lower ones knowing nothing of higher ones: io and cpu -> gates, losses, 
 """
 
 from ktg_jax.cpu.convolution import cpu_convolution
+from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.gates import GATES, gate_coefficients, gate_names, gate_weights, register_gate
 from ktg_jax.graph import named as graphs
@@ -41,7 +42,7 @@ from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState, init_state
 from ktg_jax.training.step import graph_gradients, node_forward, train_step
 from ktg_jax.training.updates import node_update
-from ktg_jax.transfer import EdgeArrays, edge_losses, graph_loss, node_losses
+from ktg_jax.transfer import edge_losses, graph_loss, node_losses
 
 __version__ = "0.1.0"
 

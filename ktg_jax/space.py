@@ -2,17 +2,24 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
 
+from ktg_jax.choices import (
+    checked_gates,
+    checked_losses,
+    checked_temperatures,
+    checked_weights,
+    distinct,
+)
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
-from ktg_jax.graph.edge import TRANSFER_LOSS, Edge, checked_edge
+from ktg_jax.graph.edge import TRANSFER_LOSS, Edge
 from ktg_jax.graph.graph import Graph
-from ktg_jax.graph.node import MOST_NODES, Node, checked_number, checked_temperature
+from ktg_jax.graph.node import MOST_NODES, Node
 from ktg_jax.models import check_model
 
 _OF_EDGES: dict[str, tuple[Any, ...]] = {
@@ -75,16 +82,16 @@ class SearchSpace:
         set_field = object.__setattr__  # the dataclass is frozen; this is its one normalisation
         _check_num_nodes(self.num_nodes, allow_large)
         check_model(self.target, "target")
-        set_field(self, "candidates", _distinct("candidates", self.candidates))
+        set_field(self, "candidates", distinct("candidates", self.candidates))
         for i, model in enumerate(self.candidates):
             check_model(model, f"candidates[{i}]")
         if self.num_nodes > 1 and not self.candidates:
             raise InputError("candidates", [], "at least one model for the nodes beside the target")
-        set_field(self, "gates", _checked_gates(self.gates))
+        set_field(self, "gates", checked_gates(self.gates))
         for field, least in (("temperatures", 1), ("edge_temperatures", 0)):
-            set_field(self, field, _checked_temperatures(field, getattr(self, field), least))
-        set_field(self, "weights", _checked_weights(self.weights))
-        set_field(self, "losses", _checked_losses(self.losses))
+            set_field(self, field, checked_temperatures(field, getattr(self, field), least))
+        set_field(self, "weights", checked_weights(self.weights))
+        set_field(self, "losses", checked_losses(self.losses))
         if self.edge_temperatures and self.temperatures != (1.0,):
             allowed = "(1.0,): each edge has a temperature of its own"
             raise InputError("temperatures", list(self.temperatures), allowed)
@@ -338,48 +345,3 @@ def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:
     if not (is_number and 1 <= num_nodes <= most):
         more = "" if allow_large else ", or more with allow_large=True"
         raise InputError("num_nodes", num_nodes, f"1 to {most} nodes{more}")
-
-
-def _distinct(field: str, values: Any) -> tuple[Any, ...]:
-    """The values as a tuple, none of them twice."""
-    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        raise InputError(field, values, "a sequence")
-    listed = tuple(values)
-    for i, value in enumerate(listed):
-        if value in listed[:i]:
-            raise InputError(f"{field}[{i}]", value, "each value once")
-    return listed
-
-
-def _checked_gates(gates: Any) -> tuple[str, ...]:
-    listed = _distinct("gates", gates)
-    for i, gate in enumerate(listed):
-        if not isinstance(gate, str) or gate not in GATES:
-            raise InputError(f"gates[{i}]", gate, ", ".join(GATES))
-    if not set(listed) - {"cutoff"}:
-        raise InputError("gates", list(listed), "at least one gate that is not cutoff")
-    return listed
-
-
-def _checked_temperatures(field: str, temperatures: Any, least: int) -> tuple[float, ...]:
-    listed = _distinct(field, temperatures)
-    if len(listed) < least:
-        raise InputError(field, [], "at least one finite number above 0")
-    return tuple(checked_temperature(f"{field}[{i}]", t) for i, t in enumerate(listed))
-
-
-def _checked_weights(weights: Any) -> tuple[float, ...]:
-    listed = _distinct("weights", weights)
-    if not listed:
-        raise InputError("weights", [], "at least one number")
-    return tuple(checked_number(f"weights[{i}]", weight) for i, weight in enumerate(listed))
-
-
-def _checked_losses(losses: Any) -> tuple[str | Mapping[str, float], ...]:
-    listed = _distinct("losses", losses)
-    if not listed:
-        raise InputError("losses", [], "at least one loss")
-    return tuple(
-        checked_edge(f"losses[{i}]", Edge(loss=loss), on_label=False).loss
-        for i, loss in enumerate(listed)
-    )

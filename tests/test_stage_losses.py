@@ -16,11 +16,11 @@ from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, NodeFns, Parallel
+from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
 from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.engines import Task, fused_step
-from ktg_jax.transfer import EdgeArrays
 
 RNG = np.random.default_rng(0)
 LOSSES = [ktg.attention_transfer_loss, ktg.feature_transfer_loss]

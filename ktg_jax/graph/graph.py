@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, functions_among
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
@@ -24,7 +25,6 @@ from ktg_jax.graph.node import (
 from ktg_jax.graph.normal_form import merged
 from ktg_jax.io.files import write_text
 from ktg_jax.io.json_input import check_fields, decoded, read
-from ktg_jax.transfer import PAPER_LOSSES, EdgeArrays, functions_among
 
 EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
 from ktg_jax.models.network import NodeFns
 from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
@@ -37,7 +38,6 @@ from ktg_jax.training.per_node import (
 )
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, train_step
-from ktg_jax.transfer import EdgeArrays
 
 ENGINES = ("fused", "per_node")
 

@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.cpu.convolution import formulation
+from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.evaluation import eval_sums
@@ -24,7 +25,6 @@ from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metri
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, StepOptions, graph_gradients, node_forward
 from ktg_jax.training.updates import check_states, node_update
-from ktg_jax.transfer import EdgeArrays, edge_arrays
 
 Placement = tuple[jax.Device, ...]
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.losses import is_correct
 from ktg_jax.models.network import NodeFns, PyTree
@@ -26,7 +27,7 @@ from ktg_jax.outputs import Outputs, all_outputs
 from ktg_jax.training.node_terms import Priors, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.updates import check_states, node_update
-from ktg_jax.transfer import EdgeArrays, edge_arrays, edge_losses, mean_of
+from ktg_jax.transfer import edge_losses, mean_of
 
 Metrics = dict[str, jax.Array]
 

@@ -15,6 +15,7 @@ from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
 from ktg_jax import Graph, GraphState, InputError, NodePrior, Parallel, Prior
+from ktg_jax.edge_arrays import edge_arrays
 from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.priors import normalised, prior_distance, prior_loss, save_prior
 from ktg_jax.training import per_node
@@ -22,7 +23,6 @@ from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, fused_step
 from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.per_node import per_node_step, place
-from ktg_jax.transfer import edge_arrays
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.random((8, 8, 8, 1), np.float32))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import ktg_jax as ktg
+from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.outputs import Outputs
-from ktg_jax.transfer import EdgeArrays, edge_arrays
 
 Weights = dict[str, float]
 """The weight of each loss, on all edges that may carry it."""
