@@ -19,6 +19,7 @@ from benchmarks.measure import Spread
 from benchmarks.task import IMPLEMENTATIONS, OURS, Figures
 from experiments.runs import cli
 from experiments.runs.console import is_watched, make_console, text_column
+from experiments.runs.options import at_least
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import write_text
 from ktg_jax.models import check_model
@@ -71,16 +72,9 @@ def check(options: Options, known: Sequence[str] = tuple(IMPLEMENTATIONS)) -> No
     for threads in options.threads:
         if not 1 <= threads <= cores():
             raise InputError("threads", threads, f"1 to {cores()}, the cores of this machine")
-    check_positive(options, "rounds", "steps", "batch_size", "image_size")
+    numbers = ("rounds", "steps", "batch_size", "image_size")
+    at_least(options, 1, *(field for field in numbers if hasattr(options, field)))
     check_output(options)
-
-
-def check_positive(options: Output, *fields: str) -> None:
-    """Raises InputError for the first of these fields, where it is there and set, below 1."""
-    for field in fields:
-        value = getattr(options, field, None)
-        if value is not None and value < 1:
-            raise InputError(field, value, "at least 1")
 
 
 def check_output(options: Output) -> None:

@@ -20,7 +20,7 @@ from experiments.runs import cli
 from experiments.runs.assemble import load
 from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
-from experiments.runs.options import import_modules
+from experiments.runs.options import at_least, import_modules
 from experiments.runs.pictures import drawn
 from experiments.runs.process import prepare
 from experiments.runs.texts import mean_and_std
@@ -122,7 +122,7 @@ def measure(options: SearchOptions, console: Console) -> dict[str, Any]:
 def _check(options: SearchOptions) -> None:
     """Raises InputError for the first option that is out of range."""
     report.check_output(options)
-    report.check_positive(options, "trials", "epochs", "rounds")
+    at_least(options, 1, "trials", "epochs", "rounds")
     import_modules(options.imports)
     for nodes in options.nodes:
         search_config.check(_search(options, nodes))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ktg_jax.checks import is_whole
 from ktg_jax.choices import (
     checked_gates,
     checked_losses,
@@ -341,7 +342,6 @@ def _gate_name(receiver: int, sender: int) -> str:
 
 def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:
     most = MOST_NODES if allow_large else _LARGEST
-    is_number = isinstance(num_nodes, int) and not isinstance(num_nodes, bool)
-    if not (is_number and 1 <= num_nodes <= most):
+    if not (is_whole(num_nodes, 1) and num_nodes <= most):
         more = "" if allow_large else ", or more with allow_large=True"
         raise InputError("num_nodes", num_nodes, f"1 to {most} nodes{more}")

@@ -36,7 +36,7 @@ def test_the_library_draws_no_progress_and_names_no_option_of_a_command() -> Non
 
 
 LAYERS = (
-    ("errors", "cpu", "io"),
+    ("errors", "checks", "cpu", "io"),
     ("gates", "losses", "stage_losses", "outputs", "named_losses", "edge_arrays", "transfer"),
     ("graph",),
     ("models",),

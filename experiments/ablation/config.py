@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from ktg_jax.checks import check_positive
 from ktg_jax.errors import InputError
 from ktg_jax.graph.node import checked_number, checked_temperature
 from ktg_jax.models import check_model
@@ -17,7 +18,6 @@ from ..represent.config import RepresentConfig
 from ..represent.options import FitOptions, TeacherOptions
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig
-from ..runs.folder import place_of
 from ..runs.identity import data_kind, identity
 from ..runs.options import (
     DATA_AND_TRAINING,
@@ -28,6 +28,7 @@ from ..runs.options import (
     hash_of,
     training_fields,
 )
+from ..runs.places import place_of
 from .arms import ARMS, chosen
 
 VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
@@ -145,8 +146,7 @@ def check(config: AblationConfig) -> None:
         representing.check(config.represent(student, config.seed, "fit"))
     checked_temperature("temperature", config.temperature)
     for field in ("attention_weight", "feature_weight"):
-        if not 0 < getattr(config, field) < float("inf"):
-            raise InputError(field, getattr(config, field), "a finite number above 0")
+        check_positive(field, getattr(config, field))
         checked_number(field, getattr(config, field))
 
 

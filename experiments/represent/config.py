@@ -13,7 +13,6 @@ from ktg_jax.errors import InputError
 
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig, resolved
-from ..runs.folder import place_of
 from ..runs.identity import data_kind, identity
 from ..runs.options import (
     DATA_AND_TRAINING,
@@ -22,6 +21,7 @@ from ..runs.options import (
     hash_of,
     training_fields,
 )
+from ..runs.places import place_of
 from .folder import PRIOR
 from .options import (
     FitOptions,

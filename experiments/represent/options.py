@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from ktg_jax.errors import InputError
+from ktg_jax.checks import check_not_negative, check_positive
 
 from ..runs.options import MOST_RATE, at_least
 
@@ -49,9 +49,6 @@ class FitOptions:
 def check_fit(options: FitOptions) -> None:
     """Raises InputError for the first value that is out of range."""
     at_least(options, 1, "fit_steps")
-    if not 0 < options.fit_learning_rate < float("inf"):
-        raise InputError("fit_learning_rate", options.fit_learning_rate, "a finite number above 0")
-    if not 0 <= options.fit_weight_decay < float("inf"):
-        allowed = "a finite number of at least 0"
-        raise InputError("fit_weight_decay", options.fit_weight_decay, allowed)
+    check_positive("fit_learning_rate", options.fit_learning_rate)
+    check_not_negative("fit_weight_decay", options.fit_weight_decay)
     at_least(options, 0, "fit_learning_rate", "fit_weight_decay", most=MOST_RATE)

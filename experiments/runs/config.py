@@ -11,9 +11,9 @@ import ktg_jax as ktg
 import ktg_jax.models
 
 from .command_line import Command
-from .folder import place_of
 from .identity import data_kind, identity, without_facts
 from .options import DATA_AND_TRAINING, Training, at_least, check_training, hash_of
+from .places import place_of
 
 MOST_CPU_DEVICES = 1024
 

@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from ktg_jax.checks import check_not_negative, check_positive
 from ktg_jax.errors import InputError, in_a_line
 
 MOST = 2**31 - 1
@@ -75,10 +75,8 @@ def check_training(training: Training) -> None:
     at_least(training, 0, "split_seed", most=2**63 - 1)
     at_least(training, 1, "train_limit")
     at_least(training, 1, "image_size", most=MOST_IMAGE_SIZE)
-    if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
-        raise InputError("learning_rate", training.learning_rate, "a finite number above 0")
-    if not (math.isfinite(training.weight_decay) and training.weight_decay >= 0):
-        raise InputError("weight_decay", training.weight_decay, "a finite number of at least 0")
+    check_positive("learning_rate", training.learning_rate)
+    check_not_negative("weight_decay", training.weight_decay)
     at_least(training, 0, "learning_rate", "weight_decay", most=MOST_RATE)
     if not 0 <= training.val_fraction < 1:
         raise InputError("val_fraction", training.val_fraction, "at least 0 and below 1")

@@ -17,11 +17,11 @@ from ktg_jax.io.files import cache_folder
 
 from .config import TrainConfig, resolved
 from .facts import data_facts
-from .folder import place_of
 from .graphs import PRETRAINED, build_graph, with_sources
 from .identity import identity
 from .locks import lock_if_possible
 from .options import hash_of
+from .places import place_of
 from .workdir import Workdir
 
 Train = Callable[[TrainConfig, Dataset], Any]

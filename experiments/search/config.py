@@ -16,7 +16,6 @@ from ktg_jax.io.json_input import decoded
 
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig
-from ..runs.folder import place_of
 from ..runs.identity import data_kind, identity, without_facts
 from ..runs.options import (
     DATA_AND_TRAINING,
@@ -29,6 +28,7 @@ from ..runs.options import (
     training_fields,
     with_tuples,
 )
+from ..runs.places import place_of
 
 MOST_WORKERS = 1000
 Pruner = Literal["asha", "patient", "hyperband", "none"]

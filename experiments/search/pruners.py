@@ -5,6 +5,7 @@ Trials report the objective after each epoch, counted from 1. Their resource is 
 
 from typing import Any
 
+from ktg_jax.checks import is_number, is_whole
 from ktg_jax.errors import InputError
 
 from .engine import optuna
@@ -41,7 +42,7 @@ def make_pruner(
         raise InputError("pruner", name, ", ".join(PRUNERS))
     _check_epochs("epochs", epochs, None)
     _check_epochs("min_epochs", min_epochs, epochs)
-    if not _is_number(patience) or not 0 <= patience <= 1:
+    if not is_number(patience) or not 0 <= patience <= 1:
         raise InputError("patience", patience, "a share of the epochs, 0 to 1")
     if name == "asha":
         return _Halving(epochs, min_epochs)
@@ -79,13 +80,7 @@ def _is_finished(trial: optuna.trial.FrozenTrial, epochs: int) -> bool:
     return trial.last_step is not None and trial.last_step >= epochs
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check_epochs(field: str, value: Any, most: int | None) -> None:
     allowed = "an integer, 1 or above" if most is None else f"an integer, 1 to {most} (all epochs)"
-    if not isinstance(value, int) or not _is_number(value) or value < 1:
-        raise InputError(field, value, allowed)
-    if most is not None and value > most:
+    if not is_whole(value, 1) or (most is not None and value > most):
         raise InputError(field, value, allowed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ktg_jax.checks import is_whole
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
 from ktg_jax.space import SearchSpace, draw
@@ -36,7 +37,7 @@ def make_sampler(name: str, space: SearchSpace, seed: int) -> "GraphSampler":
     """
     if name not in _SAMPLERS:
         raise InputError("sampler", name, ", ".join(_SAMPLERS))
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if not is_whole(seed):
         raise InputError("seed", seed, "an integer, 0 or above")
     return _SAMPLERS[name](space, seed)
 

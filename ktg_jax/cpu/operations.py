@@ -62,7 +62,17 @@ def parts() -> int:
 
 
 def convolution(images: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution with the same stride and padding along both axes: `[B, H', W', out]`."""
+    """A convolution with the same stride and padding along both axes.
+
+    Args:
+        images: float32 `[B, H, W, in]`.
+        kernel: float32 `[h, w, in, out]`.
+        stride: the step of the kernel, in pixels.
+        padding: zeros on each side, in pixels.
+
+    Returns:
+        float32 `[B, H', W', out]`, with H' = (H + 2 padding - h) // stride + 1, and W' likewise.
+    """
     size = [
         (extent + 2 * padding - side) // stride + 1
         for extent, side in zip(images.shape[1:3], kernel.shape[:2], strict=True)
@@ -74,7 +84,18 @@ def convolution(images: jax.Array, kernel: jax.Array, stride: int, padding: int)
 def convolution_input_gradient(
     gradient: jax.Array, kernel: jax.Array, shape: Sequence[int], stride: int, padding: int
 ) -> jax.Array:
-    """The gradient to images `[B, H, W, in]` (`shape`) of a convolution."""
+    """The gradient of a convolution with respect to its images.
+
+    Args:
+        gradient: float32 `[B, H', W', out]`, with respect to its result.
+        kernel: float32 `[h, w, in, out]`.
+        shape: `(B, H, W, in)`, of the images.
+        stride: as of the convolution.
+        padding: as of the convolution.
+
+    Returns:
+        float32 `[B, H, W, in]`.
+    """
     operands = (gradient, kernel)
     return _convolve("KtgConvolutionInputGradient", shape, operands, "br", "b", stride, padding)
 
@@ -82,13 +103,31 @@ def convolution_input_gradient(
 def convolution_weight_gradient(
     images: jax.Array, gradient: jax.Array, shape: Sequence[int], stride: int, padding: int
 ) -> jax.Array:
-    """The gradient to the kernel `[h, w, in, out]` (`shape`) of a convolution."""
+    """The gradient of a convolution with respect to its kernel, a sum over the batch.
+
+    Args:
+        images: float32 `[B, H, W, in]`.
+        gradient: float32 `[B, H', W', out]`, with respect to its result.
+        shape: `(h, w, in, out)`, of the kernel.
+        stride: as of the convolution.
+        padding: as of the convolution.
+
+    Returns:
+        float32 `[h, w, in, out]`.
+    """
     operands = (images, gradient)
     return _convolve("KtgConvolutionWeightGradient", shape, operands, "bb", "s", stride, padding)
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance over all axes but the last, two `[C]`."""
+    """Mean and biased variance over all axes but the last.
+
+    Args:
+        x: float32 `[B, H, W, C]`, C a multiple of `LANES`.
+
+    Returns:
+        Two float32 `[C]`.
+    """
     channels = x.shape[-1:]
     mean, variance = _call("KtgMoments", [channels] * 2, (x,), "b", "ss", combine=combine_moments)
     return mean, variance
@@ -97,7 +136,17 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None
 ) -> jax.Array:
-    """`relu(x * scale + bias + shortcut)`, with scale and bias `[C]`."""
+    """`relu(x * scale + bias + shortcut)`.
+
+    Args:
+        x: float32 `[B, H, W, C]`, C a multiple of `LANES`.
+        scale: float32 `[C]`.
+        bias: float32 `[C]`.
+        shortcut: float32 `[B, H, W, C]`; None: nothing is added.
+
+    Returns:
+        float32 `[B, H, W, C]`.
+    """
     operands = (x, scale, bias) if shortcut is None else (x, scale, bias, shortcut)
     return _call("KtgNormalize", [x.shape], operands, "brrb"[: len(operands)], "b")[0]
 
@@ -105,7 +154,17 @@ def normalize(
 def normalize_gradient_sums(
     dy: jax.Array, y: jax.Array, x: jax.Array, mean: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The sums of g and of g * (x - mean), two `[C]`; g is the gradient dy before the relu."""
+    """The sums over the batch of g and of g * (x - mean); g is the gradient before the relu.
+
+    Args:
+        dy: float32 `[B, H, W, C]`, the gradient with respect to `normalize`'s result.
+        y: float32 `[B, H, W, C]`, that result.
+        x: float32 `[B, H, W, C]`, what was normalised.
+        mean: float32 `[C]`.
+
+    Returns:
+        Two float32 `[C]`.
+    """
     shapes = [x.shape[-1:]] * 2
     total, product = _call("KtgNormalizeGradientSums", shapes, (dy, y, x, mean), "bbbr", "ss")
     return total, product
@@ -120,7 +179,20 @@ def normalize_input_gradient(
     bias: jax.Array,
     with_shortcut: bool,
 ) -> tuple[jax.Array, ...]:
-    """`g * scale + x * slope + bias`, and g itself if asked for."""
+    """`g * scale + x * slope + bias`, and g itself if asked for.
+
+    Args:
+        dy: float32 `[B, H, W, C]`, as for `normalize_gradient_sums`.
+        y: float32 `[B, H, W, C]`, likewise.
+        x: float32 `[B, H, W, C]`, likewise.
+        scale: float32 `[C]`.
+        slope: float32 `[C]`.
+        bias: float32 `[C]`.
+        with_shortcut: whether g is returned, too: the gradient of what was added.
+
+    Returns:
+        One or two float32 `[B, H, W, C]`.
+    """
     shapes = [x.shape] * (1 + with_shortcut)
     operands = (dy, y, x, scale, slope, bias)
     return _call("KtgNormalizeInputGradient", shapes, operands, "bbbrrr", "b" * len(shapes))
@@ -129,7 +201,15 @@ def normalize_input_gradient(
 def combine_moments(
     of_shares: tuple[jax.Array, ...], axis_name: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of a batch that is spread evenly over a mapped axis, from its shares'."""
+    """Mean and variance of a batch that is spread evenly over a mapped axis, from its shares'.
+
+    Args:
+        of_shares: mean and biased variance of this device's share, float32 `[C]` each.
+        axis_name: the mapped axis.
+
+    Returns:
+        Those of the whole batch, two float32 `[C]`.
+    """
     share_mean, share_variance = of_shares
     mean = jax.lax.pmean(share_mean, axis_name)
     between = jax.lax.pmean(jnp.square(share_mean - mean), axis_name)

@@ -14,7 +14,13 @@ def independent(models: Sequence[Model]) -> Graph:
     """Every node learns from the label alone.
 
     Args:
-        models: up to 100 nodes, or names of models.
+        models: N nodes, or names of models, the target first; at most 100.
+
+    Returns:
+        A graph whose gates `[N, N]` are through on the diagonal and cutoff elsewhere.
+
+    Raises:
+        InputError: no nodes, too many, or what is neither a node nor a model's name.
 
     >>> independent(["resnet32", "resnet32"]).gates
     (('through', 'cutoff'), ('cutoff', 'through'))
@@ -24,6 +30,16 @@ def independent(models: Sequence[Model]) -> Graph:
 
 def mutual(models: Sequence[Model], temperature: float = 1.0) -> Graph:
     """Deep mutual learning (DML): every gate is through.
+
+    Args:
+        models: N nodes, or names of models, the target first; at most 100.
+        temperature: T > 0 of the transfer edges.
+
+    Returns:
+        A graph whose gates `[N, N]` are all through.
+
+    Raises:
+        InputError: as `independent`, or a temperature that no graph may have.
 
     >>> mutual(["resnet32", "resnet32"]).gates
     (('through', 'through'), ('through', 'through'))
@@ -38,6 +54,17 @@ def distillation(
 
     Training it needs the teachers' weights (`Node.weights`).
 
+    Args:
+        student: the target.
+        teachers: N - 1 nodes, or names of models, at least one; or one alone.
+        temperature: T > 0 of the transfer edges.
+
+    Returns:
+        A graph whose gates `[N, N]` are through in the student's row and cutoff in the others.
+
+    Raises:
+        InputError: no teachers, and as `mutual`.
+
     >>> distillation("resnet8", "resnet32").gates
     (('through', 'through'), ('cutoff', 'cutoff'))
     """
@@ -49,6 +76,16 @@ def distillation(
 
 def chain(models: Sequence[Model], temperature: float = 1.0) -> Graph:
     """Teacher assistants: each node learns from the label and from the next node.
+
+    Args:
+        models: N nodes, or names of models, the target first; at most 100.
+        temperature: T > 0 of the transfer edges.
+
+    Returns:
+        A graph whose gates `[N, N]` are through on the diagonal and right of it, else cutoff.
+
+    Raises:
+        InputError: as `mutual`.
 
     >>> chain(["resnet8", "resnet20", "resnet32"]).gates[1]
     ('cutoff', 'through', 'through')

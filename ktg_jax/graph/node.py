@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import os
 import re
-import sys
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from ktg_jax.checks import check_not_negative, check_positive, check_share
 from ktg_jax.errors import InputError
 
 MATCHINGS = ("initialise", "assignment", "none")
@@ -157,8 +157,7 @@ def _with_checked_prior(where: str, node: Node) -> Node:
                 raise InputError(f"{where}.{field}", getattr(node, field), NO_PRIOR)
         return node
     weight = checked_number(f"{where}.prior_weight", node.prior_weight)
-    if not _is_number(node.prior_quantile) or not 0 <= node.prior_quantile <= 1:
-        raise InputError(f"{where}.prior_quantile", node.prior_quantile, "a number from 0 to 1")
+    check_share(f"{where}.prior_quantile", node.prior_quantile)
     for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
         if getattr(node, field) not in names:
             raise InputError(f"{where}.{field}", getattr(node, field), ", ".join(names))
@@ -172,8 +171,7 @@ def checked_number(field: str, value: Any) -> float:
     Raises:
         InputError: it is something else.
     """
-    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
-        raise InputError(field, value, "a finite number, at least 0")
+    check_not_negative(field, value)
     if value > MOST_WEIGHT:
         raise InputError(field, value, f"at most {MOST_WEIGHT:g}: float32 must hold the loss")
     return float(value)
@@ -185,15 +183,9 @@ def checked_temperature(field: str, value: Any) -> float:
     Raises:
         InputError: it is something else.
     """
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise InputError(field, value, "a finite number above 0")
+    check_positive(field, value)
     low, high = TEMPERATURES
     if not low <= value <= high:
         allowed = f"{low:g} to {high:g}: float32 must hold its square"
         raise InputError(field, value, allowed)
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number as JSON knows them: no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ktg_jax.checks import is_number, is_whole
 from ktg_jax.errors import InputError
 from ktg_jax.io.json_input import decoded
 from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
@@ -167,7 +168,7 @@ def _is_param(name: str) -> bool:
 
 
 def _is_count(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    return is_whole(value, 1) and value <= most
 
 
 def _is_shape(value: Any) -> bool:
@@ -176,8 +177,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_divisor(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= sys.float_info.max
+    return is_number(value) and 0 < value <= sys.float_info.max
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {

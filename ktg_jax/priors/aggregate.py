@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.checks import is_whole
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
@@ -61,9 +62,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         for field in ("steps", "stride"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(field, value, "a whole number above 0")
+            if not is_whole(getattr(self, field), 1):
+                raise InputError(field, getattr(self, field), "a whole number above 0")
 
 
 def aggregate_prior(

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ktg_jax.checks import check_not_negative, check_share
 from ktg_jax.errors import InputError
 from ktg_jax.io.trees import by_path
 from ktg_jax.models.network import PyTree
 from ktg_jax.priors.recoding import (
-    check_quantile,
     dead_zone_loss,
     l1_recoding,
     recoding_threshold,
@@ -124,7 +124,7 @@ def prior_distance(
     >>> prior_distance(params, prior).tolist()
     [2.0]
     """
-    check_quantile("dead_zone", dead_zone)
+    check_share("dead_zone", dead_zone)
     check_prior(params, prior)
     leaves, distances = by_path(params), []
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):
@@ -177,8 +177,7 @@ def recoding_loss(
     >>> [float(recoding_loss(params, prior, penalty)) for penalty in (0.0, 0.5, 1.0)]
     [0.0, 0.75, 1.0]
     """
-    if isinstance(penalty, bool) or not 0 <= penalty < float("inf"):
-        raise InputError("penalty", penalty, "a finite number, not negative")
+    check_not_negative("penalty", penalty)
     check_prior(params, prior)
     leaves, losses = by_path(params), []
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):

@@ -5,7 +5,6 @@ threshold, at a quantile of the gradient's magnitudes in each layer, is our read
 loss form, a dead-zone quadratic, and the alternative, an L1 penalty on coefficients of filters.
 """
 
-from numbers import Real
 from typing import Any
 
 import chex
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ktg_jax.errors import InputError
+from ktg_jax.checks import check_share
 
 
 def sparse_recoding(quantile: float) -> optax.GradientTransformation:
@@ -35,7 +34,7 @@ def sparse_recoding(quantile: float) -> optax.GradientTransformation:
     >>> penalty.update(gradient, penalty.init(gradient))[0]["kernel"].tolist()
     [0.0, -2.0, 1.0, -0.0]
     """
-    check_quantile("quantile", quantile)
+    check_share("quantile", quantile)
 
     def recode(leaf: ArrayLike) -> jax.Array:
         return soft_threshold(leaf, recoding_threshold(leaf, quantile))
@@ -134,10 +133,3 @@ def l1_recoding(kernel: ArrayLike, prior_kernel: ArrayLike, penalty: ArrayLike) 
     inner = jnp.sum(kernel * prior_kernel, axes)
     square = jnp.sum(jnp.square(prior_kernel), axes)
     return soft_threshold(inner, penalty) / jnp.where(square > 0, square, 1.0)
-
-
-def check_quantile(field: str, quantile: Any) -> None:
-    """Raises InputError unless it is a number in [0, 1]."""
-    is_number = isinstance(quantile, Real) and not isinstance(quantile, bool)
-    if not is_number or not 0 <= float(quantile) <= 1:
-        raise InputError(field, quantile, "a number from 0 to 1")

@@ -62,7 +62,7 @@ def test_options_may_be_left_out_of_json() -> None:
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prior": 3}, "prior: got 3", "a path, or null"),
     ({"prior": ""}, "prior: got ''", "a path, or null"),
-    ({"prior": "p", "prior_weight": -1}, "prior_weight: got -1", "a finite number, at least 0"),
+    ({"prior": "p", "prior_weight": -1}, "prior_weight: got -1", "a finite number of at least 0"),
     ({"prior": "p", "prior_weight": "1"}, "prior_weight: got '1'", "a finite number"),
     ({"prior": "p", "prior_weight": True}, "prior_weight: got True", "a finite number"),
     ({"prior": "p", "prior_weight": float("inf")}, "prior_weight: got inf", "a finite number"),

@@ -197,7 +197,7 @@ FILES: list[tuple[str, str, list[str]]] = [
     ("no_such_prior.json", "nodes[1].prior", ["'gone'", "prior.safetensors"]),
     ("misspelt.json", "graph.gate", ["[['through']]", "did you mean 'gates'?"]),
     ("no_such_field.json", "graph.temprature", ["got 4;", "temperature"]),
-    ("bad_loss.json", "gates[0][0].weight", ["got -1;", "a finite number, at least 0"]),
+    ("bad_loss.json", "gates[0][0].weight", ["got -1;", "a finite number of at least 0"]),
     ("no_such_weights.json", "nodes[2].weights", ["'gone'", "DIR:name"]),
     ("truncated.json", "graph", ["JSON"]),
     ("truncated.npz", "data", ["truncated.npz", "undamaged"]),
