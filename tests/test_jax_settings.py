@@ -67,6 +67,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_nan_is_made_on_the_way(name: str) -> None:
     with debugging():
@@ -87,6 +88,7 @@ def test_a_label_that_is_no_class_stops_only_where_it_counts() -> None:
             ktg.cross_entropy(LOGITS[0], padded)
 
 
+@pytest.mark.slow
 def test_a_whole_step_makes_none() -> None:
     graph, optimizer = ktg.graphs.mutual(["staged", "staged"]), ktg.sgd(0.1)
     node_fns = [ktg.from_linen(Staged(3))] * 2

@@ -39,6 +39,7 @@ def codes(*rows: str) -> np.ndarray:
 # --- divergence
 
 
+@pytest.mark.slow
 @MODES
 def test_a_class_that_both_exclude_adds_nothing(how: Callable[..., Any]) -> None:
     losses = how(ktg.kl_divergence)(RECEIVER, SENDER)
@@ -113,6 +114,7 @@ def test_huge_logits_beside_excluded_classes_stay_finite() -> None:
 # --- cross-entropy
 
 
+@pytest.mark.slow
 @MODES
 def test_cross_entropy_is_that_of_the_classes_that_are_left(how: Callable[..., Any]) -> None:
     labels = np.array([2, 0])
@@ -132,6 +134,7 @@ def with_class(z: np.ndarray) -> np.ndarray:
     return np.insert(z, 2, -INF, axis=-1).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", "tclrn")
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_a_graph_learns_as_if_the_class_were_not_there(gate: str, temperature: float) -> None:
@@ -171,6 +174,7 @@ def test_networks_behind_a_mask_of_their_own_get_finite_gradients() -> None:
 WIDE = np.zeros((2, 3), np.float32)  # gives weight to what the receiver excludes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gate", "progress"), [("c", 0.5), ("l", 0.0), ("n", 1.0)])
 def test_a_gate_of_0_makes_nothing_of_an_infinite_loss(gate: str, progress: float) -> None:
     logits, labels, gates = np.stack([RECEIVER, WIDE]), np.array([2, 0]), codes("t" + gate, "ct")
@@ -205,6 +209,7 @@ def test_a_cut_edge_from_a_network_with_other_classes_is_as_good_as_none(row: st
 # --- evaluation
 
 
+@pytest.mark.slow
 def test_an_ensemble_excludes_what_one_of_it_excludes() -> None:
     logits = [RECEIVER, np.array([[0, 9, 1], [0, 9, 0]], np.float32)]
     sums = eval_sums([jnp.asarray(z) for z in logits], np.array([2, 0]))

@@ -369,6 +369,7 @@ def test_the_weight_of_the_divergence_leaves_the_label_alone(gate: str, weight: 
     chex.assert_trees_all_close(found, tuple(gradients), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_on_logits_and_on_stages_add_up_and_each_has_its_own_gradient() -> None:
     logits, stages = logits_of(2), [outputs((6, 4, 4, 3), (6, 2, 2, 5)) for _ in range(2)]
     gates, on_stages_alone = gates_of("rl", "nt"), {"attention": 30.0, "features": 0.5}
@@ -399,6 +400,7 @@ def test_the_gradients_of_stages_are_in_their_own_dtype() -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes([list(s) for _, s in found], stages)
 
 
+@pytest.mark.slow
 def test_the_papers_weights_give_every_bit_of_the_papers_gradients() -> None:
     logits, gates = tuple(logits_of(3)), gates_of("trl", "ctn", "lcr")
     inputs = LABELS_OF_6, gates, 0.25, 2.0
@@ -484,6 +486,7 @@ def updates(state: GraphState, before: GraphState) -> list[Any]:
     return [jax.tree.map(jnp.subtract, *pair) for pair in pairs]
 
 
+@pytest.mark.slow
 def test_a_nodes_update_is_the_gradient_of_its_own_loss() -> None:
     before = started()
     state, _ = step(before, gates_of("ttc", "ctt", "cct"))
@@ -508,6 +511,7 @@ def test_an_edge_changes_nothing_of_any_node_but_its_receiver() -> None:
         chex.assert_trees_all_close(edge.params[0], without.params[0], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_keeps_every_bit_and_shows_its_stored_statistics() -> None:
     before = started(frozen=[1])
     state, metrics = step(before, gates_of("ttc", "ccc", "cct"))

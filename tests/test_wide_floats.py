@@ -116,6 +116,7 @@ def test_float64_logits_have_float32_losses_and_float64_gradients() -> None:
 # --- training
 
 
+@pytest.mark.slow
 def test_batches_are_the_same() -> None:
     def batch() -> Any:
         sizes: dict[str, Any] = {"num_images": 12, "batch_size": 5, "max_offset": 2, "flip": True}
@@ -212,6 +213,7 @@ def test_a_run_resumes_and_is_evaluated(tmp_path: Path) -> None:
         assert in_process(evaluate.main, tmp_path / "whole").out == ended.out
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_as_any(tmp_path: Path) -> None:
     options: dict[str, Any] = {"models": ("tiny", "tiny"), "epochs": 1}
     train(tmp_path / "wide", **options)

@@ -17,6 +17,8 @@ from ktg_jax.cpu import __main__ as command
 from ktg_jax.cpu import build, memory, operations
 from ktg_jax.cpu.build import BuildError, find_onednn, library_path
 
+pytestmark = pytest.mark.slow
+
 VARIABLES = ("KTG_ONEDNN", "CXX", "KTG_CPU_CONVOLUTION")
 
 
@@ -235,7 +237,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return cache, ended
 
 
-@pytest.mark.slow
 def test_the_command_builds_and_says_what_is_used(built: tuple[Path, Ended]) -> None:
     cache, ended = built
     assert (ended.code, ended.err) == (0, "")

@@ -125,6 +125,7 @@ def convolutions_of(model: str, size: int) -> frozenset[Case]:
 BUILT_IN = ("cnn", "resnet8", "wrn10_2", "wrn28_10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 8])
 @pytest.mark.parametrize("model", BUILT_IN)
 def test_the_networks_convolutions_are_those_of_float64(model: str, size: int, used: str) -> None:

@@ -82,6 +82,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
 SHAPES = [(9, 8, 8, 16), (4, 3, 3, 64), (5, 1, 1, 32), (3, 6, 6, 160), (8, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_plain_and_float64_agree(

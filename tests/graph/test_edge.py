@@ -120,6 +120,7 @@ def test_codes_and_their_numbers_give_every_bit_of_the_same_losses(progress: flo
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_gate_are_differentiable() -> None:
     numbers = ktg.gate_coefficients(jnp.array([[0, 2], [1, 0]]))
     kl = ktg.kl_divergence(LOGITS[0], LOGITS[1])
@@ -228,6 +229,7 @@ def test_what_is_no_gate_is_refused(gate: Any) -> None:
 # --- batches of any shape, and masks
 
 
+@pytest.mark.slow
 def test_tokens_are_a_batch_of_two_axes() -> None:
     logits, labels = LOGITS.reshape(2, 2, 3, 5), LABELS.reshape(2, 3)
     codes = jnp.array([[0, 3], [2, 3]])
@@ -236,6 +238,7 @@ def test_tokens_are_a_batch_of_two_axes() -> None:
     assert ktg.cross_entropy(logits[0], labels).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
 @pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
 def test_what_does_not_count_may_hold_anything(shape: tuple[int, ...], junk: float) -> None:
@@ -319,6 +322,7 @@ def test_these_are_not(one: Graph, other: Graph) -> None:
     assert not one.equivalent(other)
 
 
+@pytest.mark.slow
 def test_equivalent_graphs_have_the_same_loss_for_their_target() -> None:
     teacher, one = (
         jnp.asarray(RNG.standard_normal((6, 5)), jnp.float32),

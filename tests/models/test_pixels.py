@@ -92,6 +92,7 @@ def test_the_functions_refuse_integers(images: Any) -> None:
         assert "divided by 255" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
 def test_all_floats_are_taken(dtype: Any) -> None:
     images = jnp.asarray(PIXELS / 255, dtype)
@@ -99,6 +100,7 @@ def test_all_floats_are_taken(dtype: Any) -> None:
     assert float(sums["count"]) == 4
 
 
+@pytest.mark.slow
 def test_only_the_shape_of_the_sample_matters() -> None:
     fns = [ktg.build_model("cnn", 10)]
     samples: list[Any] = [jnp.zeros((1, 6, 6, 1)), PIXELS, jnp.asarray(PIXELS)]

@@ -95,12 +95,14 @@ def test_the_kernels_learn_to_tell_patterns_apart() -> None:
     assert prior.paths == shorter.paths == tuple(KERNELS)
 
 
+@pytest.mark.slow
 def test_the_random_key_decides_everything() -> None:
     first, same, other = fitted(), fitted(), fitted(rng=jax.random.key(1))
     chex.assert_trees_all_equal(first, same)
     assert jnp.abs(first.kernels[0] - other.kernels[0]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_stages_are_fitted_each_by_itself() -> None:
     prior, changed = fitted(), fitted(factor=0.01)
     np.testing.assert_allclose(changed.kernels[1], prior.kernels[1], rtol=1e-4, atol=1e-6)
@@ -124,6 +126,7 @@ def test_an_aggregator_reads_a_stage_as_it_says() -> None:
         assert mapped.shape == (5, -(-7 // stride), -(-7 // stride), 4)
 
 
+@pytest.mark.slow
 def test_augmented_data_are_other_data() -> None:
     assert jnp.abs(fitted(flip=True, max_offset=2).kernels[0] - fitted().kernels[0]).max() > 1e-5
 

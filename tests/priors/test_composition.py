@@ -137,6 +137,7 @@ def test_what_is_added_is_the_thresholded_gradient_times_the_scheduled_weight(
     chex.assert_trees_all_equal(total, own)
 
 
+@pytest.mark.slow
 def test_one_filter_by_hand() -> None:
     # cos = 0, |w| = 2: the gradient is -2 a / |w| = (0, -1), and 1 - 0.4 of the weight is left.
     params = {"stage1_conv": {"kernel": jnp.array([[[[2.0], [0.0]]]])}}
@@ -151,6 +152,7 @@ def test_one_filter_by_hand() -> None:
     chex.assert_trees_all_equal(total, own)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_dtype() -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables_of(0)[0])
     total, distance = NodePrior(random_prior()).add_to(half, half, 0.5)
@@ -173,6 +175,7 @@ def test_descent_with_the_penalty_comes_nearer_to_the_prior(schedule: str) -> No
 # --- in the step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_adds_the_prior_to_its_own_node_alone(name: str) -> None:
     step = STEPS[name]
@@ -206,6 +209,7 @@ def part_of(state: GraphState, nodes: slice) -> GraphState:
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(0, 0, 0), (0, 1, 1), (1, 0, 0)], ids=str)
 def test_both_engines_take_the_same_steps(devices: tuple[int, ...]) -> None:
     priors = (*PRIORS[:2], NodePrior(random_prior(3, stages=1), 0.5, 0.9, "constant"))
@@ -224,6 +228,7 @@ def test_both_engines_take_the_same_steps(devices: tuple[int, ...]) -> None:
     assert np.isnan(distance).tolist() == [[False] * 2, [True] * 2, [False, True]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_the_gradients_of_attention_and_of_a_prior_add_up(name: str) -> None:
     def gradient_and_metrics(attention: float, *priors: NodePrior | None) -> Any:
@@ -283,6 +288,7 @@ def test_weights_and_priors_are_data() -> None:
     assert traces == [0.7, 0.9]
 
 
+@pytest.mark.slow
 def test_nodes_of_a_model_share_one_executable_with_a_prior() -> None:
     optimizer = optax.sgd(0.5)
     plain: Any = per_node._backward_and_update(optimizer)
@@ -449,6 +455,7 @@ def test_a_prior_that_does_not_fit_is_refused_by_node(
     assert str(error.value).startswith(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_refuses_priors_that_cannot_be(name: str) -> None:
     with pytest.raises(InputError, match=r"^priors: got 1; allowed: 3 entries, one a node"):

@@ -108,6 +108,7 @@ def test_only_the_priors_kernels_learn() -> None:
     np.testing.assert_array_equal(gradient["classifier"]["kernel"], 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_cosine() -> None:
     # ||z(w) - z(a)||^2 = 2 - 2 cos: gradient -2 (z(a) - cos z(w)) / ||w||, over out and stages.
     gradient = kernel_of(jax.grad(prior_loss)(PARAMS, PRIOR), 2)
@@ -154,6 +155,7 @@ def test_a_dead_zone_thresholds_the_residual() -> None:
     np.testing.assert_allclose(prior_loss(PARAMS, one, dead_zone=0.7), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_recoding_leaves_filters_alone_that_are_not_alike() -> None:
     # Cosines 0.8, 0.1 and -0.8 with penalty 0.5: alpha 0.3, 0 and -0.3; loss 1 - (|c| - 0.5)^2.
     cosines = np.array([0.8, 0.1, -0.8])
@@ -207,6 +209,7 @@ def test_no_permutation_is_nearer_than_the_assigned() -> None:
         assert (prior_distance(PARAMS, replace(prior, kernels=shuffled)) >= best - 1e-6).all()
 
 
+@pytest.mark.slow
 def test_a_student_may_start_from_the_prior() -> None:
     prior = replace(PRIOR, kernels=(PRIOR.kernels[0].at[..., 2].set(0.0), PRIOR.kernels[1]))
     params, same = match_prior(PARAMS, prior, "initialise")

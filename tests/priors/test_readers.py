@@ -59,6 +59,7 @@ def normalised(array: np.ndarray, variables: Any, name: str) -> np.ndarray:
     return np.maximum(whitened * learnt["scale"] + learnt["bias"], 0)
 
 
+@pytest.mark.slow
 def test_a_projected_teacher_puts_out_what_its_readers_average(readers: Readers) -> None:
     images = jnp.asarray(RNG.random((2, 8, 8, 3)), jnp.float32)
     (logits, seen), _ = projected(SEEING, readers).stages({}, {}, images, False)  # type: ignore[misc]
@@ -136,6 +137,7 @@ def test_files_whose_texts_say_nothing_are_refused(
         load_readers(path)
 
 
+@pytest.mark.slow
 def test_readers_of_another_teacher_are_refused(readers: Readers) -> None:
     mute = ktg.NodeFns(SEEING.init, SEEING.apply)
     with pytest.raises(InputError, match=r"^stages: got None"):

@@ -138,6 +138,7 @@ def test_the_best_tenth_has_no_baseline_and_no_graph_twice() -> None:
     assert best_tenth(make_study(TrialRecord(0, "pruned", ALONE, curve={1: 0.2})))[0] == []
 
 
+@pytest.mark.slow
 def test_interrupted_trials_are_no_trials(tmp_path: Path) -> None:
     graph = Graph(PAIR, (("through", "correct"), ("cutoff", "through")))
     whole = small_study()
@@ -336,6 +337,7 @@ def test_a_search_without_a_complete_trial(
     assert page.count("svg") == pictures
 
 
+@pytest.mark.slow
 def test_hundreds_of_long_trials_make_a_file_of_a_megabyte(tmp_path: Path) -> None:
     path = write_report(large_study(3, 400, 200), tmp_path / "report.html")
     assert path.stat().st_size < 1_500_000
@@ -358,6 +360,7 @@ BROKEN = """[...document.querySelectorAll("td.name, pre span")].filter(element =
 CLICK = "document.querySelectorAll('#trials th button')[2].click()"
 
 
+@pytest.mark.slow
 def test_chromium_shows_the_page(tmp_path: Path) -> None:
     studies = {
         "small": ended_study(),

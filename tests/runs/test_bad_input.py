@@ -298,6 +298,7 @@ def test_the_commands_themselves_end_with_one_line_and_code_2(inputs: Path, tmp_
 # --- good input, failed runs
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_ends_with_one_line_and_code_1(tmp_path: Path) -> None:
     options = SMALL | {"learning-rate": 1e20, "epochs": 3}
     ended = in_process(train_module.main, *words(options), "--workdir", tmp_path / "run")
@@ -305,6 +306,7 @@ def test_a_learning_rate_that_explodes_ends_with_one_line_and_code_1(tmp_path: P
     assert re.fullmatch(r"failed: step \d+, node tiny-\d: .* not finite.*\n", ended.err), ended.err
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     options = SMALL | {"graph": "independent", "models": "tiny failing", "epochs": 4}
     command = [*words(options), "--workdir", tmp_path / "run"]

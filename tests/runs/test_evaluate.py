@@ -116,6 +116,7 @@ def test_it_says_what_was_evaluated(run: Path) -> None:
         assert f"{run}, {expected}:" in in_process(evaluate.main, run, *arguments).out
 
 
+@pytest.mark.slow
 def test_a_run_in_mixed_precision_is_evaluated_as_it_was_in_training(tmp_path: Path) -> None:
     train(tmp_path / "run", mixed_precision=True)
     entries = {node["name"]: node for node in result(tmp_path / "run")["nodes"]}
@@ -191,6 +192,7 @@ def test_without_the_data_a_node_is_exported_all_the_same(run: Path, tmp_path: P
         assert "class_names" not in opened.metadata()
 
 
+@pytest.mark.slow
 def test_the_command_finds_models_of_imported_modules(run: Path, tmp_path: Path) -> None:
     ended = end_of(start("experiments.evaluate", run, "--split", "val", cwd=tmp_path))
     assert (ended.code, ended.err) == (0, "")
@@ -226,6 +228,7 @@ def test_a_bad_export_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_validation_images_there_is_nothing_to_choose_by(tmp_path: Path) -> None:
     train(tmp_path / "run", val_fraction=0.0, models=("tiny",), epochs=1)
     for arguments, field in (
@@ -238,6 +241,7 @@ def test_without_validation_images_there_is_nothing_to_choose_by(tmp_path: Path)
         assert ended.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_other_data_than_the_runs_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data, workdir = tmp_path / "data.npz", tmp_path / "run"

@@ -34,6 +34,8 @@ from experiments.runs.workdir import Workdir
 from ktg_jax.errors import InputError
 from ktg_jax.training.warm_start import load_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -88,7 +90,6 @@ def test_a_folder_with_files_of_ones_own_may_be_used(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_of_two_that_begin_at_once_one_wins(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for _ in range(2):

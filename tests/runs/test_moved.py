@@ -20,6 +20,8 @@ from experiments.runs.workdir import Workdir
 from ktg_jax.data.dataset import Split, hold_out
 from ktg_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (80, 8, 8, 1), np.uint8)
 LABELS = np.arange(80) % 4

@@ -94,6 +94,7 @@ def test_where_no_link_can_be_made_strange_folders_are_refused(
 # --- loss is noticed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ from experiments import train as train_module
 from experiments.runs.workdir import Workdir
 from ktg_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 5
 OPTIONS: dict[str, Any] = {
     "models": ("tiny", "dropping"),
@@ -105,7 +107,6 @@ def signal_when(
         process.send_signal(number)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -200,7 +201,6 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(
     assert_same_end(stopped, whole)
 
 
-@pytest.mark.slow
 def test_without_any_whole_checkpoint_the_run_fails_and_can_start_over(
     whole: Path, stopped: Path
 ) -> None:

@@ -13,6 +13,8 @@ from runs import ROOT, in_process, options, result, small, train
 import experiments.train as command
 from ktg_jax.errors import RunError
 
+pytestmark = pytest.mark.slow
+
 PICTURES = ("curves.png", "curves.svg", "graph.png", "graph.svg")
 ONE: dict[str, Any] = {"models": ("tiny",), "graph": "independent", "epochs": 1}
 DRAWS = """

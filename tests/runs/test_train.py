@@ -160,6 +160,7 @@ def test_a_run_depends_on_its_seed(tmp_path_factory: pytest.TempPathFactory) -> 
         assert a["nodes"] != b["nodes"]
 
 
+@pytest.mark.slow
 def test_without_validation_there_is_no_best_epoch(tmp_path: Path) -> None:
     said = train(tmp_path / "run", val_fraction=0.0, models=("tiny",), epochs=4)
     node = result(tmp_path / "run")["target"]
@@ -205,6 +206,7 @@ def test_pmap_and_jit_agree(tmp_path: Path, tmp_path_factory: pytest.TempPathFac
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prune_leaves_out_nodes_that_do_not_matter_and_no_others(tmp_path: Path) -> None:
     graph = ktg.Graph(
         tuple(ktg.Node("tiny", name) for name in ("target", "aside", "helper")),
@@ -470,6 +472,7 @@ def heard(workdir: Path) -> np.ndarray:
     return np.array([record["nodes"][0]["edge_losses"][1] for record in metrics(workdir)])
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_look_where_its_teacher_looks(attentive: Path, tmp_path: Path) -> None:
     ignored = distilling(attentive, 1e-6)
     train(tmp_path / "run", **ignored)
@@ -479,6 +482,7 @@ def test_a_student_comes_to_look_where_its_teacher_looks(attentive: Path, tmp_pa
     assert without.max() < 2 * 2 / 16
 
 
+@pytest.mark.slow
 def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) -> None:
     teacher = node_arrays(attentive / "teacher", 1, "staged_wide-0")
     assert_same_arrays(node_arrays(attentive / "run", 4, "staged_wide-1"), teacher)
@@ -497,6 +501,7 @@ def test_the_engines_train_alike_on_stages(attentive: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(heard(tmp_path / "run"), heard(attentive / "run"), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_edges_that_carry_something_else_make_another_run(attentive: Path) -> None:
     assert "is finished" in train(attentive / "run", **distilling(attentive, ATTENTIVE))
     with pytest.raises(InputError, match=r"graph\.gates: ") as error:

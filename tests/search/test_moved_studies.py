@@ -21,7 +21,10 @@ from experiments.search.folder import SearchFolder, load_search
 from experiments.search.storage import open_storage, open_to_read
 from ktg_jax.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 FACTS = {"train_crc32": 1, "val_crc32": 2}
 
 

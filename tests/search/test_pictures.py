@@ -23,6 +23,7 @@ from experiments.search.storage import Storage, open_storage
 from experiments.search.study import run_again
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
     pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed:UserWarning"),
 ]

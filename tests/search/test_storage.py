@@ -19,6 +19,8 @@ from experiments.search.engine import optuna
 from experiments.search.storage import Storage, Turn, open_storage
 from ktg_jax import InputError
 
+pytestmark = pytest.mark.slow
+
 FAIL, COMPLETE = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
 # Its processes are forked from one that has imported what they need, and nothing else.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -95,7 +97,6 @@ def is_given_up(study: Any, storage: Storage) -> bool:
     return study.get_trials(deepcopy=False)[0].state == FAIL
 
 
-@pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[..., Any]) -> None:
     started = PROCESSES.Event()
     worker = start(workers.train_forever, url, started)
@@ -119,7 +120,6 @@ def test_the_trial_of_a_killed_worker_is_run_again(url: str, start: Callable[...
     assert study.trials[2].params != killed.params  # once was enough
 
 
-@pytest.mark.slow
 def test_a_worker_killed_before_its_first_heartbeat_is_missed_too(url: str) -> None:
     storage = open_storage(url)
     study = workers.study_of(url, storage)

@@ -82,6 +82,7 @@ def test_a_trial_that_was_left_is_run_again_with_its_graph(url: str) -> None:
     assert sum(t.state in ("complete", "pruned") for t in trials_of(url)) == 5
 
 
+@pytest.mark.slow
 def test_it_waits_for_what_others_run_and_takes_it_over(url: str) -> None:
     config = small_search(trials=1)
     study = begin(url, config)
@@ -92,6 +93,7 @@ def test_it_waits_for_what_others_run_and_takes_it_over(url: str) -> None:
     assert [t.state for t in trials_of(url)] == ["failed", "complete"]
 
 
+@pytest.mark.slow
 def test_it_does_not_wait_for_ever_for_an_equivalent_graph_of_a_dead_worker(url: str) -> None:
     # All graphs are equivalent.
     one: dict[str, Any] = {"nodes": 1, "candidates": (), "gates": ("through", "correct")}

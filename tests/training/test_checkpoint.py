@@ -296,6 +296,7 @@ def test_an_old_checkpoint_that_was_half_deleted_does_no_harm(copied: Path) -> N
     assert epochs_in(copied) == (1, 5, 6)
 
 
+@pytest.mark.slow
 def test_all_damaged_is_an_error_that_names_each(copied: Path) -> None:
     for epoch in (1, 3, 4):
         truncate(data_file(copied / str(epoch) / "nodes"))
@@ -306,6 +307,7 @@ def test_all_damaged_is_an_error_that_names_each(copied: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_reading_nodes_goes_back_past_damage_and_leaves_it(copied: Path) -> None:
     truncate(data_file(copied / "4" / "nodes"))
     assert read_nodes(copied)[0] == 3

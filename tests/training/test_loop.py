@@ -228,6 +228,7 @@ def test_parameters_that_are_not_finite_are_found_at_the_end_of_the_epoch(value:
 # --- the step
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
     graph = ktg.graphs.mutual(["tiny", "tiny"], temperature=2.0)
     edges, key, optimizer = graph.edge_arrays, jax.random.key(5), optax.sgd(0.1)

@@ -100,6 +100,7 @@ def expected() -> tuple[GraphState, list[Any]]:
     return state, history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "num_devices"), ARRANGEMENTS)
 def test_training_is_the_same_on_any_devices_and_reuses_the_states_memory(
     strategy: str, num_devices: int, expected: tuple[GraphState, list[Any]]

@@ -128,6 +128,7 @@ def expected(case: Case) -> tuple[GraphState, list[Any]]:
     return jax.device_get(state), history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(0, 0, 0, 0), (0, 1, 1, 0), (1, 0, 1, 0)], ids=str)
 def test_training_node_by_node_is_that_of_one_program(
     devices: tuple[int, ...], case: Case, expected: tuple[GraphState, list[Any]]
@@ -157,6 +158,7 @@ def test_training_node_by_node_is_that_of_one_program(
             )
 
 
+@pytest.mark.slow
 def test_what_edges_carry_counts_node_by_node() -> None:
     case, placement = CASES["stages"], (DEVICES[0],) * 4
     losses = []
@@ -212,6 +214,7 @@ def run_steps(graph_gates: Any, node_fns: Sequence[NodeFns], frozen: Sequence[in
         state, _ = stepped(state, graph_gates, node_fns, placement, k)
 
 
+@pytest.mark.slow
 def test_equal_nodes_share_one_forward_and_one_backward_pass() -> None:
     fns = linear()
     forward: Any = per_node._forward_with_pullback(fns, False)
@@ -222,6 +225,7 @@ def test_equal_nodes_share_one_forward_and_one_backward_pass() -> None:
     assert update._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_a_graph_over_compiled_models_compiles_only_its_loss() -> None:
     a, b = linear(), linear()
     # Each has learnt and taught: there are forward passes for both.

@@ -28,6 +28,7 @@ def order(key: jax.Array, size: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------- shuffled
 
 
+@pytest.mark.slow
 def test_a_shuffle_of_every_small_size_is_a_permutation() -> None:
     positions = jnp.arange(70)
     with jax.disable_jit():  # 70 sizes would be 70 compilations
@@ -132,6 +133,7 @@ def test_without_flips_and_offsets_images_are_only_shuffled() -> None:
     np.testing.assert_array_equal(plan.image_index, planned(KEY, 3, **SMALL).image_index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_a_plan_does_not_depend_on_the_devices(strategy: str, num_devices: int) -> None:

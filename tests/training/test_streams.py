@@ -137,6 +137,7 @@ def test_a_stream_is_in_the_state_of_those_alone_that_draw() -> None:
     assert collections_of(ktg.build_model("regularised", 5)) == {"batch_stats", "random_stream"}
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_they_would_be_without_a_stream() -> None:
     params, _ = from_linen(Regularised(5)).init(KEY, IMAGES)
     expected = Regularised(5).init(KEY, IMAGES)["params"]
@@ -181,6 +182,7 @@ def test_nodes_draw_apart_and_by_their_names() -> None:
     chex.assert_trees_all_equal(alone.model_state[0], state.model_state[1])
 
 
+@pytest.mark.slow
 def test_a_frozen_node_draws_nothing() -> None:
     graph = ktg.graphs.distillation(ktg.Node("mask", "student"), ktg.Node("mask", "teacher"))
     before = state_of([MASK] * 2, graph)
@@ -283,6 +285,7 @@ def test_devices_draw_apart_under_pmap(fns: NodeFns) -> None:
     assert not differ(*keys)  # the same on all devices: it is what checkpoints keep
 
 
+@pytest.mark.slow
 def test_a_model_that_is_built_for_an_axis_draws_apart_by_itself() -> None:
     fns = ktg.build_model("regularised", 40, axis_name="shards")
     params, state = jax.jit(fns.init)(KEY, IMAGES)

@@ -53,6 +53,7 @@ def step_by(engine: str, state: GraphState, optimizer: optax.GradientTransformat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "per_node"])
 def test_an_optimiser_whose_state_is_none_trains_and_freezes_nobody(engine: str) -> None:
     before = ktg.init_state(GRAPH, NODE_FNS, STATELESS, KEY, IMAGES)
@@ -114,6 +115,7 @@ def _by_loss() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "per_node"])
 @pytest.mark.parametrize("chained", [False, True])
 def test_an_optimiser_is_given_the_nodes_own_loss(engine: str, chained: bool) -> None:
@@ -144,6 +146,7 @@ def test_under_pmap_it_is_the_loss_of_the_whole_batch() -> None:
     chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "per_node"])
 def test_reduce_on_plateau_lowers_each_nodes_rate_by_its_own_loss(engine: str) -> None:
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.0, atol=10.0)
@@ -166,6 +169,7 @@ def test_an_optimiser_that_asks_for_more_is_refused(engine: str) -> None:
         step_by(engine, state, optimizer)
 
 
+@pytest.mark.slow
 def test_a_prior_is_fitted_with_an_optimiser_that_asks_for_the_loss() -> None:
     teacher = ktg.build_model("staged", 2)
     images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
