@@ -109,7 +109,7 @@ def measure(options: SearchOptions, console: Console) -> dict[str, Any]:
         InputError: bad input, found before anything is computed.
         RunError: a search failed, or the sides of a comparison did not train the same graphs.
     """
-    _check(options)
+    check(options)
     ktg.cpu_convolution()  # built now where it has to be, and not while something is measured
     content: dict[str, Any] = {"machine": machine(), "throughput": [], "quality": None}
     if "throughput" in options.parts:
@@ -119,13 +119,13 @@ def measure(options: SearchOptions, console: Console) -> dict[str, Any]:
     return content
 
 
-def _check(options: SearchOptions) -> None:
+def check(options: SearchOptions) -> None:
     """Raises InputError for the first option that is out of range."""
     report.check_output(options)
     at_least(options, 1, "trials", "epochs", "rounds")
     import_modules(options.imports)
     for nodes in options.nodes:
-        search_config.check(_search(options, nodes))
+        search_config.check(search_of(options, nodes))
     config = _quality_search(options)
     search_config.check(config)
     for budget in options.budgets:
@@ -139,13 +139,14 @@ def _check(options: SearchOptions) -> None:
         raise InputError("picture", options.picture, "a file name that ends in .svg or .png")
 
 
-def _search(options: SearchOptions, nodes: int) -> SearchConfig:
+def search_of(options: SearchOptions, nodes: int) -> SearchConfig:
+    """The search over graphs of so many nodes."""
     return parse(SearchConfig, _arguments(options, nodes))
 
 
 def _quality_search(options: SearchOptions) -> SearchConfig:
     return replace(
-        _search(options, options.quality_nodes),
+        search_of(options, options.quality_nodes),
         epochs=options.quality_epochs,
         val_fraction=options.quality_val_fraction,
     )
@@ -170,7 +171,7 @@ def _measure_throughput(options: SearchOptions, console: Console, content: dict[
     with report.progress(console, total=len(options.nodes)) as begin:
         for nodes in options.nodes:
             begin(f"trials per hour, {nodes} nodes")
-            config = _search(options, nodes)
+            config = search_of(options, nodes)
             load(config, with_test=False)  # prepared now, where that has to be
             about = {
                 "nodes": nodes,

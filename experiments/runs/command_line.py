@@ -79,7 +79,7 @@ def parse(kind: type[T], arguments: Sequence[str] | None = None) -> T:
 
 def _grouped(kind: type, groups: Mapping[str, str]) -> type:
     """A dataclass that has one for each group of fields, and the fields before the first group."""
-    hints, texts = typing.get_type_hints(kind, include_extras=True), _texts(kind)
+    hints, texts = typing.get_type_hints(kind, include_extras=True), texts_of(kind)
     titles = {first: title for title, first in groups.items()}
     outer: list[Any] = []
     inner: dict[str, list[Any]] = {}
@@ -128,7 +128,7 @@ def _default(value: str) -> str:
     return f"(default: {shown})" if shown else ""
 
 
-def _texts(kind: type) -> dict[str, str]:
+def texts_of(kind: type) -> dict[str, str]:
     """The text of each field, from the class nearest to this one that has it."""
     texts = {}
     for owner in reversed(kind.__mro__[:-1]):

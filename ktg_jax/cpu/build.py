@@ -80,13 +80,13 @@ def library_path() -> Path:
     if sys.platform != "linux":
         raise BuildError(f"native operations are built on Linux only, not on {sys.platform}")
     onednn = find_onednn()
-    compiler = _compiler()
+    compiler = compiler_command()
     include = jax.ffi.include_dir()
     command = [*compiler, *_FLAGS, f"-isystem{include}", f"-isystem{onednn.prefix / 'include'}"]
     command += [str(source) for source in sorted(SOURCES.glob("*.cc"))]
     command += [str(onednn.shared_object), f"-Wl,-rpath,{onednn.shared_object.parent}"]
     try:
-        key = _key(compiler, command, onednn)
+        key = key_of(compiler, command, onednn)
     except OSError as error:
         raise BuildError(f"{compiler[0]} cannot be run: {error}") from None
     path = cache_folder() / "native" / f"ktg-{key}.so"
@@ -125,8 +125,12 @@ def _prefixes() -> tuple[Path, ...]:
     return tuple(map(Path, [chosen] if chosen else [sys.prefix, "/usr/local", "/usr"]))
 
 
-def _compiler() -> list[str]:
-    """The compiler's command: a program, and arguments that `$CXX` may have."""
+def compiler_command() -> list[str]:
+    """The compiler's command: a program, and arguments that `$CXX` may have.
+
+    Raises:
+        BuildError: there is none.
+    """
     chosen = shlex.split(os.environ.get("CXX", ""))
     for name, *arguments in [chosen] if chosen else [["g++"], ["c++"], ["clang++"]]:
         if path := shutil.which(name):
@@ -134,8 +138,12 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({' '.join(chosen) or 'g++, c++, clang++'})")
 
 
-def _key(compiler: list[str], command: list[str], onednn: OneDnn) -> str:
-    """A digest of everything that the library depends on."""
+def key_of(compiler: list[str], command: list[str], onednn: OneDnn) -> str:
+    """A digest of everything that the library depends on.
+
+    Raises:
+        OSError: the compiler cannot be run.
+    """
     # What the compiler makes of -march=native says which instructions this processor has.
     macros = subprocess.run(
         [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],

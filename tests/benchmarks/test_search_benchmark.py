@@ -300,8 +300,8 @@ def test_bad_input_is_one_line(options: str, said: str) -> None:
 
 def test_the_same_fields_mean_the_same_in_a_search() -> None:
     options = search.SearchOptions(data_dir="there", train_limit=500, image_size=16)
-    config = search._search(options, 5)
+    config = search.search_of(options, 5)
     assert (config.nodes, config.trials, config.epochs) == (5, 6, 4)
     assert (config.data_dir, config.train_limit, config.image_size) == ("there", 500, 16)
     with pytest.raises(InputError, match="epochs: got 0"):
-        search._check(dataclasses.replace(options, quality_epochs=0))
+        search.check(dataclasses.replace(options, quality_epochs=0))

@@ -207,17 +207,17 @@ def test_a_library_belongs_to_its_sources_versions_and_flags(
     newer = build.OneDnn(tmp_path, "3.3", tmp_path / "libdnnl.so.3")
 
     keys = [
-        build._key([compiler], ["c++", "-O3"], onednn),
-        build._key([compiler], ["c++", "-O2"], onednn),
-        build._key([compiler], ["c++", "-O3"], newer),
+        build.key_of([compiler], ["c++", "-O3"], onednn),
+        build.key_of([compiler], ["c++", "-O2"], onednn),
+        build.key_of([compiler], ["c++", "-O3"], newer),
     ]
-    assert build._key([compiler], ["c++", "-O3"], onednn) == keys[0]
+    assert build.key_of([compiler], ["c++", "-O3"], onednn) == keys[0]
     monkeypatch.setattr(build.jaxlib, "__version__", "99.0")
-    keys.append(build._key([compiler], ["c++", "-O3"], onednn))
+    keys.append(build.key_of([compiler], ["c++", "-O3"], onednn))
     (sources / "a.cc").write_text("2")
-    keys.append(build._key([compiler], ["c++", "-O3"], onednn))
+    keys.append(build.key_of([compiler], ["c++", "-O3"], onednn))
     processor.write_text("#define __AVX512F__ 1")
-    keys.append(build._key([compiler], ["c++", "-O3"], onednn))
+    keys.append(build.key_of([compiler], ["c++", "-O3"], onednn))
     assert len(set(keys)) == 6
 
 

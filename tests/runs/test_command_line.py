@@ -77,7 +77,7 @@ def test_every_option_is_in_the_help_with_its_text_in_one_piece(
         is_positional = field.default is dataclasses.MISSING
         assert is_positional or f" --{field.name.replace('_', '-')}" in out, field.name
     text = in_one_line(out)
-    for words in command_line._texts(config).values():
+    for words in command_line.texts_of(config).values():
         assert words
         assert in_one_line(words) in text
 

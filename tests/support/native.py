@@ -18,7 +18,7 @@ def require_onednn(register: bool = True) -> None:
             operations.register()
         else:
             build.find_onednn()
-            build._compiler()
+            build.compiler_command()
     except BuildError as error:
         if os.environ.get("KTG_REQUIRE_ONEDNN") == "1":
             raise
