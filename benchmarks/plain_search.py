@@ -24,7 +24,7 @@ from experiments.runs.config import TrainConfig
 from experiments.runs.options import import_modules
 from experiments.runs.process import Programs, prepare
 from experiments.search.config import SearchConfig, check
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.samplers import make_sampler, suggest_graph
 from experiments.search.study import State
 from ktg_jax.data.dataset import Dataset, Split

@@ -23,7 +23,7 @@ from experiments.report.measures import ComputePoint, compute_curve
 from experiments.runs.assemble import load
 from experiments.search.config import Pruner, SearchConfig, resolved
 from experiments.search.database import sqlite_url
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.records import TrialRecord
 from experiments.search.storage import Turn, open_storage
 from experiments.search.study import begin_study, graph_key, records

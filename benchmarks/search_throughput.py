@@ -15,7 +15,7 @@ from benchmarks.measure import interleaved, output_of, spread
 from benchmarks.plain_search import found
 from benchmarks.task import Figures
 from experiments.runs.graphs import PRETRAINED
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder
 from experiments.search.storage import open_storage
 from ktg_jax.errors import RunError

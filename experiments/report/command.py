@@ -50,7 +50,7 @@ def report(config: ReportConfig, console: Console) -> None:
         RunError: a picture cannot be drawn.
     """
     from ..search.folder import load_search
-    from .engine import jinja2  # first: without it, an error and no traceback
+    from .extra import jinja2  # first: without it, an error and no traceback
 
     assert jinja2
     study = load_search(config.study_dir, config.storage)

@@ -17,7 +17,7 @@ from ..runs.options import Training
 from ..runs.texts import per_cent, points
 from ..search.records import StudyRecord, TrialRecord
 from ..search.tables import entry_label
-from .engine import Markup, jinja2
+from .extra import Markup, jinja2
 from .figures import (
     Picture,
     compute_picture,

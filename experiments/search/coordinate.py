@@ -41,9 +41,9 @@ from .database import (
     without_password,
 )
 from .display import SearchDisplay, count
-from .engine import optuna
+from .extra import optuna
 from .folder import SearchFolder, load_search
-from .graphs import GraphFiles
+from .graph_files import GraphFiles
 from .pictures import Pictures
 from .records import TrialRecord
 from .storage import Storage, Turn, open_storage

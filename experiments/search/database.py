@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from ktg_jax.errors import InputError
 
-from .engine import optuna  # first: where it is missing, so is SQLAlchemy
+from .extra import optuna  # first: where it is missing, so is SQLAlchemy
 
 # isort: split
 import sqlalchemy as sa

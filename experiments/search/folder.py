@@ -198,7 +198,7 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         InputError: no search, a module that registers its models cannot be imported, or its
             storage cannot be read.
     """
-    from .engine import optuna
+    from .extra import optuna
     from .storage import open_to_read
     from .study import records
 

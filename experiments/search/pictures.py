@@ -16,7 +16,7 @@ import ktg_jax as ktg
 
 from ..runs.console import make_console
 from ..runs.pictures import drawn
-from .engine import optuna
+from .extra import optuna
 from .study import Trials, is_counted
 
 _NAME = "graph.png"

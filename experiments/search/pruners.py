@@ -8,7 +8,7 @@ from typing import Any
 from ktg_jax.checks import is_number, is_whole
 from ktg_jax.errors import InputError
 
-from .engine import optuna
+from .extra import optuna
 
 PRUNERS: tuple[str, ...] = ("asha", "patient", "hyperband", "none")
 """The names that `make_pruner` knows."""

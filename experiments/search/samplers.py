@@ -15,7 +15,7 @@ from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
 from ktg_jax.space import SearchSpace, draw
 
-from .engine import optuna
+from .extra import optuna
 
 Distributions = dict[str, optuna.distributions.BaseDistribution]
 

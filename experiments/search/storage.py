@@ -24,7 +24,7 @@ from .database import (
     sqlite_file,
     url_parts,
 )
-from .engine import optuna  # first: where it is missing, so is SQLAlchemy
+from .extra import optuna  # first: where it is missing, so is SQLAlchemy
 
 # isort: split
 import sqlalchemy as sa

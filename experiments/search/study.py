@@ -10,7 +10,7 @@ from ktg_jax.errors import InputError
 
 from ..runs.identity import differences
 from .config import SearchConfig
-from .engine import optuna
+from .extra import optuna
 from .pruners import make_pruner
 from .records import TrialRecord
 from .samplers import make_sampler
@@ -21,8 +21,6 @@ Trials = Sequence[optuna.trial.FrozenTrial]
 
 SETTING = "setting"
 """Attribute of the study: what determines it."""
-
-BASELINES = ("independent", "mutual", "distillation")
 
 MOST_KILLED = 3
 """Workers that die in the midst of one trial; then it is the trial that kills them."""

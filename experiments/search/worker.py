@@ -25,7 +25,7 @@ from ..runs.options import import_modules
 from ..runs.process import Programs, prepare, share_cores
 from . import pictures, team
 from .database import explained_outage
-from .engine import optuna
+from .extra import optuna
 from .retraining import retrain
 from .samplers import suggest_graph
 from .storage import Turn, open_storage

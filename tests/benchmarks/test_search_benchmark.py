@@ -24,7 +24,7 @@ from benchmarks.task import Figures
 from experiments.report.measures import ComputePoint
 from experiments.runs.assemble import load
 from experiments.search.config import SearchConfig
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.records import TrialRecord
 from experiments.search.trial import Trainer
 from ktg_jax import Graph

@@ -17,7 +17,7 @@ import experiments.search.command
 import experiments.train
 from experiments.search.config import resolved
 from experiments.search.folder import SearchFolder, load_search
-from experiments.search.graphs import GraphFiles
+from experiments.search.graph_files import GraphFiles
 from ktg_jax.training.warm_start import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -7,7 +7,7 @@ import pytest
 import ktg_jax as ktg
 from experiments.runs.config import TrainConfig
 from experiments.runs.graphs import build_graph
-from experiments.search.graphs import GraphFiles
+from experiments.search.graph_files import GraphFiles
 from experiments.search.records import TrialRecord
 from ktg_jax.errors import InputError
 

@@ -16,7 +16,7 @@ import experiments.report.command
 import experiments.search.command
 from experiments.represent.folder import PriorFolder, StudentFolder
 from experiments.search.config import default_name, default_workdir, resolved
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder, load_search
 from experiments.search.storage import open_storage, open_to_read
 from ktg_jax.errors import InputError

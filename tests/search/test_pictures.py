@@ -17,7 +17,7 @@ from PIL import Image
 from searches import STUDY, PretendedTrainer, begin, small_search, study_url, worker
 
 import ktg_jax as ktg
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.pictures import Pictures, announce
 from experiments.search.storage import Storage, open_storage
 from experiments.search.study import run_again

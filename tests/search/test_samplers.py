@@ -243,7 +243,7 @@ def test_a_bad_seed_is_refused(seed: Any) -> None:
 @pytest.mark.parametrize("module", ["samplers", "pruners"])
 def test_without_optuna_the_extra_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for loaded in ("engine", module):
+    for loaded in ("extra", module):
         monkeypatch.delitem(sys.modules, f"experiments.search.{loaded}", raising=False)
     with pytest.raises(InputError, match=r'search: .*; allowed: .* "ktg_jax\[search\]"'):
         importlib.import_module(f"experiments.search.{module}")

@@ -23,7 +23,7 @@ import ktg_jax as ktg
 from experiments.runs.config import TrainConfig
 from experiments.runs.graphs import build_graph
 from experiments.search.config import SearchConfig
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder, load_search
 from experiments.search.records import StudyRecord, TrialRecord
 from experiments.search.storage import open_storage

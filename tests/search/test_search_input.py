@@ -17,7 +17,7 @@ import experiments.search.command
 import ktg_jax as ktg
 from experiments.search import coordinate
 from experiments.search.config import default_workdir
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder, load_search
 from experiments.search.storage import open_storage
 from experiments.search.study import begin_trial

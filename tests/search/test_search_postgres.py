@@ -15,7 +15,7 @@ from searches import small_search
 
 from experiments.search.config import SearchConfig
 from experiments.search.database import without_password
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder
 from experiments.search.storage import Storage, open_storage
 from experiments.search.study import State, is_counted

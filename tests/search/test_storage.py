@@ -15,7 +15,7 @@ import storage_workers as workers
 from postgres import PostgresServer
 
 from experiments.search.database import without_password
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.storage import Storage, Turn, open_storage
 from ktg_jax import InputError
 

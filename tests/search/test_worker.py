@@ -23,7 +23,7 @@ from searches import (
 
 import ktg_jax as ktg
 from experiments.runs.folder import Folder
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.storage import open_storage
 from experiments.search.study import (
     State,

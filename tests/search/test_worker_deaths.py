@@ -20,7 +20,7 @@ from searches import (
 )
 
 import ktg_jax as ktg
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.samplers import suggest_graph
 from experiments.search.storage import open_storage
 from experiments.search.study import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import ktg_jax as ktg
 from experiments.search.config import SearchConfig, resolved
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.records import TrialRecord
 from experiments.search.storage import Turn, open_storage
 from experiments.search.study import begin_study, records

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.search.engine import optuna
+from experiments.search.extra import optuna
 from experiments.search.storage import Storage, Turn, open_storage
 
 HEARTBEAT = 1.0

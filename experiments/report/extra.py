@@ -1,4 +1,4 @@
-"""Jinja, the engine of the page (extra: search), or an error that says how to get it."""
+"""Jinja, which comes with the extra `search`; without it an error that says so."""
 
 from ktg_jax.errors import InputError
 

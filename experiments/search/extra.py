@@ -1,4 +1,4 @@
-"""Optuna, the engine of the search (extra: search), or an error that says how to get it."""
+"""Optuna, which comes with the extra `search`; without it an error that says so."""
 
 from ktg_jax.errors import InputError
 
