@@ -283,7 +283,7 @@ def test_methods_are_compared_by_their_compute(
     ("options", "said"),
     [
         ("--trials 0", "error: trials: got 0; allowed: at least 1"),
-        ("--nodes 9", "error: nodes: got 9; allowed: "),
+        ("--nodes 101", "error: nodes: got 101; allowed: "),
         ("--candidates nobody", "error: candidates[0]: got 'nobody'; allowed: "),
         ("--budgets 24", "error: budgets: got 24.0; allowed: above 24, those of one whole trial"),
         ("--seeds -1", "error: seeds: got -1; allowed: at least 0"),
