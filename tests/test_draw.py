@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import ktg_jax as ktg
+from ktg_jax import gates
 from ktg_jax.draw import GATE_COLOURS, draw_curves, draw_graph
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
@@ -141,7 +142,10 @@ def test_what_edges_carry_is_written_beside_them(tmp_path: Path) -> None:
     assert not any("kl" in text or "cross" in text for text in plain)
 
 
-def test_a_gate_that_somebody_registered_is_drawn(tmp_path: Path) -> None:
+def test_a_gate_that_somebody_registered_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktg_jax.gates._registered", dict(gates._registered))
     ktg.register_gate("late_gate", lambda progress, *given: progress)
     svg = svg_of(tmp_path, Graph(["cnn", "cnn"], [["through", "late_gate"], ["cutoff", "linear"]]))
     assert gids(svg, "edge-") == ["edge-1-0", "edge-label-0", "edge-label-1"]

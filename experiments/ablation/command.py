@@ -8,7 +8,6 @@ and combined.
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from ..represent.teacher import (
     Teacher,
     check_stages,
     check_teacher_run,
+    facts_for_name,
     load_teacher,
     student_kernels,
     trained_teacher,
@@ -32,8 +32,7 @@ from ..runs import cli
 from ..runs.assemble import check_steps, load
 from ..runs.command_line import parse
 from ..runs.console import busy, make_console
-from ..runs.facts import data_facts, weights_checksum
-from ..runs.identity import is_own
+from ..runs.facts import data_facts
 from ..runs.networks import check_models
 from ..runs.options import import_modules
 from ..runs.pictures import drawn
@@ -110,12 +109,7 @@ def ablate(config: AblationConfig, console: Console) -> None:
 
 def _with_workdir(config: AblationConfig) -> tuple[AblationConfig, Dataset | None]:
     """The configuration with a default folder, and the data where that was needed for its name."""
-    facts: dict[str, Any] = {}
-    dataset = load(config) if is_own(config.data) else None
-    if dataset is not None:
-        facts["data_facts"] = data_facts(dataset)
-    if config.teacher is not None:
-        facts["teacher"] = weights_checksum(config.teacher)
+    facts, dataset = facts_for_name(config, config.teacher)
     return replace(config, workdir=str(default_workdir(config, facts))), dataset
 
 

@@ -5,7 +5,6 @@ and a half of processor time. `--help` lists all options.
 """
 
 import dataclasses
-from typing import Any
 
 from rich.console import Console
 
@@ -18,8 +17,6 @@ from ..runs.assemble import check_steps, load
 from ..runs.command_line import parse
 from ..runs.config import resolved
 from ..runs.console import busy, make_console
-from ..runs.facts import data_facts, weights_checksum
-from ..runs.identity import is_own
 from ..runs.networks import check_models
 from ..runs.observers import require_tensorboard
 from ..runs.options import import_modules
@@ -38,6 +35,7 @@ from .folder import StudentFolder
 from .teacher import (
     Teacher,
     check_teacher_run,
+    facts_for_name,
     load_teacher,
     student_kernels,
     trained_teacher,
@@ -105,12 +103,7 @@ def represent(config: RepresentConfig, console: Console) -> None:
 
 def _with_workdir(config: RepresentConfig) -> tuple[RepresentConfig, Dataset | None]:
     """The configuration with a default folder, and the data where that was needed for its name."""
-    facts: dict[str, Any] = {}
-    dataset = load(config) if is_own(config.data) else None
-    if dataset is not None:
-        facts["data_facts"] = data_facts(dataset)
-    if config.teacher is not None:
-        facts["teacher"] = weights_checksum(config.teacher)
+    facts, dataset = facts_for_name(config, config.teacher)
     if config.prior is not None:
         facts["prior"] = about_prior(config.prior)["checksum"]
     return dataclasses.replace(config, workdir=str(default_workdir(config, facts))), dataset

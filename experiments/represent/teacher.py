@@ -27,10 +27,11 @@ from ktg_jax.priors import (
 from ktg_jax.training.warm_start import load_weights
 
 from ..runs import cli
+from ..runs.assemble import load
 from ..runs.config import TrainConfig
-from ..runs.facts import data_facts
-from ..runs.identity import data_kind
-from ..runs.options import import_modules
+from ..runs.facts import data_facts, weights_checksum
+from ..runs.identity import data_kind, is_own
+from ..runs.options import Training, import_modules
 from ..runs.pretrained import trained_alone
 from ..runs.workdir import Workdir
 from ..train import train
@@ -75,6 +76,28 @@ def student_kernels(config: RepresentConfig, dataset: Dataset) -> KernelShapes:
         if config.student_layers:
             raise InputError("student_layers", error.value, error.allowed) from None
         raise InputError("student", config.student, f"a model with {error.allowed}") from None
+
+
+def facts_for_name(config: Training, teacher: str | None) -> tuple[dict[str, Any], Dataset | None]:
+    """Checksums that the name of a default folder is made of, and the data if it was loaded.
+
+    Args:
+        config: whose data counts if it is the user's own, which is loaded then.
+        teacher: the folder or file of the teacher that is given; None: none is.
+
+    Returns:
+        `data_facts` and `teacher`, as far as they count.
+
+    Raises:
+        InputError: data or weights that cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    dataset = load(config) if is_own(config.data) else None
+    if dataset is not None:
+        facts["data_facts"] = data_facts(dataset)
+    if teacher is not None:
+        facts["teacher"] = weights_checksum(teacher)
+    return facts, dataset
 
 
 def check_teacher_run(source: str, config: RepresentConfig) -> None:

@@ -1,6 +1,6 @@
 """The graphs of a search as files: what it has found, for whoever trains it."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import ktg_jax as ktg
@@ -23,7 +23,7 @@ class GraphFiles:
         self._written: set[int] = set()
         self._best: TrialRecord | None = None
 
-    def write(self, trials: Iterable[TrialRecord]) -> None:
+    def write(self, trials: Sequence[TrialRecord]) -> None:
         """Writes what is not written yet.
 
         Args:
@@ -32,7 +32,6 @@ class GraphFiles:
         Raises:
             OSError: a file cannot be written.
         """
-        trials = list(trials)
         for trial in trials:
             if trial.graph is not None and trial.number not in self._written:
                 self._write_trial(trial.number, trial.graph)

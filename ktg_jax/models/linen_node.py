@@ -45,10 +45,9 @@ def from_linen(
         mode: how it is told whether it trains. None: by each flag of a known name that its call
             takes (`train`, `training`, `is_training`; or, False in training, `deterministic`,
             `use_running_average`, `eval`, `inference`, ...), else by its fields of such names. A
-            name: the name of the argument, or field, that is True in training. A function: of
-                `train`,
-            returns all arguments and fields to be set; `lambda train: {}` for a module that is to
-            be told nothing.
+            name: that of the argument, or field, that is True in training. A function of `train`:
+            it returns all arguments and fields to be set; `lambda train: {}` for a module that is
+            to be told nothing.
         rngs: names of the streams that it draws from in training; `()`: none. None: found by
             tracing it; it is then given `dropout`, and a stream for each other name that it asks
             for without asking first whether it has it.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ktg_jax.checks import check_not_negative, check_share
+from ktg_jax.checks import check_share
 from ktg_jax.errors import InputError
 from ktg_jax.io.trees import by_path
 from ktg_jax.models.network import PyTree
@@ -177,7 +177,8 @@ def recoding_loss(
     >>> [float(recoding_loss(params, prior, penalty)) for penalty in (0.0, 0.5, 1.0)]
     [0.0, 0.75, 1.0]
     """
-    check_not_negative("penalty", penalty)
+    if isinstance(penalty, bool) or not 0 <= penalty < float("inf"):  # an array may say it, too
+        raise InputError("penalty", penalty, "a finite number of at least 0")
     check_prior(params, prior)
     leaves, losses = by_path(params), []
     for path, kernel in zip(prior.paths, prior.kernels, strict=True):

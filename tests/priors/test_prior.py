@@ -177,6 +177,11 @@ def test_a_bad_penalty_is_refused(penalty: Any) -> None:
         recoding_loss(PARAMS, PRIOR, penalty)
 
 
+def test_a_penalty_may_be_an_array() -> None:
+    expected = recoding_loss(PARAMS, PRIOR, 0.25)
+    assert recoding_loss(PARAMS, PRIOR, jnp.float32(0.25)) == expected
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(InputError, match=r"^normalise: got 'layer'; allowed: unit, standard$"):
         prior_loss(PARAMS, PRIOR, normalise="layer")
