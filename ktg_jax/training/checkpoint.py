@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,9 @@ class Checkpoints:
         )
         self._plain = PlainFolder(self._folder)
         self._manager = ocp.CheckpointManager(self._plain.path, options=options)
+        # Orbax waits for ever for what a signal cuts off within `save`; signals reach only the
+        # main thread.
+        self._saver = ThreadPoolExecutor(1, "checkpoints")
         self._has_read_back = False
 
     @property
@@ -66,6 +70,7 @@ class Checkpoints:
         """Saves a checkpoint. The state may be donated as soon as this returns.
 
         Writing goes on in the background; a checkpoint appears under its name when it is whole.
+        A signal that interrupts this does not interrupt the saving, which `close` waits for.
 
         Args:
             epoch: greater than those saved before.
@@ -82,14 +87,12 @@ class Checkpoints:
         self._kept.scores[epoch] = score
         with self._writing():
             _ = self._plain.path
-            self._manager.save(
-                epoch,
-                args=ocp.args.Composite(
-                    nodes=ocp.args.PyTreeSave(nodes),
-                    training=ocp.args.PyTreeSave(training),
-                    meta=ocp.args.JsonSave({"digests": digests, "score": score}),
-                ),
+            args = ocp.args.Composite(
+                nodes=ocp.args.PyTreeSave(nodes),
+                training=ocp.args.PyTreeSave(training),
+                meta=ocp.args.JsonSave({"digests": digests, "score": score}),
             )
+            self._saver.submit(self._manager.save, epoch, args=args).result()
         if not self._has_read_back:
             self._read_back(epoch)
             self._has_read_back = True
@@ -146,6 +149,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends the background work; raises as `wait`."""
         with self._writing():
+            self._saver.shutdown()
             self._manager.close()
 
     def __enter__(self) -> "Checkpoints":

@@ -1,13 +1,18 @@
 """Checkpoints: what is kept, that it comes back bit for bit, and what damage does."""
 
+import asyncio
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from made_up_states import NAMES, OPTIMIZER, TEMPLATE, state_of
 from runs import compiled_once
@@ -204,6 +209,34 @@ def test_an_unfinished_checkpoint_is_not_read_and_can_be_written_again(copied: P
     epoch, state, messages = read_latest(copied)
     assert (epoch, messages) == (5, [])
     assert_is_state_of(5, state)
+
+
+def test_a_signal_does_not_cut_off_a_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    saved, main = ocp.PyTreeCheckpointHandler.async_save, threading.get_ident()
+
+    async def signalled(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()  # one signal is enough
+        signal.pthread_kill(main, signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        return await saved(*args, **kwargs)
+
+    def save_two() -> None:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, state_of(1), NAMES, 0.5)
+            monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", signalled)
+            checkpoints.save(2, state_of(2), NAMES, 0.5)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    with pytest.raises(KeyboardInterrupt):
+        save_two()
+    signal.signal(signal.SIGTERM, before)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    assert_is_state_of(2, read_latest(folder)[1])
 
 
 # --- damage
