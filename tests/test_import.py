@@ -37,7 +37,16 @@ def test_the_library_draws_no_progress_and_names_no_option_of_a_command() -> Non
 
 LAYERS = (
     ("errors", "checks", "cpu", "io"),
-    ("gates", "losses", "stage_losses", "outputs", "named_losses", "edge_arrays", "transfer"),
+    (
+        "inputs",
+        "gates",
+        "losses",
+        "stage_losses",
+        "outputs",
+        "named_losses",
+        "edge_arrays",
+        "transfer",
+    ),
     ("graph",),
     ("models",),
     ("choices", "space", "data"),

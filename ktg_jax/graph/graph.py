@@ -23,8 +23,10 @@ from ktg_jax.graph.node import (
     checked_temperature,
 )
 from ktg_jax.graph.normal_form import merged
+from ktg_jax.inputs import OF_DATA, resolved_input
 from ktg_jax.io.files import write_text
 from ktg_jax.io.json_input import check_fields, decoded, read
+from ktg_jax.named_losses import named_loss
 
 EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
 
@@ -49,8 +51,9 @@ class Graph:
     Raises:
         InputError: no node or more than 100, a gate or a loss that does not exist, a matrix of the
             wrong shape, two nodes of one name, a target with only cutoff gates, a frozen node with
-            a prior or another one with a projection, an option of a node or of an edge that is out
-            of range, or a temperature that is not a finite number above 0.
+            a prior or another one with a projection, a recorded node that hears others or is to
+            show its stages, an option of a node or of an edge that is out of range, or a
+            temperature that is not a finite number above 0.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", Edge("correct", weight=0.5)], ["cutoff", "cutoff"]])
@@ -92,6 +95,19 @@ class Graph:
             if i not in self.frozen and node.projection is not None:
                 allowed = "no projection: the node learns, readers are fitted to one that does not"
                 raise InputError(f"nodes[{i}].projection", node.projection, allowed)
+            if node.outputs is not None:
+                self._check_recorded(i)
+
+    def _check_recorded(self, index: int) -> None:
+        if index not in self.frozen:
+            allowed = "cutoff alone: the node is recorded, it never learns"
+            raise InputError(f"gates[{index}]", list(self.gates[index]), allowed)
+        for t, row in enumerate(self.edges):
+            for loss in row[index].losses if t != index and row[index].carries else ():
+                if named_loss(loss).needs_stages:
+                    allowed = "losses on logits: node {} is recorded, and has no stages"
+                    name = self.nodes[index].name
+                    raise InputError(f"gates[{t}][{index}].loss", loss, allowed.format(name))
 
     @property
     def gates(self) -> tuple[tuple[str, ...], ...]:
@@ -194,10 +210,11 @@ class Graph:
 
         It is the same for graphs that differ by the numbering of nodes other than the target, by
         nodes that cannot influence the target, by frozen nodes that are one network (of the same
-        model, weights and projection: what their edges weigh adds up), by `correct` in place of
-        `through` on a label edge (the label is always right), by the temperature where no loss has
-        one, by how an edge is written, and by names. Names choose only initial weights, so
-        equivalent graphs train alike up to the seed. Models, weights, priors and all else count.
+        model, weights, input and projection, or one recording: what their edges weigh adds up), by
+        `correct` in place of `through` on a label edge (the label is always right), by the
+        temperature where no loss has one, by how an edge is written, and by names. Names choose
+        only initial weights, so equivalent graphs train alike up to the seed. Models, weights,
+        priors and all else count.
 
         Returns:
             The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
@@ -220,6 +237,8 @@ class Graph:
                 node.weights or "",
                 tuple(node.prior_options.values()),
                 node.projection or "",
+                repr(_numbers_of(node.input)),
+                node.outputs or "",
             )
             for i, node in enumerate(graph.nodes)
         ]
@@ -288,6 +307,11 @@ class Graph:
         return cls.from_json(read("graph", path))
 
 
+def _numbers_of(given: Any) -> Any:
+    """An input's numbers; of the data's own its name, and None where there is none."""
+    return given if given in (None, OF_DATA) else resolved_input(given)
+
+
 def _shape(num_nodes: int) -> str:
     return f"{num_nodes} rows of {num_nodes} gates (one row and one column a node)"
 
@@ -330,8 +354,11 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
 
 def _node(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
-    optional = {"name", "weights", "prior", "projection", *PRIOR_DEFAULTS}
-    check_fields(where, fields, required={"model"}, optional=optional)
+    network = {"weights", "prior", "projection", "input", *PRIOR_DEFAULTS}
+    if isinstance(fields, Mapping) and fields.get("outputs") is not None:
+        check_fields(where, fields, required={"outputs"}, optional={"name"})
+        return Node(**fields)
+    check_fields(where, fields, required={"model"}, optional={"name", "outputs", *network})
     if fields.get("prior") is None:
         for field in PRIOR_DEFAULTS:
             if field in fields:

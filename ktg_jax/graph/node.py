@@ -4,12 +4,16 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from ktg_jax.checks import check_not_negative, check_positive, check_share
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input, checked_input
+
+RECORDED = "recorded"
+"""What stands in a recorded node for its model."""
 
 MATCHINGS = ("initialise", "assignment", "none")
 """How a prior's filters meet a student's; see `ktg_jax.priors.match_prior`."""
@@ -34,10 +38,10 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class Node:
-    """A network of the graph.
+    """A network of the graph, or what one put out when it was recorded.
 
     Attributes:
-        model: name of a registered model, such as `resnet32`.
+        model: name of a registered model, such as `resnet32`; of a recorded node it is `recorded`.
         name: unique within its graph: up to 255 letters, digits, `_`, `.` and `-`. A node's initial
             weights depend on its name and the seed alone. None: the graph names it
             `<model>-<index>`.
@@ -53,12 +57,19 @@ class Node:
             prior's filters are assigned to the node's initial ones; "none": neither.
         projection: where the readers are through which others see its stage outputs (a file of
             `save_readers`, or its folder); None: they see them as they are. For frozen nodes.
+        input: how the network wants its images, in place of 0..1 as the data has them: an `Input`,
+            the name of one (`imagenet`, `cifar10`, ...), `data` for the statistics of the training
+            images, or a mapping of an `Input`'s fields.
+        outputs: the folder of a recording, in place of a network: the node puts out what another
+            one put out for the same batches. It has no parameters and never learns.
 
     >>> Node("resnet32", name="teacher", weights="runs/teacher").model
     'resnet32'
+    >>> Node(outputs="recordings/teacher").model
+    'recorded'
     """
 
-    model: str
+    model: str = RECORDED
     name: str | None = None
     weights: str | None = None
     prior: str | None = None
@@ -67,6 +78,8 @@ class Node:
     prior_schedule: str = "linear"
     prior_matching: str = "initialise"
     projection: str | None = None
+    input: "str | Input | Mapping[str, Any] | None" = None
+    outputs: str | None = None
 
     @property
     def prior_options(self) -> dict[str, Any]:
@@ -80,10 +93,17 @@ class Node:
         return {field: getattr(self, field) for field in ("prior", *PRIOR_DEFAULTS)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON, those of prior and projection only where there are such."""
-        plain = {"name": self.name, "model": self.model, "weights": self.weights}
-        projection = {} if self.projection is None else {"projection": self.projection}
-        return plain | self.prior_options | projection
+        """The fields for JSON; beside name, model and weights those that say something."""
+        if self.outputs is not None:
+            return {"name": self.name, "outputs": self.outputs}
+        fields: dict[str, Any] = {"name": self.name, "model": self.model, "weights": self.weights}
+        fields |= self.prior_options
+        if self.projection is not None:
+            fields["projection"] = self.projection
+        if self.input is not None:
+            wanted = checked_input("input", self.input)
+            fields["input"] = wanted if isinstance(wanted, str) else wanted.to_json()
+        return fields
 
 
 PRIOR_DEFAULTS = {
@@ -131,7 +151,9 @@ def _checked_node(where: str, given: Any) -> Node:
     node = Node(given) if isinstance(given, str) else given
     if not isinstance(node, Node):
         raise InputError(where, given, "a Node or a model's name")
-    if not isinstance(node.model, str) or not node.model:
+    if node.outputs is not None:
+        return _checked_recorded(where, node)
+    if not isinstance(node.model, str) or node.model in ("", RECORDED):
         raise InputError(f"{where}.model", node.model, "a model's name")
     for field in ("weights", "prior", "projection"):
         value = getattr(node, field)
@@ -139,6 +161,18 @@ def _checked_node(where: str, given: Any) -> Node:
             continue  # another way to write that there are none
         if value is not None and not _is_path(value):
             raise InputError(f"{where}.{field}", value, "a path, or null")
+    if node.input is None:
+        return node
+    return dataclasses.replace(node, input=checked_input(f"{where}.input", node.input))
+
+
+def _checked_recorded(where: str, node: Node) -> Node:
+    if not _is_path(node.outputs):
+        raise InputError(f"{where}.outputs", node.outputs, "the folder of a recording, or null")
+    for field in ("model", "weights", "prior", "projection", "input"):
+        default = getattr(Node, field)
+        if getattr(node, field) != default:
+            raise InputError(f"{where}.{field}", getattr(node, field), "nothing beside outputs")
     return node
 
 

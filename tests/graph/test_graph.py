@@ -236,7 +236,7 @@ OPTIONAL = "(and temperature)"
         (
             '{"nodes": [{"model": "cnn", "width": 2}], "gates": []}',
             "nodes[0].width",
-            "an object with model (and name, prior, prior_matching, prior_quantile, ",
+            "an object with model (and input, name, outputs, prior, prior_matching, ",
         ),
         ('{"nodes": [{"model": "cnn"}], "gates": [["open"]]}', "gates[0][0]", GATE_NAMES),
         (
