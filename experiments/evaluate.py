@@ -1,4 +1,4 @@
-"""Evaluates a run's nodes and their ensemble, and exports one node alone.
+"""Evaluates a run's nodes and their ensemble, or the network of a file, and exports one network.
 
 `python -m experiments.evaluate --help`
 """
@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
 import ktg_jax as ktg
-from ktg_jax.errors import InputError, RunError
-from ktg_jax.io.trees import unflatten
+from ktg_jax.data.dataset import Dataset
+from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input
+from ktg_jax.models import check_model
 from ktg_jax.models.network import NodeFns
-from ktg_jax.models.streams import without_stream
 from ktg_jax.models.weights import save_node
 from ktg_jax.training.batches import Arrays
-from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
 from ktg_jax.training.engines import choose_engine, make_per_node_evaluator
 from ktg_jax.training.evaluation import Means, evaluation_batch_size, make_evaluator
 from ktg_jax.training.state import GraphState
@@ -34,44 +33,65 @@ from .runs.command_line import Command, parse
 from .runs.console import Table, make_console
 from .runs.facts import data_facts, without_test
 from .runs.identity import data_kind, is_own
-from .runs.options import Training, import_modules
+from .runs.options import MOST_IMAGE_SIZE, Training, at_least, import_modules
 from .runs.process import check_platform, prepare
-from .runs.results import best_epoch
 from .runs.texts import per_cent
+from .runs.trained import Trained, trained_file, trained_run
 from .runs.workdir import Workdir
 
-GROUPS = {"evaluation": "split", "export": "export", "speed": "compile_cache"}
+GROUPS = {"evaluation": "split", "file": "model", "export": "export", "speed": "compile_cache"}
 
 EXAMPLES = r"""Examples:
   python -m experiments.evaluate runs/dml
   python -m experiments.evaluate runs/dml --split val --checkpoint best
   python -m experiments.evaluate runs/dml --export student.safetensors \
-      --node resnet32-0"""
+      --node resnet32-0
+  python -m experiments.evaluate student.safetensors --data cifar10
+  python -m experiments.evaluate resnet56.safetensors --model resnet56 \
+      --input imagenet --data cifar10"""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate every node of a run and their ensemble (summed logits)."""
+    """Evaluate every node of a run and their ensemble (summed logits), or the network of a file."""
 
     command: ClassVar = Command("experiments.evaluate", GROUPS, EXAMPLES)
 
-    workdir: Annotated[str, tyro.conf.Positional, "WORKDIR"]
-    """Folder of a run, as train makes it."""
+    workdir: Annotated[str, tyro.conf.Positional, "RUN|FILE"]
+    """Folder of a run, as train makes it; or a .safetensors file: one that --export wrote, or a
+    state dict of PyTorch."""
     split: Literal["test", "val", "train"] = "test"
     """Images to evaluate on."""
     checkpoint: Literal["last", "best"] = "last"
     """The checkpoint of the last epoch, or of the target's best on validation."""
     data: str | None = None
-    """npz:FILE or folder:DIR: where data of your own is now (default: where it was in training)."""
+    """npz:FILE or folder:DIR: where data of your own is now (default: where it was in training). Of
+    a file any data, as train takes it."""
     data_dir: str | None = None
     """Where the data is, else where it was in training; of data of your own, the folder that it is
     in now."""
+
+    model: str | None = None
+    """Of a state dict, the name of its model, such as resnet56."""
+    input: str | None = None
+    """Of a state dict, how its network wants its images: imagenet, cifar10, cifar100, half (-1 to
+    1), or an object as JSON with mean, std and size; else from 0 to 1."""
+    image_size: int | None = None
+    """Of a file, resize images to so many pixels a side on load; else they stay as they are."""
+    imports: Annotated[tuple[str, ...], "MODULE"] = ()
+    """Of a file, Python modules to import first, such as those that call
+    ktg_jax.register_model."""
+
     export: Annotated[str | None, "FILE"] = None
-    """Write one node alone to this .safetensors file, too."""
+    """Write one network alone to this .safetensors file, too."""
     node: Annotated[str | None, "NAME"] = None
     """The node to export; else the target."""
+
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
+
+
+_OF_FILES = ("model", "input", "image_size", "imports")
 
 
 def main() -> None:
@@ -85,25 +105,53 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     """Evaluates, and exports where that is asked for.
 
     Raises:
-        InputError: no run there, no such node or split, a file that cannot be written.
+        InputError: no run or file there, no such node or split, a network that is not of this data,
+            a file that cannot be written.
         RunError: no checkpoint that can be read.
     """
-    workdir = Workdir(config.workdir)
-    if not workdir.exists:
-        raise InputError("workdir", config.workdir, "the folder of a run")
     if config.node is not None and config.export is None:
         raise InputError("node", config.node, "only together with --export")
-    graph, run = workdir.graph, workdir.config
+    workdir = Workdir(config.workdir)
+    if workdir.exists:
+        trained, dataset = _of_run(config, workdir, console)
+    elif os.path.isfile(os.path.expanduser(config.workdir)):
+        trained, dataset = _of_file(config)
+    else:
+        allowed = "the folder of a run, or a .safetensors file"
+        raise InputError("workdir", config.workdir, allowed)
+    if config.export is not None:
+        _export(config, trained, dataset.num_classes, dataset.image_shape, dataset.class_names)
+        if not workdir.exists:
+            _say_exported(config.export, console)
+    split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
+    if split is None:
+        raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
+    arrays = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
+    means = _evaluate(trained.node_fns, trained.state, arrays, dataset.image_shape)
+
+    epoch = "" if trained.epoch is None else f", epoch {trained.epoch}"
+    cli.say(console, f"{config.workdir}{epoch}, {len(split)} {config.split} images:")
+    table = Table("node", "model", "loss", "accuracy", box=None)
+    for i, (name, model) in enumerate(zip(trained.names, trained.models, strict=True)):
+        table.add_row(name, model, *_cells(means["loss"][i], means["accuracy"][i]))
+    if workdir.exists:
+        table.add_row("ensemble", "", *_cells(means["ensemble_loss"], means["ensemble_accuracy"]))
+    console.print(table)
+
+
+def _of_run(config: EvaluateConfig, workdir: Workdir, console: Console) -> tuple[Trained, Dataset]:
+    """The networks of a run and its data; the data is not needed to export."""
+    for field in _OF_FILES:
+        if getattr(config, field):
+            allowed = "nothing: a run knows it; it is for files"
+            raise InputError(field, getattr(config, field), allowed)
+    run = workdir.config
     import_modules(tuple(run["imports"]))
     check_platform()
-    facts = run["data_facts"]
-    dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32
-    node_fns = [ktg.build_model(n.model, facts["classes"], dtype=dtype) for n in graph.nodes]
-    epoch, state = _restore(workdir, graph, node_fns, config.checkpoint, facts["image_shape"])
+    trained, facts = trained_run(workdir, config.checkpoint), run["data_facts"]
     if config.export is not None:
-        _export(config.export, config.node, graph, state, facts, epoch)
-        cli.say(console, f"Wrote {config.export}. It takes uint8 images divided by 255.")
-
+        _export(config, trained, facts["classes"], tuple(facts["image_shape"]))
+        _say_exported(config.export, console)
     data = _data_now(config, workdir)
     wanted = Training(
         data=data,
@@ -115,50 +163,36 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     )
     dataset = load(wanted, with_test=config.split == "test")
     _check_data(data, facts, data_facts(dataset), config.split)
-    if config.export is not None:  # anew: the names of the classes are with the data
-        _export(config.export, config.node, graph, state, facts, epoch, dataset.class_names)
-    split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
-    if split is None:
-        raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
-    arrays = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
-    means = _evaluate(node_fns, state, arrays, dataset.image_shape)
-
-    cli.say(console, f"{config.workdir}, epoch {epoch}, {len(split)} {config.split} images:")
-    table = Table("node", "model", "loss", "accuracy", box=None)
-    for i, node in enumerate(graph.nodes):
-        table.add_row(node.name, node.model, *_cells(means["loss"][i], means["accuracy"][i]))
-    table.add_row("ensemble", "", *_cells(means["ensemble_loss"], means["ensemble_accuracy"]))
-    console.print(table)
+    return trained, dataset
 
 
-def _restore(
-    workdir: Workdir,
-    graph: ktg.Graph,
-    node_fns: list[ktg.NodeFns],
-    checkpoint: str,
-    image_shape: list[int],
-) -> tuple[int, GraphState]:
-    """The nodes' weights, without optimisers, and the epoch that they are of."""
-    wanted = None
-    if checkpoint == "best":
-        newest = max(checkpoint_epochs(workdir.checkpoints), default=0)
-        try:
-            wanted = best_epoch(workdir.records(up_to_epoch=newest))
-        except RunError:  # metrics.jsonl is damaged
-            wanted = best_checkpoint(workdir.checkpoints)
-        if wanted is None:
-            raise InputError("checkpoint", "best", "last: the run had no validation images")
-    epoch, nodes = read_nodes(workdir.checkpoints, wanted)
-    params, model_state = [], []
-    images = jnp.zeros((1, *image_shape))
-    for node, fns in zip(graph.nodes, node_fns, strict=True):
-        template = jax.eval_shape(fns.init, jax.random.key(0), images)
-        stored = nodes[str(node.name)]
-        params.append(unflatten(template[0], stored["params"], f"checkpoint of {node.name}"))
-        shapes, found = map(without_stream, (template[1], stored["model_state"] or {}))
-        model_state.append(unflatten(shapes, found, f"checkpoint of {node.name}"))
-    none = (None,) * len(node_fns)
-    return epoch, GraphState(tuple(params), tuple(model_state), none, jnp.zeros((), jnp.int32))
+def _of_file(config: EvaluateConfig) -> tuple[Trained, Dataset]:
+    """The network of a file, and the data that is given; nothing of it is held out."""
+    at_least(config, 1, "image_size", most=MOST_IMAGE_SIZE)
+    if config.checkpoint != "last":
+        raise InputError("checkpoint", config.checkpoint, "last: a file has one")
+    if config.data is None:
+        raise InputError("data", None, "the data to evaluate on, such as cifar10: a file has none")
+    import_modules(config.imports)
+    check_platform()
+    if config.model is not None:
+        check_model(config.model)
+    wanted = Training(
+        data=config.data,
+        data_dir=config.data_dir,
+        val_fraction=0.0,
+        image_size=config.image_size,
+    )
+    dataset = load(wanted, with_test=config.split == "test")
+    sizes: dict[str, Any] = {
+        "num_classes": dataset.num_classes,
+        "image_shape": dataset.image_shape,
+    }
+    return trained_file(config.workdir, config.model, config.input, **sizes), dataset
+
+
+def _say_exported(path: str, console: Console) -> None:
+    cli.say(console, f"Wrote {path}. It takes uint8 images divided by 255.")
 
 
 def _evaluate(
@@ -210,29 +244,32 @@ def _check_data(data: str, was: dict[str, Any], now: dict[str, Any], split: str)
 
 
 def _export(
-    path: str,
-    name: str | None,
-    graph: ktg.Graph,
-    state: GraphState,
-    facts: dict[str, Any],
-    epoch: int,
-    class_names: tuple[str, ...] = (),
+    config: EvaluateConfig,
+    trained: Trained,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str] = (),
 ) -> None:
-    names = [str(node.name) for node in graph.nodes]
-    if name is not None and name not in names:
-        raise InputError("node", name, ", ".join(names))
-    index = 0 if name is None else names.index(name)
+    """Writes one network; anew, where the names of its classes are known."""
+    path = str(config.export)
+    index = trained.index(config.node)
     if not Path(path).absolute().parent.is_dir():
         raise InputError("export", path, "a file in a folder that exists")
-    classes = {"class_names": json.dumps(class_names)} if class_names else {}
+    about = {"node": trained.names[index]}
+    if trained.epoch is not None:
+        about["epoch"] = json.dumps(trained.epoch)
+    if class_names:
+        about["class_names"] = json.dumps(class_names)
+    wanted = trained.inputs[index]
     save_node(
         path,
-        state.params[index],
-        state.model_state[index],
-        model=graph.nodes[index].model,
-        num_classes=facts["classes"],
-        image_shape=tuple(facts["image_shape"]),
-        about={"node": names[index], "epoch": json.dumps(epoch)} | classes,
+        trained.state.params[index],
+        trained.state.model_state[index],
+        model=trained.models[index],
+        num_classes=num_classes,
+        image_shape=image_shape,
+        input=None if wanted == Input() else wanted,
+        about=about,
     )
 
 

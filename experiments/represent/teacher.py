@@ -14,7 +14,9 @@ from rich.console import Console
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input
 from ktg_jax.io.trees import digest, unflatten
+from ktg_jax.models.input import with_input
 from ktg_jax.models.network import NodeFns, PyTree, stage_number
 from ktg_jax.models.streams import without_stream
 from ktg_jax.priors import (
@@ -144,6 +146,8 @@ def load_teacher(source: str, kernels: KernelShapes, dataset: Dataset, how: str)
     except InputError as error:
         raise InputError("teacher", source, error.allowed) from None
     fns = ktg.build_model(weights.model, dataset.num_classes)
+    if weights.input is not None and weights.input != Input():
+        fns = with_input(fns, weights.input)
     check_stages(weights.model, kernels, dataset, how)
     params, model_state = _shapes(fns, dataset)
     return Teacher(

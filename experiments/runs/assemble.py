@@ -13,6 +13,7 @@ import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, part_of
+from ktg_jax.inputs import Input
 from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch
 from ktg_jax.training.engines import (
     Engine,
@@ -25,10 +26,10 @@ from ktg_jax.training.engines import (
 from ktg_jax.training.evaluation import Means
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.warm_start import load_weights, with_weights
+from ktg_jax.training.warm_start import check_input, load_weights, with_weights
 
 from .config import TrainConfig
-from .networks import node_functions, parallel_of
+from .networks import node_functions, node_input, parallel_of
 from .options import MOST, Training
 from .progress import decoding_shown
 
@@ -128,7 +129,7 @@ def assemble(
     parallel = parallel_of(config, devices)
     task = _task(config, node_functions(config, graph, dataset, parallel), dataset)
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    state, priors = _initial_state(graph, task, init_key)
+    state, priors = _initial_state(graph, task, init_key, dataset)
     engine = _engine(config, task, state, parallel)
     train, val, test = (
         None if split is None else engine.load(Arrays(split.images, split.labels))
@@ -170,7 +171,7 @@ def _task(config: TrainConfig, node_fns: Sequence[ktg.NodeFns], dataset: Dataset
 
 
 def _initial_state(
-    graph: ktg.Graph, task: Task, key: jax.Array
+    graph: ktg.Graph, task: Task, key: jax.Array, dataset: Dataset
 ) -> tuple[GraphState, Priors | None]:
     """The state with the weights and priors that the graph names, and these priors."""
     sample = jnp.zeros((1, *task.image_shape))
@@ -179,6 +180,7 @@ def _initial_state(
         if node.weights:
             with part_of(f"nodes[{i}].weights"):
                 weights = load_weights(node.weights)
+            check_input(i, weights, node_input(i, node, dataset) or Input())
             state = with_weights(state, i, weights)
     return ktg.with_priors(state, graph)
 

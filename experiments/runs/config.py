@@ -32,6 +32,10 @@ class _GraphOptions:
     """Initial weights of a preset's nodes, one a model: a run's folder, DIR:node, a .safetensors
     file, pretrained (trained alone first, on the same data, and kept for other runs), or none.
     Without them: none."""
+    inputs: Annotated[tuple[str, ...], "INPUT"] = ()
+    """How a preset's nodes want their images, one a model: imagenet, cifar10, cifar100, half (-1 to
+    1), data (the statistics of the training images), an object as JSON with mean, std and size, or
+    none (0 to 1). Without them: none."""
     temperature: float | None = None
     """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
     prune: bool = False
@@ -97,7 +101,7 @@ def check(config: TrainConfig) -> None:
 def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     """What determines the run's results, as JSON: two runs that agree in it are the same run."""
     fields = dataclasses.asdict(config)
-    in_graph = ("models", "weights", "temperature", "prune")
+    in_graph = ("models", "weights", "inputs", "temperature", "prune")
     # These change nothing, or the rounding of sums alone.
     how = ("engine", "steps_per_call", "cpu_devices", "compile_cache")
     for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):

@@ -10,9 +10,11 @@ import numpy as np
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import part_of
+from ktg_jax.inputs import OF_DATA
 from ktg_jax.io.trees import digest
+from ktg_jax.models.input import statistics
 from ktg_jax.priors import about_prior, readers_checksum
-from ktg_jax.training.warm_start import load_weights
+from ktg_jax.training.warm_start import INPUT_FACTS, load_weights
 
 from .graphs import PRETRAINED
 
@@ -44,8 +46,12 @@ def _checksum(split: Split) -> int:
 
 
 def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
-    """All checksums of what a run rests on: `data_facts` and `graph_facts`."""
-    return {"data_facts": data_facts(dataset), **graph_facts(graph)}
+    """All that a run rests on: `data_facts`, `graph_facts`, and inputs that are the data's own."""
+    facts = {"data_facts": data_facts(dataset), **graph_facts(graph)}
+    named = [str(node.name) for node in graph.nodes if node.input == OF_DATA]
+    if named:
+        facts[INPUT_FACTS] = dict.fromkeys(named, statistics(dataset.train.images).to_json())
+    return facts
 
 
 def graph_facts(graph: ktg.Graph) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import ktg_jax as ktg
 import ktg_jax.models
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import parsed_input
 
 from .config import TrainConfig
 
@@ -36,12 +37,14 @@ def _whole_graph(config: TrainConfig) -> ktg.Graph:
         graph = _preset(config.graph, _preset_nodes(config))
     else:
         graph = _graph_of(config.graph)
-        for field in ("models", "weights"):
+        for field in ("models", "weights", "inputs"):
             if getattr(config, field):
                 raise InputError(field, list(getattr(config, field)), "nothing beside a graph file")
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
     for i, node in enumerate(graph.nodes):
+        if node.outputs is not None:
+            continue
         if i in graph.frozen and not node.weights:
             raise InputError(
                 f"nodes[{i}].weights", None, f"weights for node {node.name}: it is frozen"
@@ -68,7 +71,7 @@ def as_given(config: TrainConfig, pruned: bool = False) -> Iterator[None]:
         def given(found: re.Match[str]) -> str:
             number, field = found.groups()
             index = number if kept is None else str(kept[int(number)])
-            option = {"model": "models", "weights": "weights"}.get(field, "")
+            option = {"model": "models", "weights": "weights", "input": "inputs"}.get(field, "")
             if option and config.graph in PRESETS and getattr(config, option):
                 return f"{option}[{index}]"
             return found[0].replace(number, index)
@@ -77,7 +80,7 @@ def as_given(config: TrainConfig, pruned: bool = False) -> Iterator[None]:
         raise InputError(name, error.value, error.allowed) from None
 
 
-_OF_NODE = re.compile(r"(?:nodes\[|weights of node )([0-9]+)(?:\]\.(model|weights))?")
+_OF_NODE = re.compile(r"(?:nodes\[|weights of node )([0-9]+)(?:\]\.(model|weights|input))?")
 
 
 def split_source(source: str) -> tuple[str, int | None]:
@@ -116,14 +119,16 @@ def _found_in(folder: Path, number: int | None) -> str:
 
 
 def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
-    """The graph with `weights="pretrained"` at each frozen node that has none.
+    """The graph with `weights="pretrained"` at each frozen network that has none.
 
     >>> [node.weights for node in with_pretrained(ktg.graphs.distillation("cnn", "cnn")).nodes]
     [None, 'pretrained']
     """
     return with_sources(
         graph,
-        lambda i, node: node.weights or (PRETRAINED if i in graph.frozen else None),
+        lambda i, node: (
+            node.weights or (PRETRAINED if i in graph.frozen and node.outputs is None else None)
+        ),
     )
 
 
@@ -135,12 +140,18 @@ def with_sources(graph: ktg.Graph, source: Callable[[int, ktg.Node], str | None]
 
 def _preset_nodes(config: TrainConfig) -> list[ktg.Node]:
     models = config.models or DEFAULT_MODELS
-    weights = config.weights or ("none",) * len(models)
-    if len(weights) != len(models):
-        raise InputError("weights", list(weights), f"{len(models)} entries, one a model, or none")
+    for field in ("weights", "inputs"):
+        given = getattr(config, field)
+        if len(given) not in (0, len(models)):
+            raise InputError(field, list(given), f"{len(models)} entries, one a model, or none")
+    weights, inputs = (each or ("none",) * len(models) for each in (config.weights, config.inputs))
     return [
-        ktg.Node(model, weights=None if source == "none" else source)
-        for model, source in zip(models, weights, strict=True)
+        ktg.Node(
+            model,
+            weights=None if source == "none" else source,
+            input=None if wanted == "none" else parsed_input(f"inputs[{i}]", wanted),
+        )
+        for i, (model, source, wanted) in enumerate(zip(models, weights, inputs, strict=True))
     ]
 
 

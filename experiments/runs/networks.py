@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, part_of
+from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
 from ktg_jax.models import check_network
+from ktg_jax.models.input import check_channels, statistics, with_input
 from ktg_jax.models.returned import errors_of
 from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.evaluation import evaluation_batch_size
@@ -34,11 +36,26 @@ def node_functions(
     node_fns = []
     for i, node in enumerate(graph.nodes):
         with part_of(f"nodes[{i}].model"):
-            fns = _build(config, node.model, dataset, parallel)
+            fns = _build(config, node.model, dataset, parallel, node_input(i, node, dataset))
         with part_of(f"nodes[{i}].projection"):
             seen = node.projection
             node_fns.append(fns if seen is None else projected(fns, load_readers(seen)))
     return node_fns
+
+
+def node_input(index: int, node: ktg.Node, dataset: Dataset) -> Input | None:
+    """How a node wants its images, in numbers; None: as they are.
+
+    Raises:
+        InputError: it is of images with other channels.
+    """
+    if node.input is None:
+        return None
+    field = f"nodes[{index}].input"
+    given = checked_input(field, node.input)
+    wanted = resolved_input(given, statistics(dataset.train.images) if given == OF_DATA else None)
+    check_channels(field, wanted, dataset.image_shape[-1])
+    return wanted
 
 
 def check_networks(
@@ -50,7 +67,8 @@ def check_networks(
     """Raises InputError unless the nodes' networks can be trained on the data; computes nothing."""
     for i, node in enumerate(graph.nodes):
         with errors_of(f"node {node.name}"):
-            check_models(config, {f"nodes[{i}].model": node.model}, dataset, devices)
+            wanted = node_input(i, node, dataset)
+            check_models(config, {f"nodes[{i}].model": node.model}, dataset, devices, wanted)
     if graph.edge_arrays.needs_stages:
         node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
         images = jnp.zeros((1, *dataset.image_shape))
@@ -62,6 +80,7 @@ def check_models(
     models: Mapping[str, str],
     dataset: Dataset,
     devices: Sequence[jax.Device] | None = None,
+    wanted: Input | None = None,
 ) -> None:
     """Raises InputError unless these models can be trained on the data; computes nothing.
 
@@ -70,12 +89,13 @@ def check_models(
         models: their names, by what an error calls each.
         dataset: to train on.
         devices: to train on (default: all of this process's).
+        wanted: how they want their images; None: as they are.
     """
     parallel = parallel_of(config, devices)
     mapped, number = parallel.axis_name, len(parallel.devices)
     for field, model in models.items():
         try:
-            fns = _build(config, model, dataset, parallel)
+            fns = _build(config, model, dataset, parallel, wanted)
         except InputError as error:
             raise InputError(field, error.value, error.allowed) from error.__cause__
         is_hashable = all(isinstance(each, Hashable) for each in (fns.init, fns.apply, fns.stages))
@@ -99,11 +119,16 @@ _check = functools.lru_cache(maxsize=256)(check_network)
 
 
 def _build(
-    config: TrainConfig, model: str, dataset: Dataset, parallel: ktg.Parallel
+    config: TrainConfig,
+    model: str,
+    dataset: Dataset,
+    parallel: ktg.Parallel,
+    wanted: Input | None,
 ) -> ktg.NodeFns:
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
     axis_name = parallel.axis_name
-    return ktg.build_model(model, dataset.num_classes, dtype=dtype, axis_name=axis_name)
+    fns = ktg.build_model(model, dataset.num_classes, dtype=dtype, axis_name=axis_name)
+    return fns if wanted is None else with_input(fns, wanted)
 
 
 def _losses(

@@ -13,6 +13,7 @@ from typing import Any
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
+from ktg_jax.inputs import input_text
 from ktg_jax.io.files import cache_folder
 
 from .config import TrainConfig, resolved
@@ -41,15 +42,24 @@ def locate_pretrained(
     Raises:
         RunError: the training fails.
     """
-    models = dict.fromkeys(node.model for node in graph.nodes if node.weights == PRETRAINED)
-    found = {model: trained_alone(model, config, dataset, train) for model in models}
+    wanted = dict.fromkeys(
+        (node.model, node.input) for node in graph.nodes if node.weights == PRETRAINED
+    )
+    found = {
+        (model, given): trained_alone(model, config, dataset, train, given)
+        for model, given in wanted
+    }
     return with_sources(
         graph,
-        lambda _, node: str(found[node.model]) if node.weights == PRETRAINED else node.weights,
+        lambda _, node: (
+            str(found[node.model, node.input]) if node.weights == PRETRAINED else node.weights
+        ),
     )
 
 
-def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Train) -> Path:
+def trained_alone(
+    model: str, config: TrainConfig, dataset: Dataset, train: Train, given: Any = None
+) -> Path:
     """The folder of the run of one network; makes the run if it is not there.
 
     Args:
@@ -57,6 +67,7 @@ def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Trai
         config: says how it is trained.
         dataset: to train on; its test images are not used.
         train: trains a configuration on a data set.
+        given: how the network wants its images, as a node says it.
 
     Raises:
         RunError: the training fails.
@@ -66,6 +77,7 @@ def trained_alone(model: str, config: TrainConfig, dataset: Dataset, train: Trai
         graph="independent",
         models=(model,),
         weights=(),
+        inputs=() if given is None else (input_text(given),),
         temperature=None,
         prune=False,
         resume=True,

@@ -64,16 +64,21 @@ def as_wanted(images: jax.Array, wanted: Input) -> jax.Array:
     """
     check_floats(images)
     batch, height, width, channels = images.shape
-    for field, numbers in (("input.mean", wanted.mean), ("input.std", wanted.std)):
-        if len(numbers) not in (1, channels):
-            allowed = f"1 number, or {channels}, one a channel of the images"
-            raise InputError(field, list(numbers), allowed)
+    check_channels("input", wanted, channels)
     if wanted.size is not None and (height, width) != (wanted.size, wanted.size):
         images = jax.image.resize(images, (batch, wanted.size, wanted.size, channels), "linear")
     if wanted.mean == (0.0,) and wanted.std == (1.0,):
         return images
     mean, std = (jnp.asarray(numbers, images.dtype) for numbers in (wanted.mean, wanted.std))
     return (images - mean) / std
+
+
+def check_channels(field: str, wanted: Input, channels: int) -> None:
+    """Raises InputError, of this field, where an input is of images with other channels."""
+    for part, numbers in (("mean", wanted.mean), ("std", wanted.std)):
+        if len(numbers) not in (1, channels):
+            allowed = f"1 number, or {channels}, one a channel of the images"
+            raise InputError(f"{field}.{part}", list(numbers), allowed)
 
 
 def statistics(images: np.ndarray) -> Input:

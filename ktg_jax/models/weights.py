@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from ktg_jax.checks import is_number, is_whole
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input, checked_input, resolved_input
 from ktg_jax.io.json_input import decoded
-from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
+from ktg_jax.io.tensors import read_tensors, read_texts, texts_of, write_tensors
 from ktg_jax.io.trees import FlatTree, flatten, unflatten
 from ktg_jax.models import build_model
+from ktg_jax.models.input import with_input
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import DIVISOR, taking_pixels
 from ktg_jax.models.registry import MOST_CLASSES
@@ -34,12 +36,14 @@ class NodeWeights:
             streams a linen module's is not part of it.
         model: the model's name.
         source: where they come from, for messages.
+        input: how the network wants its images; None: that is not known.
     """
 
     params: FlatTree
     model_state: FlatTree
     model: str
     source: str
+    input: Input | None = None
 
 
 def save_node(
@@ -51,13 +55,15 @@ def save_node(
     num_classes: int,
     image_shape: tuple[int, int, int],
     input_divisor: float = DIVISOR,
+    input: Input | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one node as a safetensors file: tensors and text, reading it executes nothing.
 
     The tensors are named as in a flax variables dict with dots: `params.stem_conv.kernel`,
-    `batch_stats.stem_norm.mean`. The texts say what the network is, and under `input` and
-    `input_divisor` what images it takes. A linen module's random stream is left out.
+    `batch_stats.stem_norm.mean`. The texts say what the network is, and under `input`,
+    `input_divisor` and `node_input` (mean, std and size, as JSON) what images it takes. A linen
+    module's random stream is left out.
 
     Args:
         path: ends in `.safetensors`.
@@ -67,6 +73,7 @@ def save_node(
         num_classes: number of logits.
         image_shape: (height, width, channels) it was trained on.
         input_divisor: what uint8 images are divided by for the network; the experiments': 255.
+        input: how the network wants its images then; None: as they are.
         about: further texts to keep in the file.
 
     Raises:
@@ -90,8 +97,9 @@ def save_node(
         "model": model,
         "num_classes": json.dumps(num_classes),
         "image_shape": json.dumps(list(image_shape)),
-        "input": _input(image_shape, input_divisor),
+        "input": _input(image_shape, input_divisor, input),
         "input_divisor": json.dumps(input_divisor),
+        **({} if input is None else {"node_input": json.dumps(input.to_json())}),
         **(about or {}),
     }
     write_tensors(path, "export", tensors, texts)
@@ -103,8 +111,9 @@ def load_node(path: str | os.PathLike[str]) -> tuple[NodeFns, PyTree, PyTree]:
     Returns:
         The node's functions, params and model state: `apply(params, model_state, images, False)`.
         Unlike those of `build_model` these functions take uint8 images and divide them by 255 (or
-        what else the file says) themselves; float images they take as they are, divided already. A
-        linen module that draws random numbers in training has a new stream.
+        what else the file says) themselves; float images they take as they are, divided already.
+        They normalise and resize them where the network wants it. A linen module that draws random
+        numbers in training has a new stream.
 
     Raises:
         InputError: a file that cannot be read, that is of another origin or damaged, or whose model
@@ -125,6 +134,8 @@ def load_node(path: str | os.PathLike[str]) -> tuple[NodeFns, PyTree, PyTree]:
         fns = build_model(weights.model, about["num_classes"])
     except InputError as error:
         raise InputError(error.field, error.value, f"{error.allowed}; in {path}") from None
+    if weights.input is not None:
+        fns = with_input(fns, weights.input)
     images = jax.ShapeDtypeStruct((1, *about["image_shape"]), jnp.float32)
     field, rng = f"weights of {path}", jax.random.key(0)
     shapes, state_shapes = jax.eval_shape(fns.init, rng, images)
@@ -134,10 +145,14 @@ def load_node(path: str | os.PathLike[str]) -> tuple[NodeFns, PyTree, PyTree]:
     return taking_pixels(fns, about["input_divisor"]), params, model_state
 
 
-def _input(image_shape: Sequence[int], divisor: float) -> str:
+def _input(image_shape: Sequence[int], divisor: float, wanted: Input | None) -> str:
     """What images a network takes, in words."""
     kind = {1: "grey, ", 3: "RGB, "}.get(image_shape[-1], "") if len(image_shape) == 3 else ""
-    return f"float32 [B, {', '.join(map(str, image_shape))}], {kind}uint8 divided by {divisor:g}"
+    text = f"float32 [B, {', '.join(map(str, image_shape))}], {kind}uint8 divided by {divisor:g}"
+    if wanted is None:
+        return text
+    size = "" if wanted.size is None else f", resized to {wanted.size} x {wanted.size}"
+    return f"{text}{size}, minus {list(wanted.mean)}, divided by {list(wanted.std)}"
 
 
 def read_node(path: str | os.PathLike[str]) -> tuple[NodeWeights, dict[str, Any]]:
@@ -157,10 +172,15 @@ def read_node(path: str | os.PathLike[str]) -> tuple[NodeWeights, dict[str, Any]
         if not is_right(about[field]):
             allowed = f"a whole file that ktg_jax exported ({field}: {text[:60]!r})"
             raise InputError("weights", str(path), allowed)
+    wanted = Input()
+    if "node_input" in texts:
+        with texts_of("weights", path, "ktg.save_node"):
+            given = checked_input("node_input", decoded("node_input", texts["node_input"]))
+            wanted = resolved_input(given)
     tensors, _ = read_tensors(path, "weights")
     params = {k.removeprefix("params."): v for k, v in tensors.items() if _is_param(k)}
     model_state = {k: v for k, v in tensors.items() if not _is_param(k)}
-    return NodeWeights(params, model_state, about["model"], str(path)), about
+    return NodeWeights(params, model_state, about["model"], str(path), wanted), about
 
 
 def _is_param(name: str) -> bool:

@@ -5,14 +5,18 @@ import json
 import os
 from pathlib import Path
 
-from ktg_jax.errors import InputError, RunError
+from ktg_jax.errors import InputError, RunError, part_of
 from ktg_jax.graph.graph import Graph
+from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
 from ktg_jax.io.trees import unflatten
 from ktg_jax.models.network import PyTree
 from ktg_jax.models.streams import with_own_keys, without_stream
 from ktg_jax.models.weights import NodeWeights, read_node
 from ktg_jax.training.checkpoint import read_nodes
 from ktg_jax.training.state import GraphState
+
+INPUT_FACTS = "input_facts"
+"""The field of a run's configuration with the `Input` of each node that is given the data's."""
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints, within the run's folder."""
@@ -58,7 +62,43 @@ def load_weights(source: str) -> NodeWeights:
         raise InputError("weights", source, allowed)
     node = nodes[name]
     model_state = without_stream(node["model_state"] or {})
-    return NodeWeights(node["params"], model_state, models[name], source)
+    wanted = run_inputs(folder, graph)[name]
+    return NodeWeights(node["params"], model_state, models[name], source, wanted)
+
+
+def run_inputs(folder: str | os.PathLike[str], graph: Graph) -> dict[str, Input]:
+    """How each node of a run wants its images; the statistics of its data are in its folder.
+
+    Raises:
+        InputError: they are not there, where a node is given the data's.
+    """
+    found: dict[str, Input] = {}
+    for node in graph.nodes:
+        of_data = _statistics(folder, str(node.name)) if node.input == OF_DATA else None
+        given = Input() if node.input is None else checked_input("input", node.input)
+        with part_of(f"{folder}: node {node.name}"):
+            found[str(node.name)] = resolved_input(given, of_data)
+    return found
+
+
+def _statistics(folder: str | os.PathLike[str], name: str) -> Input | None:
+    """What the run's `config.json` says of its training images; None: it cannot be read."""
+    try:
+        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        found = checked_input("input", json.loads(text)["config"][INPUT_FACTS][name])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return None if isinstance(found, str) else found
+
+
+def check_input(index: int, weights: NodeWeights, wanted: Input) -> None:
+    """Raises InputError where a network was trained with images normalised in another way."""
+    known = weights.input
+    if known is not None and (known.mean, known.std) != (wanted.mean, wanted.std):
+        given = json.dumps({"mean": list(known.mean), "std": list(known.std)})
+        allowed = f"{given}, with which its weights were trained ({weights.source})"
+        found = {"mean": list(wanted.mean), "std": list(wanted.std)}
+        raise InputError(f"nodes[{index}].input", found, allowed)
 
 
 def read_graph(folder: str | os.PathLike[str]) -> Graph:

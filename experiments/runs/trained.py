@@ -1,0 +1,177 @@
+"""Networks that are trained already, to be used as they are: those of a run, or one of a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import ktg_jax as ktg
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.inputs import Input, parsed_input, resolved_input
+from ktg_jax.io.tensors import read_texts
+from ktg_jax.io.trees import unflatten
+from ktg_jax.models import check_network
+from ktg_jax.models.input import check_channels, with_input
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.streams import without_stream
+from ktg_jax.models.weights import NodeWeights, read_node
+from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
+from ktg_jax.training.state import GraphState
+from ktg_jax.training.warm_start import run_inputs
+
+from .results import best_epoch
+from .workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks and their weights, recorded nodes left out.
+
+    Attributes:
+        names: the names of the nodes.
+        models: the names of their models.
+        node_fns: their functions, of images in 0..1.
+        state: their weights, without optimisers.
+        inputs: how each wants its images; of a file that does not say it, what was given.
+        epoch: that the weights are of; None: of a file.
+    """
+
+    names: tuple[str, ...]
+    models: tuple[str, ...]
+    node_fns: tuple[NodeFns, ...]
+    state: GraphState
+    inputs: tuple[Input, ...]
+    epoch: int | None = None
+
+    def index(self, name: str | None) -> int:
+        """The index of a node; without a name, of the target.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if name is not None and name not in self.names:
+            raise InputError("node", name, ", ".join(self.names))
+        return 0 if name is None else self.names.index(name)
+
+
+def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
+    """The networks of a run, as it knows them.
+
+    Args:
+        workdir: its folder, and the modules that it imports are imported.
+        checkpoint: `last` or `best`.
+
+    Raises:
+        InputError: a model that is not registered, or no best checkpoint.
+        RunError: no checkpoint that can be read.
+    """
+    graph, run = workdir.graph, workdir.config
+    nodes = [node for node in graph.nodes if node.outputs is None]
+    facts, inputs = run["data_facts"], run_inputs(workdir.path, graph)
+    dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32
+    node_fns = [ktg.build_model(node.model, facts["classes"], dtype=dtype) for node in nodes]
+    wanted = [inputs[str(node.name)] for node in nodes]
+    node_fns = [_seeing(fns, each) for fns, each in zip(node_fns, wanted, strict=True)]
+    epoch, stored = read_nodes(workdir.checkpoints, _epoch(workdir, checkpoint))
+    params, model_state = [], []
+    for node, fns in zip(nodes, node_fns, strict=True):
+        found, where = stored[str(node.name)], f"checkpoint of {node.name}"
+        made = _unflattened(fns, found["params"], found["model_state"], facts["image_shape"], where)
+        params.append(made[0])
+        model_state.append(made[1])
+    return Trained(
+        tuple(str(node.name) for node in nodes),
+        tuple(node.model for node in nodes),
+        tuple(node_fns),
+        _state(params, model_state),
+        tuple(wanted),
+        epoch,
+    )
+
+
+def trained_file(
+    path: str,
+    model: str | None,
+    given: str | None,
+    *,
+    num_classes: int,
+    image_shape: Sequence[int],
+) -> Trained:
+    """The network of a file of our own or of a PyTorch state dict.
+
+    Args:
+        path: the `.safetensors` file.
+        model: its name; None: the file is to say it.
+        given: how it wants its images, as a command line has it; None: as the file says, or 0..1.
+        num_classes: that the data has.
+        image_shape: `(H, W, C)` of the data.
+
+    Raises:
+        InputError: a file that cannot be read or understood, or that is of another model, of other
+            classes, or of other images.
+    """
+    wanted = None if given is None else resolved_input(parsed_input("input", given))
+    weights = file_weights(path, model)
+    if weights.input is not None:
+        if wanted not in (None, weights.input):
+            allowed = f"nothing: the file says it ({weights.input.to_json()})"
+            raise InputError("input", given, allowed)
+        wanted = weights.input
+    wanted = wanted or Input()
+    check_channels("input", wanted, image_shape[-1])
+    fns = _seeing(ktg.build_model(weights.model, num_classes), wanted)
+    check_network(
+        fns, weights.model, num_classes=num_classes, image_shape=image_shape, batch_size=1
+    )
+    where = f"weights of {path}"
+    params, model_state = _unflattened(fns, weights.params, weights.model_state, image_shape, where)
+    name = Path(path).stem
+    return Trained((name,), (weights.model,), (fns,), _state([params], [model_state]), (wanted,))
+
+
+def file_weights(path: str, model: str | None) -> NodeWeights:
+    """The weights of a file; arguments and errors are those of `trained_file`."""
+    if "model" not in read_texts(path, "weights"):
+        if model is None:
+            raise InputError("model", None, f"the name of the model that {path} is of")
+        return NodeWeights({}, {}, model, path)
+    weights, _ = read_node(path)
+    if model not in (None, weights.model):
+        raise InputError("model", model, f"{weights.model}, which the file is of")
+    return weights
+
+
+def _seeing(fns: NodeFns, wanted: Input) -> NodeFns:
+    return fns if wanted == Input() else with_input(fns, wanted)
+
+
+def _epoch(workdir: Workdir, checkpoint: str) -> int | None:
+    """The epoch of the checkpoint; None: the newest one."""
+    if checkpoint == "last":
+        return None
+    newest = max(checkpoint_epochs(workdir.checkpoints), default=0)
+    try:
+        wanted = best_epoch(workdir.records(up_to_epoch=newest))
+    except RunError:  # metrics.jsonl is damaged
+        wanted = best_checkpoint(workdir.checkpoints)
+    if wanted is None:
+        raise InputError("checkpoint", checkpoint, "last: the run had no validation images")
+    return wanted
+
+
+def _unflattened(
+    fns: NodeFns, params: Any, model_state: Any, image_shape: Sequence[int], where: str
+) -> tuple[PyTree, PyTree]:
+    """Params and model state in the form that the network's functions take."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    template = jax.eval_shape(fns.init, jax.random.key(0), images)
+    state = unflatten(without_stream(template[1]), without_stream(model_state or {}), where)
+    return unflatten(template[0], params or {}, where), state
+
+
+def _state(params: Sequence[PyTree], model_state: Sequence[PyTree]) -> GraphState:
+    none = (None,) * len(params)
+    return GraphState(tuple(params), tuple(model_state), none, jnp.zeros((), jnp.int32))
