@@ -49,7 +49,7 @@ LAYERS = (
     ),
     ("graph",),
     ("models",),
-    ("choices", "space", "data"),
+    ("choices", "space", "data", "recording"),
     ("training",),
     ("priors",),
     ("mpl", "curves", "draw"),

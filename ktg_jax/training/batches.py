@@ -54,6 +54,11 @@ class Batches(NamedTuple):
         return plan_batch(key, step, **self._asdict())
 
 
+def data_key(seed: int) -> jax.Array:
+    """The key that order and augmentation of the batches of a training are drawn by."""
+    return jax.random.split(jax.random.key(seed))[1]
+
+
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Full batches in an epoch; the last partial one is dropped.
 
