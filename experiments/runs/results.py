@@ -85,8 +85,8 @@ def _cells(entry: Record) -> list[str]:
 
 def _numbers(prefix: str, node: int | None, val: Means, test: Means) -> Record:
     def number(means: Means, key: str) -> float | None:
-        if means is None:
-            return None
+        if means is None or (node is not None and not means["accuracy"][node] >= 0):
+            return None  # nor has a recorded node any
         value = means[prefix + key]
         return float(value if node is None else value[node])
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
 
 PyTree = Any
@@ -43,6 +44,18 @@ class NodeFns:
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
     stages: Callable[[PyTree, PyTree, jax.Array, bool], tuple[StagedOutputs, PyTree]] | None = None
+
+
+def _nothing(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
+    return {}, {}
+
+
+def _no_forward(*inputs: Any) -> Any:
+    raise InputError("recorded", None, "the logits of a node that has no network")
+
+
+NO_NETWORK = NodeFns(_nothing, _no_forward)
+"""The functions of a recorded node: it has no parameters, and its outputs are given to the step."""
 
 
 def stage_number(path: Sequence[str]) -> int | None:

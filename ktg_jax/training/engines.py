@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
-from ktg_jax.models.network import NodeFns
+from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
 from ktg_jax.training.evaluation import (
     Means,
@@ -36,6 +36,7 @@ from ktg_jax.training.per_node import (
     per_node_step,
     place,
 )
+from ktg_jax.training.recorded import Feed, Recordings, Rows, taken
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, train_step
 
@@ -89,7 +90,12 @@ class Engine(Protocol):
         """Puts images and labels where the engine wants them."""
 
     def make_step(
-        self, data: Any, edges: ArrayLike | EdgeArrays, key: jax.Array, priors: Priors | None = None
+        self,
+        data: Any,
+        edges: ArrayLike | EdgeArrays,
+        key: jax.Array,
+        priors: Priors | None = None,
+        recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training.
 
@@ -98,6 +104,7 @@ class Engine(Protocol):
             edges: `Graph.edge_arrays`, or gates as for `train_step`.
             key: a random key: what `plan_batch` draws batches by.
             priors: as for `train_step`.
+            recordings: what the recorded nodes put out, by their indices.
         """
 
     def evaluate(self, state: GraphState, data: Any) -> Means:
@@ -129,9 +136,10 @@ def choose_engine(name: str, parallel: Parallel, steps_per_call: int = 1) -> str
 def fused_step(
     task: Task, parallel: Parallel, steps_per_call: int = 1
 ) -> Callable[..., tuple[GraphState, Metrics]]:
-    """Compiles `step(state, data, edges, key, priors=None) -> (state, metrics)`.
+    """Compiles `step(state, data, edges, key, priors=None, tables=None, rows=None)`.
 
-    It makes its own batch; the arguments are those of `Engine.make_step` and `train_step`.
+    It makes its own batch, and returns a state and metrics; the arguments are those of
+    `Engine.make_step`, `train_step` and of a `Feed`.
 
     Args:
         task: what is trained.
@@ -150,8 +158,11 @@ def fused_step(
         edges: EdgeArrays,
         key: jax.Array,
         priors: Priors | None = None,
+        tables: Rows | None = None,
+        rows: Rows | None = None,
     ) -> tuple[GraphState, Metrics]:
         plan = parallel.shard(task.batches.plan(key, state.step))
+        recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
         return train_step(
             state,
             *take_batch(data.images, data.labels, plan),
@@ -161,16 +172,29 @@ def fused_step(
             optimizer=task.optimizer,
             axis_name=parallel.axis_name,
             priors=priors,
+            recorded=recorded,
         )
 
     if steps_per_call == 1:
         return parallel.compile(step)
 
-    def steps(state: GraphState, *inputs: Any) -> tuple[GraphState, Metrics]:
+    def steps(
+        state: GraphState,
+        data: Arrays,
+        edges: EdgeArrays,
+        key: jax.Array,
+        priors: Priors | None = None,
+        tables: Rows | None = None,
+        rows: Rows | None = None,
+    ) -> tuple[GraphState, Metrics]:
         # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
         unroll = parallel.devices[0].platform == "cpu"
         return jax.lax.scan(
-            lambda state, _: step(state, *inputs), state, length=steps_per_call, unroll=unroll
+            lambda state, row: step(state, data, edges, key, priors, tables, row),
+            state,
+            rows,
+            length=steps_per_call,
+            unroll=unroll,
         )
 
     return parallel.compile(steps)
@@ -211,10 +235,19 @@ class FusedEngine:
         edges: ArrayLike | EdgeArrays,
         key: jax.Array,
         priors: Priors | None = None,
+        recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`."""
         inputs = self._parallel.replicate((jax.tree.map(jnp.asarray, edges), key, priors))
-        return lambda state, count: self._compiled(count)(state, data, *inputs)
+        feed = Feed(recordings, self._parallel.replicate)
+
+        def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
+            rows = feed.rows(state, count)
+            made = self._compiled(count)(state, data, *inputs, feed.tables, rows)
+            feed.after(state, count, made[0])
+            return made
+
+        return step
 
 
 class PerNodeEngine:
@@ -250,6 +283,7 @@ class PerNodeEngine:
         edges: ArrayLike | EdgeArrays,
         key: jax.Array,
         priors: Priors | None = None,
+        recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`. It makes one update a call."""
         task, placement = self._task, self._placement
@@ -258,18 +292,20 @@ class PerNodeEngine:
         edges = jax.device_put(jax.tree.map(jnp.asarray, edges), home)
         if priors is not None:
             priors = [jax.device_put(p, to) for p, to in zip(priors, placement, strict=True)]
+        feed = Feed(recordings, lambda tree: jax.device_put(tree, home))
 
-        def batch(state: GraphState, to: jax.Device) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def batch(state: GraphState, to: jax.Device) -> tuple[jax.Array, ...]:
             given = data[to], keys[to], jax.device_put(state.step, to), task.total_steps
             return _make_batch(*given, batches=task.batches)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
             made = {to: batch(state, to) for to in self._used}
-            _, labels, progress = made[home]
-            return per_node_step(
+            _, labels, progress, image_index = made[home]
+            rows = feed.rows(state, 1)
+            updated, metrics = per_node_step(
                 state,
-                {to: images for to, (images, _, _) in made.items()},
+                {to: images for to, (images, *_) in made.items()},
                 labels,
                 edges,
                 progress,
@@ -277,7 +313,10 @@ class PerNodeEngine:
                 optimizer=task.optimizer,
                 placement=placement,
                 priors=priors,
+                recorded=_taken(feed.tables, image_index) | rows,
             )
+            feed.after(state, 1, updated)
+            return updated, metrics
 
         return step
 
@@ -305,10 +344,14 @@ def make_per_node_evaluator(
 @functools.partial(jax.jit, static_argnames="batches")
 def _make_batch(
     data: Arrays, key: jax.Array, step: jax.Array, total_steps: int, *, batches: Batches
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Images and labels of the next step, and the gates' progress in it."""
-    images, labels = take_batch(*data, batches.plan(key, step))
-    return images, labels, (step + 1) / total_steps
+) -> tuple[jax.Array, ...]:
+    """Images and labels of the next step, the gates' progress in it, and which images they are."""
+    plan = batches.plan(key, step)
+    images, labels = take_batch(*data, plan)
+    return images, labels, (step + 1) / total_steps, plan.image_index
+
+
+_taken = jax.jit(taken)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -328,6 +371,7 @@ def node_placement(
     if len(devices) == 1:
         return (devices[0],) * len(node_fns)
     costs: dict[NodeFns, float] = {}
+    costs[NO_NETWORK] = 0.0
     for i, fns in enumerate(node_fns):
         if fns not in costs:
             costs[fns] = forward_cost(fns, state.params[i], state.model_state[i], image_shape)

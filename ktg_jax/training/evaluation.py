@@ -14,10 +14,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.losses import checked_labels, cross_entropy, is_correct
-from ktg_jax.models.network import NodeFns
+from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.pixels import to_float
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.batches import Arrays
+from ktg_jax.training.node_terms import absent
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, node_forward
@@ -51,7 +52,8 @@ def eval_step(
         Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
         `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
         logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
-        losses are NaN where a label that counts is no class.
+        losses are NaN where a label that counts is no class. A recorded node has nothing to be
+        evaluated: its numbers are NaN (-1 under `jax_debug_nans`), the ensemble is the others'.
 
     Raises:
         InputError: images that are no floats.
@@ -67,6 +69,9 @@ def eval_step(
     logits: list[Any] = []
     nodes = zip(node_fns, state.params, state.model_state, strict=True)
     for i, (fns, params, model_state) in enumerate(nodes):
+        if fns == NO_NETWORK:
+            logits.append(None)
+            continue
         with errors_of(f"node {i}"):
             output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
             check_for_labels(output, labels)
@@ -75,17 +80,20 @@ def eval_step(
 
 
 def eval_sums(
-    logits: ArrayLike | Sequence[ArrayLike], labels: ArrayLike, mask: ArrayLike | None = None
+    logits: ArrayLike | Sequence[ArrayLike | None], labels: ArrayLike, mask: ArrayLike | None = None
 ) -> Metrics:
     """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
+
+    None in place of a node's logits stands for a recorded node.
 
     >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
     >>> sums = eval_sums(logits, jnp.array([0]))
     >>> sums["correct"].tolist(), float(sums["ensemble_correct"])
     ([1.0, 0.0], 1.0)
     """
-    each = logits if isinstance(logits, list | tuple) else jnp.asarray(logits)
-    stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in each])
+    each = logits if isinstance(logits, list | tuple) else list(jnp.asarray(logits))
+    there = [i for i, z in enumerate(each) if z is not None]
+    stacked = jnp.stack([jnp.asarray(each[i], jnp.float32) for i in there])
     counts = jnp.ones(stacked.shape[1], jnp.float32)
     if mask is not None:
         counts = jnp.asarray(mask, jnp.float32)
@@ -96,11 +104,16 @@ def eval_sums(
         loss = jnp.where(counts > 0, cross_entropy(z, labels), 0.0)
         return jnp.sum(loss), jnp.sum(is_correct(z, labels).astype(jnp.float32) * counts)
 
+    def of_all(found: jax.Array) -> jax.Array:
+        if len(there) == len(each):
+            return found
+        return jnp.full(len(each), absent(), jnp.float32).at[jnp.array(there)].set(found)
+
     loss, correct = jax.vmap(sums)(stacked)
     ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
     return {
-        "loss": loss,
-        "correct": correct,
+        "loss": of_all(loss),
+        "correct": of_all(correct),
         "ensemble_loss": ensemble_loss,
         "ensemble_correct": ensemble_correct,
         "count": jnp.sum(counts),

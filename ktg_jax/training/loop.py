@@ -103,13 +103,18 @@ def train_epochs(
 def _node_records(
     names: Sequence[str], means: dict[str, np.ndarray], validation: dict[str, np.ndarray] | None
 ) -> list[Record]:
+    def validated(key: str, i: int) -> float | None:
+        if validation is None or not validation["accuracy"][i] >= 0:  # a recorded node has none
+            return None
+        return float(validation[key][i])
+
     records: list[Record] = [
         {
             "name": name,
             "train_loss": float(means["loss"][i]),
             "train_accuracy": float(means["accuracy"][i]),
-            "val_loss": None if validation is None else float(validation["loss"][i]),
-            "val_accuracy": None if validation is None else float(validation["accuracy"][i]),
+            "val_loss": validated("loss", i),
+            "val_accuracy": validated("accuracy", i),
             "edge_losses": means["edge_losses"][i].tolist(),
         }
         for i, name in enumerate(names)

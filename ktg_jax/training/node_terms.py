@@ -36,10 +36,15 @@ def checked_priors(priors: Priors | None, state: GraphState) -> Priors:
     return priors
 
 
+def absent() -> float:
+    """What stands for a number that is not there: NaN; -1 where `jax_debug_nans` bars NaN."""
+    return -1.0 if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined]
+
+
 def distance_metrics(distances: Sequence[jax.Array | None]) -> dict[str, jax.Array]:
     """The metric `prior_distance` from each node's distances; none where no node has any.
 
-    NaN stands for what is not there; -1 where `jax_debug_nans` bars NaN.
+    For what is not there `absent` stands.
 
     >>> distance_metrics([None, jnp.array([1.0, 2.0])])["prior_distance"].tolist()
     [[nan, nan], [1.0, 2.0]]
@@ -47,10 +52,9 @@ def distance_metrics(distances: Sequence[jax.Array | None]) -> dict[str, jax.Arr
     stages = max((len(distance) for distance in distances if distance is not None), default=0)
     if not stages:
         return {}
-    filler = -1.0 if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined]
 
     def padded(row: jax.Array) -> jax.Array:
-        return jnp.pad(row, (0, stages - len(row)), constant_values=filler)
+        return jnp.pad(row, (0, stages - len(row)), constant_values=absent())
 
     none = jnp.zeros(0, jnp.float32)
     return {"prior_distance": jnp.stack([padded(none if d is None else d) for d in distances])}

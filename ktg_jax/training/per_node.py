@@ -18,12 +18,18 @@ from jax.typing import ArrayLike
 
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.evaluation import eval_sums
 from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics, StepOptions, graph_gradients, node_forward
+from ktg_jax.training.step import (
+    Metrics,
+    StepOptions,
+    checked_recorded,
+    graph_gradients,
+    node_forward,
+)
 from ktg_jax.training.updates import check_states, node_update
 
 Placement = tuple[jax.Device, ...]
@@ -104,7 +110,8 @@ def per_node_step(
         progress: scalar in (0, 1].
         placement: the device of each node.
         **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
-            are best already on their nodes' devices, and `where` is to be on the first node's.
+            are best already on their nodes' devices, and `where` and `recorded` are to be on the
+            first node's.
 
     Returns:
         The new state, and the metrics of `train_step` on the first node's device.
@@ -132,8 +139,15 @@ def per_node_step(
     check_states(state.opt_state, state.params, optimizer)
     edges = edge_arrays(gates, how.temperature)
     with_stages = edges.needs_stages
-    outputs, pullbacks, model_state = [], [], list(state.model_state)
+    recorded = checked_recorded(how, state, labels, with_stages)
+    outputs: list[Any] = []
+    pullbacks: list[Any] = []
+    model_state = list(state.model_state)
     for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
+        if i in recorded:
+            outputs.append(jax.device_put(recorded[i], home))
+            pullbacks.append(None)
+            continue
         inputs = state.params[i], state.model_state[i], images[device]
         with errors_of(f"node {i}"):
             if i in frozen:
@@ -194,8 +208,11 @@ def per_node_eval(
     Raises:
         InputError: as `eval_step`.
     """
-    logits = []
+    logits: list[Any] = []
     for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
+        if fns == NO_NETWORK:
+            logits.append(None)
+            continue
         inputs = state.params[i], state.model_state[i], images[device]
         with errors_of(f"node {i}"):
             output = _frozen_forward(fns, False)(*inputs)

@@ -6,7 +6,7 @@ nodes meet only in what they put out, they can as well be compiled apart or plac
 their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.losses import is_correct
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.pixels import check_floats
 from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
 from ktg_jax.models.streams import batch_spread_over
@@ -142,6 +142,8 @@ class StepOptions:
         priors: one a node, or None where it has none, as `with_priors` returns them; they add to
             the gradients of their own nodes, and to nothing else. None: no node has one.
         where: bool of the labels' shape, which samples count; None: all. Batch statistics see all.
+        recorded: the logits of nodes by their index, float `[B, C]`, of which no forward pass is
+            made: they are frozen. A node whose functions are `NO_NETWORK` must be among them.
     """
 
     node_fns: Sequence[NodeFns]
@@ -149,6 +151,7 @@ class StepOptions:
     temperature: ArrayLike = 1.0
     priors: Priors | None = None
     where: ArrayLike | None = None
+    recorded: Mapping[int, ArrayLike] | None = None
 
 
 def train_step(
@@ -188,7 +191,7 @@ def train_step(
             not one entry a node; stages that are needed and not there, or do not fit each other; a
             network whose logits are not float `[B, classes]`, the same for all; an optimiser that
             asks for more than `value`, or whose state is None where the state, made by hand, has
-            None for every node.
+            None for every node; recorded logits that are missing, or of a node that learns.
 
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
@@ -203,9 +206,12 @@ def train_step(
     how = StepOptions(**options)
     check_states(state.opt_state, state.params, how.optimizer)
     priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
+    recorded = checked_recorded(how, state, labels, edges.needs_stages)
     with batch_spread_over(axis_name):
         nodes = [
-            _forward(state, i, images, labels, fns, edges.needs_stages)
+            (recorded[i], None, state.model_state[i])
+            if i in recorded
+            else _forward(state, i, images, labels, fns, edges.needs_stages)
             for i, fns in enumerate(how.node_fns)
         ]
     outputs, pullbacks, model_state = zip(*nodes, strict=True)
@@ -231,6 +237,31 @@ def train_step(
     metrics |= distance_metrics(distances)
     new_state = GraphState(tuple(params), model_state, tuple(opt_state), state.step + 1)
     return new_state, metrics
+
+
+def checked_recorded(
+    how: StepOptions, state: GraphState, labels: ArrayLike, with_stages: bool
+) -> dict[int, Any]:
+    """What recorded nodes put out, by index, in the form that the others' outputs have.
+
+    Raises:
+        InputError: outputs of a node that learns or is not there, missing ones, or ones that are
+            not float `[B, C]`.
+    """
+    recorded: dict[int, Any] = dict(how.recorded or {})
+    for i, fns in enumerate(how.node_fns):
+        if fns == NO_NETWORK and i not in recorded:
+            raise InputError("recorded", sorted(recorded), f"the logits of node {i}, too")
+    for i, given in recorded.items():
+        if i not in state.frozen:
+            frozen = ", ".join(map(str, state.frozen)) or "none"
+            raise InputError("recorded", i, f"frozen nodes alone: {frozen}")
+        logits = jnp.asarray(given)
+        with errors_of(f"node {i}"):
+            check_logits(logits, len(jnp.asarray(labels)))
+            check_for_labels(logits, labels)
+        recorded[i] = Outputs(logits) if with_stages else logits
+    return recorded
 
 
 def _forward(

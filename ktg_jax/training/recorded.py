@@ -1,0 +1,68 @@
+"""Gives each call of a step what recorded nodes put out for its batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ktg_jax.recording import Recording
+from ktg_jax.training.state import GraphState
+
+Recordings = Mapping[int, Recording]
+"""The recordings of a graph's recorded nodes, by the nodes' indices."""
+
+Rows = dict[int, Any]
+"""Logits by node: float32 `[B, C]`, or `[count, B, C]` where a call makes several updates."""
+
+
+class Feed:
+    """The outputs of recorded nodes, for the device.
+
+    Args:
+        recordings: of the batches of the training, or static.
+        place: puts arrays where the step wants them.
+
+    Attributes:
+        tables: of static recordings the logits of all training images, float32 `[n, C]`.
+    """
+
+    def __init__(self, recordings: Recordings | None, place: Callable[[Any], Any]) -> None:
+        given = recordings or {}
+        self._place = place
+        self._by_step = {i: each for i, each in given.items() if not each.is_static}
+        self.tables: Rows = place(
+            {
+                i: jnp.asarray(each.rows(0, each.header.rows))
+                for i, each in given.items()
+                if each.is_static
+            }
+        )
+        self._last: tuple[Any, int] | None = None
+
+    def rows(self, state: GraphState, count: int) -> Rows:
+        """The logits for the next updates of a state."""
+        if not self._by_step:
+            return {}
+        first = self._number(state)
+        rows = {i: each.rows(first, count) for i, each in self._by_step.items()}
+        return self._place({i: each[0] if count == 1 else each for i, each in rows.items()})
+
+    def after(self, state: GraphState, count: int, updated: GraphState) -> None:
+        """Notes that so many updates made one state of another."""
+        if self._by_step:
+            self._last = updated.step, self._number(state) + count
+
+    def _number(self, state: GraphState) -> int:
+        """The number of updates that a state has; the device is not waited for where it is known.
+
+        What the last call returned is most often what the next one is given.
+        """
+        if self._last is None or self._last[0] is not state.step:
+            self._last = state.step, int(jax.device_get(state.step))
+        return self._last[1]
+
+
+def taken(tables: Rows, image_index: jax.Array) -> Rows:
+    """Of static recordings, the logits of the images of a batch."""
+    return {i: table[image_index] for i, table in tables.items()}
