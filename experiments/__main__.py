@@ -11,7 +11,8 @@ from .runs.command_line import as_called
 
 COMMANDS = {
     "train": "train a knowledge transfer graph",
-    "evaluate": "evaluate every node of a run, and export one",
+    "evaluate": "evaluate every node of a run, or a file, and export one",
+    "record": "record what a network puts out, for others to learn from",
     "search": "search for the graph that makes its target best",
     "report": "write one HTML file that shows a search",
     "represent": "make a prior from a teacher, and train a student with it",

@@ -170,6 +170,9 @@ class _Training:
         """Does it all."""
         cli.say(self._console, f"Training in {self._workdir.path}: {self._run.summary}.")
         cli.say(self._console, f"Convolutions: {ktg.cpu_convolution()}.")
+        for name in self._run.static:
+            text = f"{name} is recorded image by image: it does not see the augmentation."
+            cli.say(self._console, text)
         state, records = self._resume()
         state = self._train(state, records)
         result = self._finish(state, records)
@@ -196,8 +199,8 @@ class _Training:
         """Trains the epochs that are left; each is recorded, then saved."""
         run, graph = self._run, self._run.graph
         marks = [
-            "target" if i == 0 else "frozen" if i in graph.frozen else ""
-            for i in range(len(graph.nodes))
+            "target" if i == 0 else "frozen" if i in graph.frozen and node.outputs is None else ""
+            for i, node in enumerate(graph.nodes)
         ]
         display = Display(
             [(str(n.name), n.model, mark) for n, mark in zip(graph.nodes, marks, strict=True)],

@@ -99,7 +99,7 @@ def test_a_layer_knows_nothing_of_higher_ones(part: str) -> None:
 
 EXPERIMENTS = (
     ("runs",),
-    ("train", "evaluate"),
+    ("train", "evaluate", "record"),
     ("comparison", "represent"),
     ("search", "ablation"),
     ("report",),

@@ -14,7 +14,7 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, part_of
 from ktg_jax.inputs import Input
-from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch
+from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
 from ktg_jax.training.engines import (
     Engine,
     FusedEngine,
@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .networks import node_functions, node_input, parallel_of
 from .options import MOST, Training
 from .progress import decoding_shown
+from .recordings import batches_of, recordings_of, seed_of_data
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Run:
         batch_size: images an update.
         steps_per_call: updates a call of the step.
         summary: what this is, in a line.
+        static: the names of nodes whose recording has one output an image.
     """
 
     graph: ktg.Graph
@@ -65,6 +67,7 @@ class Run:
     batch_size: int
     steps_per_call: int
     summary: str
+    static: Sequence[str] = ()
 
     @property
     def evaluate_val(self) -> Callable[[GraphState], Means] | None:
@@ -128,9 +131,10 @@ def assemble(
     """
     parallel = parallel_of(config, devices)
     task = _task(config, node_functions(config, graph, dataset, parallel), dataset)
-    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    init_key = jax.random.split(jax.random.key(config.seed))[0]
     state, priors = _initial_state(graph, task, init_key, dataset)
     engine = _engine(config, task, state, parallel)
+    recordings = recordings_of(config, graph, dataset)
     train, val, test = (
         None if split is None else engine.load(Arrays(split.images, split.labels))
         for split in (dataset.train, dataset.val, dataset.test)
@@ -140,7 +144,13 @@ def assemble(
         node_fns=task.node_fns,
         state=engine.place(state),
         engine=engine,
-        step=engine.make_step(train, graph.edge_arrays, data_key, priors),
+        step=engine.make_step(
+            train,
+            graph.edge_arrays,
+            data_key(seed_of_data(config)),
+            priors,
+            recordings,
+        ),
         val=val,
         test=test,
         epochs=config.epochs,
@@ -148,6 +158,7 @@ def assemble(
         batch_size=config.batch_size,
         steps_per_call=config.steps_per_call,
         summary=_summary(config, graph, dataset, engine),
+        static=[str(graph.nodes[i].name) for i, each in recordings.items() if each.is_static],
     )
 
 
@@ -161,12 +172,7 @@ def _task(config: TrainConfig, node_fns: Sequence[ktg.NodeFns], dataset: Dataset
         config.epochs * per_epoch,
         config.warmup_epochs * per_epoch,
     )
-    batches = Batches(
-        num_images=len(dataset.train),
-        batch_size=config.batch_size,
-        max_offset=min(dataset.image_shape[:2]) // 8 if config.augment else 0,
-        flip=config.augment and config.mirror and dataset.flip,
-    )
+    batches = batches_of(config, dataset)
     return Task(node_fns, optimizer, batches, dataset.image_shape, config.epochs * per_epoch)
 
 

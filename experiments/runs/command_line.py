@@ -62,6 +62,7 @@ def parse(kind: type[T], arguments: Sequence[str] | None = None) -> T:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = kind.command
+    words = _with_values(words, kind)
     try:
         parsed: Any = tyro.cli(
             _grouped(kind, command.groups),
@@ -75,6 +76,28 @@ def parse(kind: type[T], arguments: Sequence[str] | None = None) -> T:
             print(f"\n{as_called(command.examples)}")
         raise
     return kind(**dict(_values(parsed)))
+
+
+def _with_values(words: Sequence[str], kind: type) -> list[str]:
+    """The words, with the value behind each flag that may be left open, as tyro wants it.
+
+    `--augment` and `--no-augment` say it, and where neither is there it is None.
+    """
+    hints = typing.get_type_hints(kind)
+    flags = {
+        f"--{'' if value else 'no-'}{each.name.replace('_', '-')}": (each.name, value)
+        for each in dataclasses.fields(kind)
+        if hints[each.name] == bool | None
+        for value in (True, False)
+    }
+    found: list[str] = []
+    for word in words:
+        if word in flags:
+            name, value = flags[word]
+            found += [f"--{name.replace('_', '-')}", str(value)]
+        else:
+            found.append(word)
+    return found
 
 
 def _grouped(kind: type, groups: Mapping[str, str]) -> type:
@@ -112,6 +135,8 @@ def _metavar(name: str, hint: Any) -> str | None:
     """
     given = [text for text in getattr(hint, "__metadata__", ()) if isinstance(text, str)]
     hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    if hint == bool | None:
+        return ""  # a flag that may be left open
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint, *_ = typing.get_args(hint)
     several = typing.get_origin(hint) is tuple

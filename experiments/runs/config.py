@@ -12,7 +12,14 @@ import ktg_jax.models
 
 from .command_line import Command
 from .identity import data_kind, identity, without_facts
-from .options import DATA_AND_TRAINING, Training, at_least, check_training, hash_of
+from .options import (
+    DATA_AND_TRAINING,
+    MOST_SEED,
+    Training,
+    at_least,
+    check_training,
+    hash_of,
+)
 from .places import place_of
 
 MOST_CPU_DEVICES = 1024
@@ -69,6 +76,9 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
 
     command: ClassVar = Command("experiments.train", GROUPS, EXAMPLES)
 
+    data_seed: int | None = None
+    """Seed of data order and augmentation alone, by which a recording is told; else --seed."""
+
     parallel: Literal["jit", "pmap"] = "jit"
     """How all local devices are used: jit over a mesh, or pmap."""
 
@@ -94,6 +104,7 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
 def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     check_training(config)
+    at_least(config, 0, "data_seed", most=MOST_SEED)
     at_least(config, 1, "steps_per_call")
     at_least(config, 1, "cpu_devices", most=MOST_CPU_DEVICES)
 
@@ -106,6 +117,8 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     how = ("engine", "steps_per_call", "cpu_devices", "compile_cache")
     for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):
         del fields[field]
+    if config.data_seed is None:
+        del fields["data_seed"]
     fields["graph"] = json.loads(graph.to_json())
     return json.loads(json.dumps(fields))
 

@@ -14,6 +14,7 @@ from ktg_jax.inputs import OF_DATA
 from ktg_jax.io.trees import digest
 from ktg_jax.models.input import statistics
 from ktg_jax.priors import about_prior, readers_checksum
+from ktg_jax.recording import Recording
 from ktg_jax.training.warm_start import INPUT_FACTS, load_weights
 
 from .graphs import PRETRAINED
@@ -55,7 +56,7 @@ def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
 
 
 def graph_facts(graph: ktg.Graph) -> dict[str, Any]:
-    """Checksums of weights, priors and projections, which must be the same, too.
+    """Checksums of weights, priors, projections and recordings, which must be the same, too.
 
     Networks that are trained alone first are told by the run itself, and have none.
 
@@ -90,5 +91,6 @@ _CHECKSUMS: dict[str, Callable[[str], Any]] = {
     "weights": weights_checksum,
     "prior": lambda path: about_prior(path)["checksum"],
     "projection": readers_checksum,
+    "outputs": lambda path: Recording(path).checksum,
 }
 """How a checksum is made of each field of a node that is a path."""

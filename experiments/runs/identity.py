@@ -17,6 +17,7 @@ _OF_NODES = {
     "weights": "weights_facts",
     "prior": "prior_facts",
     "projection": "projection_facts",
+    "outputs": "outputs_facts",
 }
 """The fields of a node that are paths, and the fields with their checksums by the node's name."""
 

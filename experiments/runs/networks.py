@@ -13,11 +13,13 @@ from ktg_jax.errors import InputError, part_of
 from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
 from ktg_jax.models import check_network
 from ktg_jax.models.input import check_channels, statistics, with_input
+from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.models.returned import errors_of
 from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.evaluation import evaluation_batch_size
 
 from .config import TrainConfig
+from .recordings import recordings_of
 
 
 def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> ktg.Parallel:
@@ -33,8 +35,11 @@ def node_functions(
     Raises:
         InputError: a model that cannot be made, or not in bfloat16.
     """
-    node_fns = []
+    node_fns: list[ktg.NodeFns] = []
     for i, node in enumerate(graph.nodes):
+        if node.outputs is not None:
+            node_fns.append(NO_NETWORK)
+            continue
         with part_of(f"nodes[{i}].model"):
             fns = _build(config, node.model, dataset, parallel, node_input(i, node, dataset))
         with part_of(f"nodes[{i}].projection"):
@@ -64,15 +69,22 @@ def check_networks(
     dataset: Dataset,
     devices: Sequence[jax.Device] | None = None,
 ) -> None:
-    """Raises InputError unless the nodes' networks can be trained on the data; computes nothing."""
+    """Raises InputError unless the nodes can be trained on the data; computes nothing.
+
+    A recording must be of the batches of the training.
+    """
+    recordings_of(config, graph, dataset)
     for i, node in enumerate(graph.nodes):
+        if node.outputs is not None:
+            continue
         with errors_of(f"node {node.name}"):
             wanted = node_input(i, node, dataset)
             check_models(config, {f"nodes[{i}].model": node.model}, dataset, devices, wanted)
     if graph.edge_arrays.needs_stages:
         node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
         images = jnp.zeros((1, *dataset.image_shape))
-        jax.eval_shape(functools.partial(_losses, graph, node_fns), jax.random.key(0), images)
+        losses = functools.partial(_losses, graph, node_fns, dataset.num_classes)
+        jax.eval_shape(losses, jax.random.key(0), images)
 
 
 def check_models(
@@ -132,11 +144,18 @@ def _build(
 
 
 def _losses(
-    graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], rng: jax.Array, images: jax.Array
+    graph: ktg.Graph,
+    node_fns: Sequence[ktg.NodeFns],
+    num_classes: int,
+    rng: jax.Array,
+    images: jax.Array,
 ) -> Any:
     """What the edges make of what the nodes put out, stages included."""
     outputs: list[Any] = []
     for i, fns in enumerate(node_fns):
+        if fns == NO_NETWORK:
+            outputs.append(ktg.Outputs(jnp.zeros((len(images), num_classes))))
+            continue
         node = *fns.init(rng, images), images
         try:
             outputs.append(ktg.node_forward(*node, fns=fns, frozen=True, with_stages=True)[0])

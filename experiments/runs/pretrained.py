@@ -79,6 +79,7 @@ def trained_alone(
         weights=(),
         inputs=() if given is None else (input_text(given),),
         temperature=None,
+        data_seed=None,
         prune=False,
         resume=True,
         tensorboard=False,

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from . import cli
 from .console import Table, is_watched, make_console, text_column
 from .shapes import Record
 
+_LINE_SECONDS = 20
 _PACE_SECONDS = 1
 """Metrics of several steps may be read at one moment: a pace is that of some time."""
 
@@ -42,6 +43,37 @@ class Countdown:
         seconds = (self._total - done) * (time.monotonic() - self._began) / here
         minutes, seconds = divmod(round(max(seconds, 0)), 60)
         return f"time left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+@contextmanager
+def counted(console: Console, what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of something are done: a bar on a terminal, else a line now and then.
+
+    Args:
+        console: where.
+        what: is counted, in the plural.
+        total: how many there are.
+        done: how many of them are done already.
+
+    Yields:
+        A function to call with the number that is done.
+    """
+    countdown, said = Countdown(total, done), time.monotonic()
+    columns = (text_column("{task.description}"), BarColumn(), MofNCompleteColumn())
+    watched = is_watched(console)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not watched
+    ) as progress:
+        bar = progress.add_task(what, total=total, completed=done)
+
+        def show(now: int) -> None:
+            nonlocal said
+            progress.update(bar, completed=now)
+            if not watched and time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                cli.say(console, f"{now} of {total} {what}; {countdown.left(now)}")
+
+        yield show
 
 
 @contextmanager

@@ -74,7 +74,8 @@ def result_table(result: Record) -> Table:
 
 
 def _cells(entry: Record) -> list[str]:
-    best = entry.get("best", {})
+    is_evaluated = entry["val_accuracy"] is not None or entry["test_accuracy"] is not None
+    best = entry.get("best", {}) if is_evaluated else {}
     return [
         per_cent(entry["val_accuracy"], " %"),
         per_cent(entry["test_accuracy"], " %"),

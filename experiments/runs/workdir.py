@@ -58,7 +58,7 @@ class Workdir(Folder):
                 "image_size": MAYBE_NUMBER,
                 "mixed_precision": bool,
                 "imports": [str],
-                "graph": {"nodes": [{"name": str, "model": str}], "gates": list},
+                "graph": {"nodes": [{"name": str}], "gates": list},
                 "data_facts": {"classes": int, "image_shape": [int]},
             }
         },

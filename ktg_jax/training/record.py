@@ -1,0 +1,105 @@
+"""What a network puts out for the batches of a training, step by step or image by image."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, take_batch
+from ktg_jax.training.evaluation import evaluation_batch, evaluation_batch_size
+from ktg_jax.training.host_batches import BatchStream
+from ktg_jax.training.step import node_forward
+
+
+class Network(NamedTuple):
+    """A network that does not learn any more.
+
+    Attributes:
+        fns: its functions.
+        params: its parameters.
+        model_state: its model state.
+    """
+
+    fns: NodeFns
+    params: PyTree
+    model_state: PyTree
+
+
+def record_batches(
+    network: Network, stream: BatchStream, steps: Iterable[int]
+) -> Iterator[np.ndarray]:
+    """The network's logits for the augmented batches of some steps, float32 `[B, C]` each.
+
+    They are those of a frozen node in these steps.
+    """
+    data = Arrays(jnp.asarray(stream.images), jnp.asarray(stream.labels))
+    key = data_key(stream.data_seed)
+    forward = _of_step(network.fns, stream.batches)
+    pending: Any = None
+    for step in steps:  # a step ahead, so that the device does not wait
+        made = forward(network.params, network.model_state, data, key, np.int32(step))
+        if pending is not None:
+            yield np.asarray(pending, np.float32)
+        pending = made
+    if pending is not None:
+        yield np.asarray(pending, np.float32)
+
+
+def record_images(
+    network: Network, stream: BatchStream, crops: int = 1, first: int = 0
+) -> Iterator[np.ndarray]:
+    """The network's logits for the training images in their order, float32 `[m, C]` at a time.
+
+    Args:
+        network: the network.
+        stream: whose images, and where there are several crops whose augmentation and seed.
+        crops: 1: of the images as they are; more: the mean over so many augmented views of each.
+        first: the image to begin with.
+    """
+    data = Arrays(jnp.asarray(stream.images), jnp.asarray(stream.labels))
+    size = evaluation_batch_size(stream.images.shape[1:], jax.default_backend())
+    key = data_key(stream.data_seed)
+    forward = _of_images(network.fns, stream.batches, size, crops)
+    for start in range(first, len(stream.images), size):
+        logits = forward(network.params, network.model_state, data, key, start)
+        yield np.asarray(logits, np.float32)[: len(stream.images) - start]
+
+
+@functools.lru_cache(maxsize=16)
+def _of_step(fns: NodeFns, batches: Batches) -> Any:
+    def logits(
+        params: PyTree, model_state: PyTree, data: Arrays, key: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        images, _ = take_batch(*data, batches.plan(key, step))
+        made: Any = node_forward(params, model_state, images, fns=fns, frozen=True)[0]
+        return made
+
+    return jax.jit(logits)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_images(fns: NodeFns, batches: Batches, size: int, crops: int) -> Any:
+    def logits(
+        params: PyTree, model_state: PyTree, data: Arrays, key: jax.Array, start: int
+    ) -> jax.Array:
+        def forward(images: jax.Array) -> jax.Array:
+            made: Any = node_forward(params, model_state, images, fns=fns, frozen=True)[0]
+            return jnp.asarray(made, jnp.float32)
+
+        position = start + jnp.arange(size)
+        if crops == 1:
+            return forward(evaluation_batch(data, position)[0])
+        index = jnp.minimum(position, batches.num_images - 1)
+        total = jnp.zeros(())
+        for crop in range(crops):
+            of_all = batches._replace(batch_size=batches.num_images)
+            plan = of_all.plan(jax.random.fold_in(key, crop), 0)
+            view = BatchPlan(index, plan.offset[index], plan.flip[index])
+            total = total + forward(take_batch(*data, view)[0])
+        return total / crops
+
+    return jax.jit(logits)
