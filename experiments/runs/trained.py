@@ -114,7 +114,9 @@ def trained_file(
             classes, or of other images.
     """
     wanted = None if given is None else resolved_input(parsed_input("input", given))
-    weights = file_weights(path, model)
+    weights, shape = file_weights(path, model)
+    if shape is not None and tuple(shape[:2]) != tuple(image_shape[:2]):
+        raise InputError("image_size", image_shape[0], f"{shape[0]}, of the network's own images")
     if weights.input is not None:
         if wanted not in (None, weights.input):
             allowed = f"nothing: the file says it ({weights.input.to_json()})"
@@ -132,16 +134,19 @@ def trained_file(
     return Trained((name,), (weights.model,), (fns,), _state([params], [model_state]), (wanted,))
 
 
-def file_weights(path: str, model: str | None) -> NodeWeights:
-    """The weights of a file; arguments and errors are those of `trained_file`."""
+def file_weights(path: str, model: str | None) -> tuple[NodeWeights, Sequence[int] | None]:
+    """The weights of a file, and the shape of its images (None: it does not say it).
+
+    Arguments and errors are those of `trained_file`.
+    """
     if "model" not in read_texts(path, "weights"):
         if model is None:
             raise InputError("model", None, f"the name of the model that {path} is of")
-        return NodeWeights({}, {}, model, path)
-    weights, _ = read_node(path)
+        return NodeWeights({}, {}, model, path), None
+    weights, about = read_node(path)
     if model not in (None, weights.model):
         raise InputError("model", model, f"{weights.model}, which the file is of")
-    return weights
+    return weights, about["image_shape"]
 
 
 def _seeing(fns: NodeFns, wanted: Input) -> NodeFns:

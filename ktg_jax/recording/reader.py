@@ -84,7 +84,7 @@ class Recording:
         Raises:
             InputError: a damaged file, or rows that are not there.
         """
-        if not 0 <= first <= first + count <= self.header.rows:
+        if not 0 <= first < first + count <= self.header.rows:
             allowed = f"rows 0 to {self.header.rows - 1}"
             raise InputError("rows", (first, first + count - 1), allowed)
         per_shard = self.header.rows_per_shard

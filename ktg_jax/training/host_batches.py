@@ -51,8 +51,8 @@ class BatchStream:
         """The batches of the steps from the first on, without the last.
 
         Yields:
-            Images float32 `[B, H, W, C]` in 0..1, and labels int32 `[B]`: bit for bit what networks
-            see in the training.
+            Images float32 `[B, H, W, C]` in 0..1, and labels int32 `[B]`: what networks see in the
+            training, to the rounding of a division by 255.
         """
         plan_of = jax.jit(self.batches.plan)
         key = data_key(self.data_seed)
