@@ -21,7 +21,7 @@ from runs import end_of, finished, in_process, metrics, start
 from tiny_models import Staged
 
 import ktg_jax as ktg
-from experiments import evaluate
+from experiments import evaluate, record
 from experiments import train as train_module
 from experiments.ablation import command as ablation
 from experiments.represent import command as represent
@@ -148,6 +148,7 @@ def test_the_default_training_runs_under_all_of_them(
 MAINS = {
     "train": train_module.main,
     "evaluate": evaluate.main,
+    "record": record.main,
     "search": search.main,
     "represent": represent.main,
     "ablation": ablation.main,
@@ -172,7 +173,8 @@ def test_a_platform_that_is_not_there_is_refused_and_nothing_is_left(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "devices", devices)
-    ended = in_process(MAINS[name], *([run] if name == "evaluate" else []))
+    arguments = {"evaluate": [run], "record": [run, "--out", "recorded"]}
+    ended = in_process(MAINS[name], *arguments.get(name, []))
     assert (ended.code, ended.out) == (2, "")
     reason = "Unable to start" if error.args else "no device found"
     assert re.fullmatch(LINE % reason, ended.err), ended.err

@@ -10,10 +10,11 @@ from typing import ClassVar
 import pytest
 from runs import ROOT, Ended, in_process
 
-from experiments import evaluate, train
+from experiments import evaluate, record, train
 from experiments.ablation import command as ablation
 from experiments.ablation.config import AblationConfig
 from experiments.evaluate import EvaluateConfig
+from experiments.record import RecordConfig
 from experiments.report import command as report
 from experiments.report.command import ReportConfig
 from experiments.represent import command as represent
@@ -26,7 +27,8 @@ from experiments.search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[Callable[[], None], type, set[str]]] = {
     "train": (train.main, TrainConfig, {"graph", "data", "training", "speed", "folder"}),
-    "evaluate": (evaluate.main, EvaluateConfig, {"evaluation", "export", "speed"}),
+    "evaluate": (evaluate.main, EvaluateConfig, {"evaluation", "file", "export", "speed"}),
+    "record": (record.main, RecordConfig, {"recording", "batches", "data", "file", "speed"}),
     "report": (report.main, ReportConfig, set()),
     "search": (
         search.main,
