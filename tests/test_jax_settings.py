@@ -173,7 +173,10 @@ def test_a_platform_that_is_not_there_is_refused_and_nothing_is_left(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "devices", devices)
-    arguments = {"evaluate": [run], "record": [run, "--out", "recorded"]}
+    arguments: dict[str, list[str | Path]] = {
+        "evaluate": [run],
+        "record": [run, "--out", "recorded"],
+    }
     ended = in_process(MAINS[name], *arguments.get(name, []))
     assert (ended.code, ended.out) == (2, "")
     reason = "Unable to start" if error.args else "no device found"
