@@ -20,6 +20,7 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
 from ktg_jax.models import check_model
+from ktg_jax.models.foreign import save_state_dict
 from ktg_jax.models.network import NodeFns
 from ktg_jax.models.weights import save_node
 from ktg_jax.training.batches import Arrays
@@ -86,6 +87,9 @@ class EvaluateConfig:
     """Write one network alone to this .safetensors file, too."""
     node: Annotated[str | None, "NAME"] = None
     """The node to export; else the target."""
+    layout: Literal["own", "pytorch", "akamaster", "repdistiller", "ktg", "wrn"] = "own"
+    """own: as ktg.load_node reads it; others: a state dict for PyTorch, its keys as one knows them
+    (pytorch: layer1.0.conv1 and fc, channels in our order)."""
 
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
@@ -109,8 +113,10 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             a file that cannot be written.
         RunError: no checkpoint that can be read.
     """
-    if config.node is not None and config.export is None:
-        raise InputError("node", config.node, "only together with --export")
+    for field in ("node", "layout"):
+        value = getattr(config, field)
+        if value not in (None, "own") and config.export is None:
+            raise InputError(field, value, "only together with --export")
     workdir = Workdir(config.workdir)
     if workdir.exists:
         trained, dataset = _of_run(config, workdir, console)
@@ -260,12 +266,17 @@ def _export(
         about["epoch"] = json.dumps(trained.epoch)
     if class_names:
         about["class_names"] = json.dumps(class_names)
-    wanted = trained.inputs[index]
+    wanted, model = trained.inputs[index], trained.models[index]
+    network = trained.state.params[index], trained.state.model_state[index]
+    if config.layout != "own":
+        about |= {"num_classes": str(num_classes), "image_shape": json.dumps(image_shape)}
+        about["input"] = json.dumps({"divisor": 255, **wanted.to_json()})
+        save_state_dict(path, *network, model, config.layout, about=about)
+        return
     save_node(
         path,
-        trained.state.params[index],
-        trained.state.model_state[index],
-        model=trained.models[index],
+        *network,
+        model=model,
         num_classes=num_classes,
         image_shape=image_shape,
         input=None if wanted == Input() else wanted,

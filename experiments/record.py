@@ -47,18 +47,17 @@ EXAMPLES = r"""Examples:
       --out recordings/peer
   python -m experiments.record resnet56.safetensors --model resnet56 \
       --input imagenet --data cifar10 --epochs 60 --out recordings/resnet56
-  python -m experiments.record runs/teacher --static --crops 8 --out recordings/static
-
-Then, in a graph's file, in the place of a node's model:
-  {"name": "teacher", "outputs": "recordings/teacher"}"""
+  python -m experiments.record runs/teacher --static --crops 8 \
+      --out recordings/static"""
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """Record what a trained network puts out for the batches of a training, to be learned from.
 
-    The same command again goes on where it stopped. Of a run, data, batch size and augmentation are
-    the run's, unless they are given.
+    In a graph's file {"name": "teacher", "outputs": "DIR"} is then a node. The same command again
+    goes on where it stopped. Of a run, data, batch size and augmentation are the run's, unless they
+    are given.
     """
 
     command: ClassVar = Command("experiments.record", GROUPS, EXAMPLES)

@@ -12,10 +12,12 @@ from ktg_jax.graph import named as graphs
 from ktg_jax.graph.edge import Edge
 from ktg_jax.graph.graph import Graph
 from ktg_jax.graph.node import Node
+from ktg_jax.inputs import Input
 from ktg_jax.losses import cross_entropy, kl_divergence, reverse_kl_divergence
 from ktg_jax.models import build_model, model_names, register_model
+from ktg_jax.models.foreign import load_state_dict, save_state_dict, state_dict_layout
 from ktg_jax.models.linen_node import from_linen
-from ktg_jax.models.network import NodeFns
+from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.nnx_node import from_nnx
 from ktg_jax.models.weights import load_node, save_node
 from ktg_jax.named_losses import loss_names, per_sample, register_loss
@@ -34,9 +36,12 @@ from ktg_jax.priors import (
     svd_prior,
     with_priors,
 )
+from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.space import SearchSpace
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
+from ktg_jax.training.batches import Batches
 from ktg_jax.training.evaluation import eval_step
+from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState, init_state
@@ -48,10 +53,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GATES",
+    "NO_NETWORK",
+    "BatchStream",
+    "Batches",
     "Edge",
     "EdgeArrays",
     "Graph",
     "GraphState",
+    "Header",
+    "Input",
     "InputError",
     "Node",
     "NodeFns",
@@ -59,6 +69,8 @@ __all__ = [
     "Outputs",
     "Parallel",
     "Prior",
+    "Recording",
+    "RecordingWriter",
     "RunError",
     "SearchSpace",
     "aggregate_prior",
@@ -82,6 +94,7 @@ __all__ = [
     "kl_divergence",
     "load_node",
     "load_prior",
+    "load_state_dict",
     "loss_names",
     "match_prior",
     "model_names",
@@ -97,9 +110,11 @@ __all__ = [
     "reverse_kl_divergence",
     "save_node",
     "save_prior",
+    "save_state_dict",
     "sgd",
     "sparse_recoding",
     "stage_kernels",
+    "state_dict_layout",
     "step_schedule",
     "svd_prior",
     "train_step",

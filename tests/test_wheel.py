@@ -115,5 +115,5 @@ def test_a_command_is_run_by_its_name() -> None:
 def test_no_other_word_is_one(word: str) -> None:
     ran = run(word)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.startswith(f"error: command: got {word!r}; allowed: train, evaluate, search")
+    assert ran.stderr.startswith(f"error: command: got {word!r}; allowed: train, evaluate, record")
     assert ran.stderr.count("\n") == 1

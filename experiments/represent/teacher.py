@@ -26,12 +26,12 @@ from ktg_jax.priors import (
     stage_kernels,
     stage_outputs,
 )
-from ktg_jax.training.warm_start import load_weights
+from ktg_jax.training.warm_start import load_weights, weights_checksum
 
 from ..runs import cli
 from ..runs.assemble import load
 from ..runs.config import TrainConfig
-from ..runs.facts import data_facts, weights_checksum
+from ..runs.facts import data_facts
 from ..runs.identity import data_kind, is_own
 from ..runs.options import Training, import_modules
 from ..runs.pretrained import trained_alone

@@ -184,9 +184,12 @@ def _initial_state(
     state = ktg.init_state(graph, task.node_fns, task.optimizer, key, sample)
     for i, node in enumerate(graph.nodes):
         if node.weights:
+            wanted = node_input(i, node, dataset) or Input()
+            height, width, channels = task.image_shape
+            shape = (wanted.size or height, wanted.size or width, channels)
             with part_of(f"nodes[{i}].weights"):
-                weights = load_weights(node.weights)
-            check_input(i, weights, node_input(i, node, dataset) or Input())
+                weights = load_weights(node.weights, node.model, shape)
+            check_input(i, weights, wanted)
             state = with_weights(state, i, weights)
     return ktg.with_priors(state, graph)
 

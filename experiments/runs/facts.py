@@ -11,11 +11,10 @@ import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import part_of
 from ktg_jax.inputs import OF_DATA
-from ktg_jax.io.trees import digest
 from ktg_jax.models.input import statistics
 from ktg_jax.priors import about_prior, readers_checksum
 from ktg_jax.recording import Recording
-from ktg_jax.training.warm_start import INPUT_FACTS, load_weights
+from ktg_jax.training.warm_start import INPUT_FACTS, weights_checksum
 
 from .graphs import PRETRAINED
 
@@ -79,12 +78,6 @@ def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
         for field in _CHECKSUMS
         if (path := getattr(node, field)) not in (None, PRETRAINED)
     ]
-
-
-def weights_checksum(source: str) -> int:
-    """The checksum of a node's weights; arguments and errors are those of `load_weights`."""
-    weights = load_weights(source)
-    return digest(weights.params | weights.model_state)
 
 
 _CHECKSUMS: dict[str, Callable[[str], Any]] = {

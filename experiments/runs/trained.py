@@ -1,5 +1,6 @@
 """Networks that are trained already, to be used as they are: those of a run, or one of a file."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,16 @@ import jax.numpy as jnp
 import ktg_jax as ktg
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.inputs import Input, parsed_input, resolved_input
-from ktg_jax.io.tensors import read_texts
 from ktg_jax.io.trees import unflatten
 from ktg_jax.models import check_network
+from ktg_jax.models.foreign import is_foreign
 from ktg_jax.models.input import check_channels, with_input
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.streams import without_stream
 from ktg_jax.models.weights import NodeWeights, read_node
 from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.warm_start import run_inputs
+from ktg_jax.training.warm_start import load_weights, run_inputs
 
 from .results import best_epoch
 from .workdir import Workdir
@@ -114,36 +115,41 @@ def trained_file(
             classes, or of other images.
     """
     wanted = None if given is None else resolved_input(parsed_input("input", given))
-    weights, shape = file_weights(path, model)
-    if shape is not None and tuple(shape[:2]) != tuple(image_shape[:2]):
-        raise InputError("image_size", image_shape[0], f"{shape[0]}, of the network's own images")
+    size = None if wanted is None else wanted.size
+    height, width, channels = image_shape
+    weights, shape = file_weights(path, model, (size or height, size or width, channels))
+    if shape is not None and tuple(shape[:2]) != (height, width):
+        raise InputError("image_size", height, f"{shape[0]}, of the network's own images")
     if weights.input is not None:
         if wanted not in (None, weights.input):
             allowed = f"nothing: the file says it ({weights.input.to_json()})"
             raise InputError("input", given, allowed)
         wanted = weights.input
     wanted = wanted or Input()
-    check_channels("input", wanted, image_shape[-1])
+    check_channels("input", wanted, channels)
     fns = _seeing(ktg.build_model(weights.model, num_classes), wanted)
     check_network(
         fns, weights.model, num_classes=num_classes, image_shape=image_shape, batch_size=1
     )
     where = f"weights of {path}"
-    params, model_state = _unflattened(fns, weights.params, weights.model_state, image_shape, where)
-    name = Path(path).stem
-    return Trained((name,), (weights.model,), (fns,), _state([params], [model_state]), (wanted,))
+    made = _unflattened(fns, weights.params, weights.model_state, image_shape, where)
+    name, state = Path(path).stem, _state([made[0]], [made[1]])
+    return Trained((name,), (weights.model,), (fns,), state, (wanted,))
 
 
-def file_weights(path: str, model: str | None) -> tuple[NodeWeights, Sequence[int] | None]:
+def file_weights(
+    path: str, model: str | None, image_shape: Sequence[int]
+) -> tuple[NodeWeights, Sequence[int] | None]:
     """The weights of a file, and the shape of its images (None: it does not say it).
 
-    Arguments and errors are those of `trained_file`.
+    Arguments and errors are those of `trained_file`; the shape is that which the network sees.
     """
-    if "model" not in read_texts(path, "weights"):
+    source = os.path.expanduser(path)
+    if is_foreign(source):
         if model is None:
             raise InputError("model", None, f"the name of the model that {path} is of")
-        return NodeWeights({}, {}, model, path), None
-    weights, about = read_node(path)
+        return load_weights(path, model, image_shape), None
+    weights, about = read_node(source)
     if model not in (None, weights.model):
         raise InputError("model", model, f"{weights.model}, which the file is of")
     return weights, about["image_shape"]

@@ -15,20 +15,22 @@ from ktg_jax.models.cnn import CNN
 from ktg_jax.models.linen_node import from_linen
 from ktg_jax.models.modes import Mode
 from ktg_jax.models.network import NodeFns
+from ktg_jax.models.projected_resnet import IMAGENET, imagenet_resnet, small_resnet
 from ktg_jax.models.resnet import ResNet
 from ktg_jax.models.wide_resnet import WideResNet
 
 ModelFactory = Callable[[int], nn.Module | NodeFns]
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+_PROJECTED = ("resnet8x4", "resnet32x4", *IMAGENET)
 _WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
 _NUMBER = r"([1-9][0-9]{0,5})"
 _MOST_LAYERS = 1202  # of the deepest in the paper on ResNets
 _MOST_CHANNELS = 1024
 _MOST_PARAMETERS = 1e9
 FAMILIES = (
-    "resnet<6n+2>, resnet<6n+2>_<channels>, wrn<6n+4>_<width> (up to 1,202 layers, 1,024 channels "
-    "in the first stage and about a billion parameters)"
+    "resnet<6n+2>, resnet<6n+2>_<channels>, resnet<6n+2>x<factor>, wrn<6n+4>_<width> (up to 1,202 "
+    "layers, 1,024 channels in the first stage and about a billion parameters)"
 )
 MOST_CLASSES = 1_000_000
 
@@ -82,7 +84,7 @@ def model_names() -> tuple[str, ...]:
     >>> {"cnn", "resnet8", "wrn28_10"} <= set(model_names())
     True
     """
-    return ("cnn", *_RESNETS, *_WIDE_RESNETS, *_registered)
+    return ("cnn", *_RESNETS, *_PROJECTED, *_WIDE_RESNETS, *_registered)
 
 
 def check_model(name: str, field: str = "model") -> None:
@@ -101,8 +103,10 @@ def build_model(
 
     Args:
         name: a registered name, `resnet<6n+2>`, the same with `_<channels of the first stage>` in
-            place of 16, or `wrn<6n+4>_<width>`; of at most 1,202 layers, 1,024 channels in the
-            first stage, and about a billion parameters.
+            place of 16, `resnet<6n+2>x<factor>` with projections as shortcuts, or
+            `wrn<6n+4>_<width>`; of at most 1,202 layers, 1,024 channels in the first stage, and
+            about a billion parameters. `resnet18`, `resnet34` and `resnet50` are ImageNet's, for
+            small images; `resnet50_16` is that of 6n+2 layers.
         num_classes: number of logits, 1 to 1,000,000.
         dtype: the dtype of the computation (`jnp.bfloat16`: mixed precision); parameters stay
             float32.
@@ -171,6 +175,12 @@ def _factory(name: str) -> ModelFactory | None:
 def _built_in(name: str) -> ModelFactory | None:
     if name == "cnn":
         return CNN
+    if name in IMAGENET:
+        return functools.partial(imagenet_resnet, name)
+    if match := re.fullmatch(f"resnet{_NUMBER}x{_NUMBER}", name):
+        depth, factor = int(match[1]), int(match[2])
+        if depth >= 8 and depth % 6 == 2 and _is_feasible(depth, 16 * factor):
+            return functools.partial(small_resnet, depth, factor)
     if match := re.fullmatch(f"resnet{_NUMBER}(?:_{_NUMBER})?", name):
         depth, channels = int(match[1]), int(match[2] or 16)
         if depth >= 8 and depth % 6 == 2 and _is_feasible(depth, channels):

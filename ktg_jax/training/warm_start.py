@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ktg_jax.errors import InputError, RunError, part_of
 from ktg_jax.graph.graph import Graph
 from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
-from ktg_jax.io.trees import unflatten
+from ktg_jax.io.trees import digest, flatten, unflatten
+from ktg_jax.models.foreign import is_foreign, load_state_dict, state_dict_checksum
 from ktg_jax.models.network import PyTree
 from ktg_jax.models.streams import with_own_keys, without_stream
 from ktg_jax.models.weights import NodeWeights, read_node
@@ -25,19 +27,25 @@ _WITH_GRAPH = ("graph.json", "config.json")
 """Files of a run's folder, either of which says what graph it is."""
 
 
-def load_weights(source: str) -> NodeWeights:
+def load_weights(
+    source: str, model: str | None = None, image_shape: Sequence[int] = (32, 32, 3)
+) -> NodeWeights:
     """Reads a node's weights.
 
     Args:
         source: a run's folder (its target), `DIR:name` (one node of it), or a file that
-            `save_node` wrote; `~` is the home folder. Of a run, the newest checkpoint that is
-            whole is read.
+            `save_node` wrote, or of a state dict of PyTorch; `~` is the home folder. Of a run, the
+            newest checkpoint that is whole is read.
+        model: the name of the node's model, which a state dict does not say.
+        image_shape: of the images that a state dict's network sees.
 
     Raises:
         InputError: no such run, node or file, or one that cannot be read.
     """
     path = os.path.expanduser(source)
-    if path.endswith(".safetensors") and not os.path.isdir(path):
+    if (path.endswith(".safetensors") and not os.path.isdir(path)) or os.path.isfile(path):
+        if is_foreign(path):
+            return _foreign_weights(source, path, model, image_shape)
         weights, _ = read_node(path)
         return dataclasses.replace(weights, source=source)
     folder, _, name = (path, "", "") if os.path.isdir(path) else path.rpartition(":")
@@ -64,6 +72,24 @@ def load_weights(source: str) -> NodeWeights:
     model_state = without_stream(node["model_state"] or {})
     wanted = run_inputs(folder, graph)[name]
     return NodeWeights(node["params"], model_state, models[name], source, wanted)
+
+
+def _foreign_weights(
+    source: str, path: str, model: str | None, image_shape: Sequence[int]
+) -> NodeWeights:
+    if model is None:
+        raise InputError("model", None, f"the name of the model that {source} is of")
+    params, model_state = load_state_dict(path, model, image_shape=image_shape)
+    return NodeWeights(flatten(params), flatten(model_state), model, source)
+
+
+def weights_checksum(source: str) -> int:
+    """The checksum of weights; arguments and errors are those of `load_weights`."""
+    path = os.path.expanduser(source)
+    if os.path.isfile(path) and is_foreign(path):
+        return state_dict_checksum(path)
+    weights = load_weights(source)
+    return digest(weights.params | weights.model_state)
 
 
 def run_inputs(folder: str | os.PathLike[str], graph: Graph) -> dict[str, Input]:
