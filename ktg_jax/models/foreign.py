@@ -159,15 +159,24 @@ def state_dict_checksum(path: str | os.PathLike[str]) -> int:
 def refuse_pickle(path: str | os.PathLike[str]) -> None:
     """Raises InputError, with the lines that convert it, where a file is or may be a pickle."""
     file = Path(os.path.expanduser(path))
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-    except OSError:
-        start = b""
-    if file.suffix in _PICKLES or start.startswith(_PICKLE_STARTS):
+    if file.suffix in _PICKLES or _starts_like_a_pickle(file):
         lines = _CONVERT.format(path=str(path), target=str(Path(path).with_suffix(".safetensors")))
         allowed = f"a .safetensors file, for reading a pickle can run anything; to convert: {lines}"
         raise InputError("weights", str(path), allowed)
+
+
+def _starts_like_a_pickle(file: Path) -> bool:
+    """Whether a file begins as pickles do, and is no safetensors file, which may do so, too."""
+    try:
+        with file.open("rb") as stream:
+            if not stream.read(2).startswith(_PICKLE_STARTS):
+                return False
+        read_texts(file, "weights")
+    except OSError:
+        return False
+    except InputError:
+        return True
+    return False
 
 
 def _state_dict(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
@@ -248,11 +257,9 @@ def _layout_of(
     if texts.get("layout") in LAYOUTS:
         return LAYOUTS[texts["layout"]]
 
-    def differences(each: Layout) -> int:
-        return len(set(tensors) ^ {str(each.key(p)) for p in paths})
-
-    nearest = min(LAYOUTS.values(), key=differences)
-    if differences(nearest) == len(tensors) + len(paths):
+    keys = {each.name: {each.key(p) for p in paths} for each in LAYOUTS.values()}
+    nearest = min(LAYOUTS.values(), key=lambda each: len(keys[each.name] ^ set(tensors)))
+    if not keys[nearest.name] & set(tensors):
         known = "; ".join(f"{each.name}: {each.about}" for each in LAYOUTS.values())
         allowed = f"a {model} in one of the layouts {known}; or names= says our path of each key"
         raise InputError("weights", str(path), f"{allowed} (keys: {_some(sorted(tensors))})")
