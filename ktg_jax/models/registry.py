@@ -13,16 +13,25 @@ import numpy as np
 from ktg_jax.errors import InputError, in_a_line
 from ktg_jax.models.cnn import CNN
 from ktg_jax.models.linen_node import from_linen
+from ktg_jax.models.mobile import MobileNetV2, ShuffleNetV2
 from ktg_jax.models.modes import Mode
 from ktg_jax.models.network import NodeFns
 from ktg_jax.models.projected_resnet import IMAGENET, imagenet_resnet, small_resnet
 from ktg_jax.models.resnet import ResNet
+from ktg_jax.models.vgg import BLOCKS, VGG
+from ktg_jax.models.vit import ViT
 from ktg_jax.models.wide_resnet import WideResNet
 
 ModelFactory = Callable[[int], nn.Module | NodeFns]
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 _PROJECTED = ("resnet8x4", "resnet32x4", *IMAGENET)
+_OTHERS: dict[str, ModelFactory] = {
+    "mobilenet_v2": MobileNetV2,
+    "shufflenet_v2": ShuffleNetV2,
+    "vit_tiny": ViT,
+    **{name: functools.partial(VGG, blocks) for name, blocks in BLOCKS.items()},
+}
 _WIDE_RESNETS = ("wrn10_2", "wrn16_2", "wrn28_2", "wrn28_10")
 _NUMBER = r"([1-9][0-9]{0,5})"
 _MOST_LAYERS = 1202  # of the deepest in the paper on ResNets
@@ -84,7 +93,7 @@ def model_names() -> tuple[str, ...]:
     >>> {"cnn", "resnet8", "wrn28_10"} <= set(model_names())
     True
     """
-    return ("cnn", *_RESNETS, *_PROJECTED, *_WIDE_RESNETS, *_registered)
+    return ("cnn", *_RESNETS, *_PROJECTED, *_WIDE_RESNETS, *_OTHERS, *_registered)
 
 
 def check_model(name: str, field: str = "model") -> None:
@@ -175,6 +184,8 @@ def _factory(name: str) -> ModelFactory | None:
 def _built_in(name: str) -> ModelFactory | None:
     if name == "cnn":
         return CNN
+    if name in _OTHERS:
+        return _OTHERS[name]
     if name in IMAGENET:
         return functools.partial(imagenet_resnet, name)
     if match := re.fullmatch(f"resnet{_NUMBER}x{_NUMBER}", name):
