@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 import ktg_jax as ktg
+from experiments import record
 from experiments.ablation import config as ablating
+from experiments.evaluate import EvaluateConfig
 from experiments.represent import config as representing
 from experiments.runs import config
 from experiments.runs.command_line import parse
@@ -39,6 +41,8 @@ def blocks(language: str) -> list[Any]:
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "import torch" in snippet:
+        pytest.importorskip("torch", reason='needs: pip install "ktg_jax[reference]"')
     monkeypatch.chdir(tmp_path)
     fns = ktg.build_model("cnn", num_classes=10)
     params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -55,6 +59,8 @@ def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.M
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "train": lambda words: config.check(parse(config.TrainConfig, words)),
+    "evaluate": lambda words: parse(EvaluateConfig, words),
+    "record": lambda words: record.check(parse(record.RecordConfig, words)),
     "represent": lambda words: representing.check(parse(representing.RepresentConfig, words)),
     "search": lambda words: searching.check(parse(searching.SearchConfig, words)),
     "ablation": lambda words: ablating.check(parse(ablating.AblationConfig, words)),

@@ -62,6 +62,15 @@ def load_state_dict(
         InputError: no safetensors file, such as a pickle (with the lines that convert it), an
             unknown model or layout, tensors that are left over or missing, or of another shape:
             the first ten are named; or numbers that are not finite floats.
+
+    >>> import tempfile
+    >>> fns = build_model("resnet8", num_classes=10)
+    >>> network = fns.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state_dict(f"{folder}/node.safetensors", *network, "resnet8", "akamaster")
+    ...     params, model_state = load_state_dict(f"{folder}/node.safetensors", "resnet8")
+    >>> params["classifier"]["kernel"].shape
+    (64, 10)
     """
     tensors, texts = _state_dict(path)
     check_model(model)
@@ -109,6 +118,15 @@ def save_state_dict(
     Raises:
         InputError: another suffix, an unknown layout, one that has no name for a part of the
             network, or a file that cannot be written.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import load_file
+    >>> fns = build_model("resnet8", num_classes=10)
+    >>> network = fns.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state_dict(f"{folder}/node.safetensors", *network, "resnet8")
+    ...     load_file(f"{folder}/node.safetensors")["layer2.0.conv1.weight"].shape
+    (32, 16, 3, 3)
     """
     if Path(path).suffix != ".safetensors":
         raise InputError("export", str(path), "a file name that ends in .safetensors")
@@ -132,6 +150,14 @@ def state_dict_layout(path: str | os.PathLike[str], model: str) -> str:
 
     Raises:
         InputError: as `load_state_dict`.
+
+    >>> import tempfile
+    >>> fns = build_model("resnet8", num_classes=10)
+    >>> network = fns.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state_dict(f"{folder}/node.safetensors", *network, "resnet8", "ktg")
+    ...     state_dict_layout(f"{folder}/node.safetensors", "resnet8")
+    'ktg'
     """
     tensors, texts = _state_dict(path)
     check_model(model)

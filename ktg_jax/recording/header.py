@@ -35,6 +35,10 @@ class Header:
 
     Raises:
         InputError: names the first field that is out of range.
+
+    >>> header = Header("batches", {"batch_size": 64}, rows=1000, classes=10)
+    >>> header.row_shape, header.bytes
+    ((64,), 1280000)
     """
 
     kind: Literal["batches", "images"]

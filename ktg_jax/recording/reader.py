@@ -29,6 +29,15 @@ class Recording:
 
     Raises:
         InputError: no recording there, or one that is not complete.
+
+    >>> import tempfile
+    >>> from ktg_jax.recording import Header, RecordingWriter
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with RecordingWriter(folder, Header("images", {}, rows=2, classes=2)) as writer:
+    ...         writer.add([[0.5, 1.0], [2.0, -1.0]])
+    ...     recording = Recording(folder)
+    ...     recording.is_static, recording.rows(0, 2).tolist()
+    (True, [[0.5, 1.0], [2.0, -1.0]])
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

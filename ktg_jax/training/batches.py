@@ -42,6 +42,10 @@ class Batches(NamedTuple):
         batch_size: the batch size of all devices together.
         max_offset: as in `plan_batch`.
         flip: as in `plan_batch`.
+
+    >>> plan = Batches(num_images=10, batch_size=4, flip=True).plan(jax.random.key(0), 0)
+    >>> plan.image_index.shape, plan.offset.tolist() == [[0, 0]] * 4
+    ((4,), True)
     """
 
     num_images: int
