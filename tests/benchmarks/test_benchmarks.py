@@ -17,7 +17,7 @@ from runs import Ended, in_process
 
 import ktg_jax as ktg
 from benchmarks import compile as compile_module
-from benchmarks import loop, measure, report, step
+from benchmarks import loop, measure, recorded, report, step
 from benchmarks.flops import Layer, layers, train_step_flops
 from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, check_same_losses, interleaved, spread
@@ -225,6 +225,21 @@ def test_a_step_is_timed_beside_pytorch(step_run: tuple[dict[str, Any], Ended]) 
     assert ours["ready_s"] == ours["trace_s"] + ours["compile_s"] + ours["first_step_s"]
     assert content["machine"]["matmul_peak"]["1"].keys() == {"torch", "jax"}
     assert "2 x resnet8" in ended.out
+
+
+def test_recorded_teachers_are_timed_beside_live_ones(tmp_path: Path) -> None:
+    path = tmp_path / "recorded.json"
+    words = ("--student", "cnn", "--teachers", "cnn", "cnn+cnn", "--image-size", "8")
+    ended = in_process(recorded.main, *words, "--quick", "--rounds", "1", "--json", path)
+    assert ended.code == 0, ended.err
+    content = json.loads(path.read_text())
+    assert [case["teachers"] for case in content["cases"]] == ["cnn", "cnn+cnn"]
+    for case in content["cases"]:
+        assert case["alone_ratio"] == 1
+        assert case["live_ratio"] == case["live_s"] / case["alone_s"] > 0
+    assert "2 x cnn" in ended.out
+    ended = in_process(recorded.main, "--teachers", "cn")
+    assert ended.err.startswith("error: teachers: got 'cn'; allowed: models joined by +")
 
 
 def test_compilation_is_timed(tmp_path: Path) -> None:
