@@ -5,6 +5,14 @@ Layers, lower ones knowing nothing of higher ones: io and cpu -> gates, losses, 
 """
 
 from ktg_jax.cpu.convolution import cpu_convolution
+from ktg_jax.distillation_losses import (
+    decoupled_kl_divergence,
+    jensen_shannon_divergence,
+    logit_distance,
+    probability_cosine,
+    smoothed_cross_entropy,
+    standardised_kl_divergence,
+)
 from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.gates import GATES, gate_coefficients, gate_names, gate_weights, register_gate
@@ -37,6 +45,7 @@ from ktg_jax.priors import (
     with_priors,
 )
 from ktg_jax.recording import Header, Recording, RecordingWriter
+from ktg_jax.relational_losses import contrastive_loss, correlation_loss, similarity_loss
 from ktg_jax.space import SearchSpace
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 from ktg_jax.training.batches import Batches
@@ -76,9 +85,12 @@ __all__ = [
     "aggregate_prior",
     "attention_transfer_loss",
     "build_model",
+    "contrastive_loss",
+    "correlation_loss",
     "cosine_schedule",
     "cpu_convolution",
     "cross_entropy",
+    "decoupled_kl_divergence",
     "edge_losses",
     "eval_step",
     "feature_transfer_loss",
@@ -91,10 +103,12 @@ __all__ = [
     "graph_loss",
     "graphs",
     "init_state",
+    "jensen_shannon_divergence",
     "kl_divergence",
     "load_node",
     "load_prior",
     "load_state_dict",
+    "logit_distance",
     "loss_names",
     "match_prior",
     "model_names",
@@ -104,6 +118,7 @@ __all__ = [
     "per_sample",
     "prior_distance",
     "prior_loss",
+    "probability_cosine",
     "register_gate",
     "register_loss",
     "register_model",
@@ -112,8 +127,11 @@ __all__ = [
     "save_prior",
     "save_state_dict",
     "sgd",
+    "similarity_loss",
+    "smoothed_cross_entropy",
     "sparse_recoding",
     "stage_kernels",
+    "standardised_kl_divergence",
     "state_dict_layout",
     "step_schedule",
     "svd_prior",

@@ -1,52 +1,32 @@
 """The losses that edges may carry, by name.
 
-A loss of an edge is a function `loss(receiver, sender, labels, sample_weights, temperature)`:
-
-- `receiver` and `sender`: `Outputs`; the sender is detached before the loss sees it.
-- `labels`: int `[...]`, the batch's shape, usually `[B]`.
-- `sample_weights`: float32 `[...]`, what the edge's gate gives each sample, scaled so that a plain
-  mean over the batch is the mean over the samples that count (masked ones have weight 0).
-- `temperature`: float32 scalar T > 0.
-
-It returns a float32 scalar. Most losses are one number a sample, and `per_sample` makes a loss of
-such a function; relational ones see the whole batch.
+An option of a loss stands behind its name: `jensen_shannon(beta=0.1)`. A bare name has the
+defaults.
 """
 
+import functools
+import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
 
-import chex
-import jax
-import jax.numpy as jnp
+from ktg_jax.built_in_losses import BUILT_IN
+from ktg_jax.edge_loss import EdgeLoss, NamedLoss, Option, per_sample
+from ktg_jax.errors import InputError, did_you_mean
 
-from ktg_jax.errors import InputError
-from ktg_jax.losses import cross_entropy, kl_divergence, reverse_kl_divergence
-from ktg_jax.outputs import Outputs
-from ktg_jax.stage_losses import attention_losses, feature_losses
+__all__ = [
+    "EdgeLoss",
+    "NamedLoss",
+    "Option",
+    "checked_loss",
+    "loss_names",
+    "named_loss",
+    "per_sample",
+    "register_loss",
+]
 
-EdgeLoss: TypeAlias = Callable[[Outputs, Outputs, jax.Array, jax.Array, jax.Array], jax.Array]
-SampleLoss: TypeAlias = Callable[[Outputs, Outputs, jax.Array, jax.Array], jax.Array]
-
-
-class NamedLoss(NamedTuple):
-    """A registered loss.
-
-    Attributes:
-        function: as the module's text says.
-        on_labels: whether label edges carry it; else transfer edges do.
-        needs_stages: whether it compares stage outputs.
-        uses_temperature: whether the temperature changes it.
-    """
-
-    function: EdgeLoss
-    on_labels: bool = False
-    needs_stages: bool = False
-    uses_temperature: bool = True
-
-
-_registered: dict[str, NamedLoss] = {}
-_BUILT_IN = ("cross_entropy", "kl", "reverse_kl", "attention", "features")
+_registered: dict[str, NamedLoss] = dict(BUILT_IN)
+_NAME = r"[A-Za-z0-9_]+"
+_TEXT = re.compile(rf"\s*({_NAME})\s*(?:\((.*)\))?\s*")
 
 
 def register_loss(
@@ -56,6 +36,7 @@ def register_loss(
     on_labels: bool = False,
     needs_stages: bool = False,
     uses_temperature: bool = True,
+    options: Mapping[str, float] | None = None,
 ) -> None:
     """Makes a loss available by name, to graphs, to files and to the experiments.
 
@@ -63,15 +44,17 @@ def register_loss(
         name: letters, digits and `_`; not a built-in loss's. One that was registered before is
             replaced.
         function: `function(receiver, sender, labels, sample_weights, temperature)` -> scalar, as
-            this module's text says; `per_sample` makes one of a loss for each sample. It may see a
+            `ktg_jax.edge_loss` says; `per_sample` makes one of a loss for each sample. It may see a
             sender of zeros where the edge is cut, and what it returns there does not count.
         on_labels: label edges carry it, whose sender is the receiver itself, detached; else
             transfer edges do.
         needs_stages: it compares `Outputs.stages`, which are empty where no loss needs them.
         uses_temperature: whether graphs that differ in the temperature alone differ.
+        options: the names of its options, numbers which the function is given by name, and their
+            defaults.
 
     Raises:
-        InputError: a malformed or a built-in name, or no function.
+        InputError: a malformed or a built-in name, no function, or an option that is no number.
 
     >>> register_loss("kl", per_sample(lambda *given: 0.0))
     Traceback (most recent call last):
@@ -84,41 +67,18 @@ def register_loss(
 
         register_loss("logit_distance", per_sample(logit_distance), uses_temperature=False)
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
         raise InputError("name", name, "letters, digits and '_'")
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         raise InputError("name", name, "a name that no built-in loss has")
     if not callable(function):
         raise InputError("function", function, "a function of five arguments")
-    _registered[name] = NamedLoss(function, on_labels, needs_stages, uses_temperature)
-
-
-def per_sample(losses: SampleLoss) -> EdgeLoss:
-    """The loss of an edge, from a function that gives one number a sample.
-
-    Args:
-        losses: `losses(receiver, sender, labels, temperature)` -> float `[...]`, the batch's shape.
-
-    >>> loss = per_sample(lambda receiver, sender, labels, temperature: receiver.logits[:, 0])
-    >>> output = Outputs(jnp.array([[1.0], [2.0]]))
-    >>> float(loss(output, output, jnp.zeros(2, int), jnp.array([1.0, 0.5]), jnp.ones(())))
-    1.0
-    """
-
-    def loss(
-        receiver: Outputs,
-        sender: Outputs,
-        labels: jax.Array,
-        sample_weights: jax.Array,
-        temperature: jax.Array,
-    ) -> jax.Array:
-        found = losses(receiver, sender, labels, temperature)
-        chex.assert_equal_shape([found, sample_weights])
-        # What a gate weighs 0 adds 0 where it is infinite, too; NaN is to be seen.
-        found = jnp.where((sample_weights == 0) & (found == jnp.inf), 0.0, found)
-        return jnp.mean(sample_weights * found)
-
-    return loss
+    known = {}
+    for option, default in (options or {}).items():
+        if not isinstance(default, int | float) or not math.isfinite(default):
+            raise InputError(f"options[{option!r}]", default, "a finite number, its default")
+        known[option] = Option(float(default))
+    _registered[name] = NamedLoss(function, on_labels, needs_stages, uses_temperature, known)
 
 
 def loss_names(on_labels: bool | None = None) -> tuple[str, ...]:
@@ -130,41 +90,61 @@ def loss_names(on_labels: bool | None = None) -> tuple[str, ...]:
     return tuple(name for name, loss in _registered.items() if on_labels in (None, loss.on_labels))
 
 
-def named_loss(name: str) -> NamedLoss:
-    """The loss of a name.
+def named_loss(text: str) -> NamedLoss:
+    """The loss of a name, its options set as they are given.
 
     Raises:
-        InputError: there is none.
+        InputError: as `checked_loss`.
     """
-    if name not in _registered:
-        raise InputError("loss", name, ", ".join(loss_names()))
-    return _registered[name]
+    name, values = _parsed("loss", text, loss_names())
+    loss = _registered[name]
+    return loss._replace(function=functools.partial(loss.function, **values)) if values else loss
 
 
-def _cross_entropy(receiver: Outputs, sender: Outputs, labels: Any, temperature: Any) -> jax.Array:
-    return cross_entropy(receiver.logits, labels)
+def checked_loss(field: str, text: str, on_labels: bool | None = None) -> str:
+    """The one text that says a loss and its options; options that have their default are left out.
+
+    Args:
+        field: that an error is of.
+        text: a name, or a name and options.
+        on_labels: whether label edges are to carry it; None: either.
+
+    Raises:
+        InputError: no such loss, no such option, or a value that is not allowed.
+
+    >>> checked_loss("loss", "decoupled_kl( beta = 2.0, alpha=1 )")
+    'decoupled_kl(beta=2)'
+    >>> checked_loss("loss", "jensen_shannon(beta=2)")
+    Traceback (most recent call last):
+    ktg_jax.errors.InputError: loss: got 'jensen_shannon(beta=2)'; allowed: beta above 0 and below 1
+    """
+    name, values = _parsed(field, text, loss_names(on_labels))
+    options = _registered[name].options
+    said = [f"{o}={_number(v)}" for o, v in values.items() if v != options[o].default]
+    return f"{name}({','.join(said)})" if said else name
 
 
-def _kl(receiver: Outputs, sender: Outputs, labels: Any, temperature: Any) -> jax.Array:
-    return kl_divergence(receiver.logits, sender.logits, temperature)
+def _parsed(field: str, text: str, names: tuple[str, ...]) -> tuple[str, dict[str, float]]:
+    """The name, and all options in their order where there are any."""
+    match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+    name = match[1] if match else ""
+    if match is None or name not in names:
+        raise InputError(field, text, ", ".join(names) + did_you_mean(name or text, names))
+    options = _registered[name].options
+    given: dict[str, float] = {}
+    for part in match[2].split(",") if (match[2] or "").strip() else ():
+        option, equals, value = (word.strip() for word in part.partition("="))
+        known = f"{name} with {', '.join(options)}" if options else f"{name}, which has no options"
+        if option not in options or not equals or option in given:
+            raise InputError(field, text, known + did_you_mean(option, options))
+        try:
+            given[option] = float(value)
+        except ValueError:
+            raise InputError(field, text, f"{option} {options[option].says}") from None
+        if not math.isfinite(given[option]) or not options[option].allows(given[option]):
+            raise InputError(field, text, f"{option} {options[option].says}")
+    return name, {option: given.get(option, each.default) for option, each in options.items()}
 
 
-def _reverse_kl(receiver: Outputs, sender: Outputs, labels: Any, temperature: Any) -> jax.Array:
-    return reverse_kl_divergence(receiver.logits, sender.logits, temperature)
-
-
-def _attention(receiver: Outputs, sender: Outputs, labels: Any, temperature: Any) -> jax.Array:
-    return attention_losses(receiver.stages, sender.stages)
-
-
-def _features(receiver: Outputs, sender: Outputs, labels: Any, temperature: Any) -> jax.Array:
-    return feature_losses(receiver.stages, sender.stages)
-
-
-_registered |= {
-    "cross_entropy": NamedLoss(per_sample(_cross_entropy), on_labels=True, uses_temperature=False),
-    "kl": NamedLoss(per_sample(_kl)),
-    "reverse_kl": NamedLoss(per_sample(_reverse_kl)),
-    "attention": NamedLoss(per_sample(_attention), needs_stages=True, uses_temperature=False),
-    "features": NamedLoss(per_sample(_features), needs_stages=True, uses_temperature=False),
-}
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)

@@ -19,7 +19,8 @@ from ktg_jax.errors import InputError
 Stages: TypeAlias = Sequence[ArrayLike]
 """The output of each stage of a network, float `[B, h, w, C]`."""
 
-Compared: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Views: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Compared: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def attention_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax.Array:
@@ -74,15 +75,40 @@ def feature_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax
 
 def attention_losses(receiver: Stages, sender: Stages) -> jax.Array:
     """Sum over stages of the mean squared difference of attention maps, float32 `[B]`."""
+    return _compared(receiver, sender, _attention_maps, _mean_difference)
 
-    def maps(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chex.assert_equal_shape_prefix([ours, theirs], 1)
-        energies = [jnp.mean(jnp.square(output), axis=-1) for output in (ours, theirs)]
-        height, width = (min(energy.shape[axis] for energy in energies) for axis in (1, 2))
-        first, second = (_averaged(energy, height, width) for energy in energies)
-        return first, second
 
-    return _compared(receiver, sender, maps, jnp.mean)
+def attention_products(receiver: Stages, sender: Stages) -> jax.Array:
+    """Sum over stages of the inner product of attention maps, float32 `[B]`.
+
+    Minimised it makes nodes look elsewhere (Okamoto et al., 2021: Att-, on the last stage).
+
+    >>> left, right = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [2.0]]]])
+    >>> attention_products([left], [right]).tolist(), attention_products([left], [left]).tolist()
+    ([0.0], [1.0])
+    """
+    return _compared(receiver, sender, _attention_maps, _product)
+
+
+def _attention_maps(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where two networks look, `[B, h, w]` each, of the smaller one's size."""
+    chex.assert_equal_shape_prefix([ours, theirs], 1)
+    energies = [jnp.mean(jnp.square(output), axis=-1) for output in (ours, theirs)]
+    height, width = (min(energy.shape[axis] for energy in energies) for axis in (1, 2))
+    first, second = (_averaged(energy, height, width) for energy in energies)
+    return first, second
+
+
+def _mean_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(ours - theirs), axis=1)
+
+
+def _total_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(ours - theirs), axis=1)
+
+
+def _product(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    return jnp.sum(ours * theirs, axis=1)
 
 
 def feature_losses(receiver: Stages, sender: Stages) -> jax.Array:
@@ -94,16 +120,16 @@ def feature_losses(receiver: Stages, sender: Stages) -> jax.Array:
             raise InputError("a sender's stage output", theirs.shape, allowed)
         return ours, theirs
 
-    return _compared(receiver, sender, outputs, jnp.sum)
+    return _compared(receiver, sender, outputs, _total_difference)
 
 
 def _compared(
     receiver: Stages,
     sender: Stages,
-    views: Compared,
-    reduce: Callable[..., jax.Array],
+    views: Views,
+    compare: Compared,
 ) -> jax.Array:
-    """Squared differences of normalised views of each stage, reduced, summed over stages, `[B]`."""
+    """Normalised views of each stage, compared, summed over stages, `[B]`."""
     if len(receiver) != len(sender):
         allowed = f"{len(receiver)}, as many as the student has"
         raise InputError("teacher_stages", len(sender), allowed)
@@ -113,8 +139,7 @@ def _compared(
             if np.ndim(output) != 4:
                 raise InputError("a stage's output", np.shape(output), "[B, h, w, C]")
         ours, theirs = views(jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32))
-        difference = _normalised(ours) - _normalised(theirs)
-        losses.append(reduce(jnp.square(difference), axis=1))
+        losses.append(compare(_normalised(ours), _normalised(theirs)))
     if not losses:
         raise InputError("teacher_stages", 0, "at least one stage")
     return jnp.sum(jnp.stack(losses), axis=0)

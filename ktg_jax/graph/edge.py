@@ -9,7 +9,7 @@ from ktg_jax.errors import InputError, did_you_mean
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.node import checked_number, checked_temperature
 from ktg_jax.io.json_input import check_fields
-from ktg_jax.named_losses import loss_names
+from ktg_jax.named_losses import checked_loss, loss_names
 
 LABEL_LOSS = "cross_entropy"
 TRANSFER_LOSS = "kl"
@@ -21,8 +21,9 @@ class Edge:
 
     Attributes:
         gate: the name of a gate.
-        loss: the name of a loss, or several with the weight of each. Of a label edge `kl` stands
-            for `cross_entropy`, which a label edge carries unless it is said otherwise.
+        loss: the name of a loss, or several with the weight of each; options stand behind the
+            name, `decoupled_kl(beta=2)`. Of a label edge `kl` stands for `cross_entropy`, which a
+            label edge carries unless it is said otherwise.
         weight: the weight of all that the edge carries; finite, not negative.
         temperature: T > 0 of the losses that have one; None: the graph's.
 
@@ -124,15 +125,16 @@ def _checked_gate(where: str, gate: Any) -> str:
 
 
 def _checked_loss(where: str, loss: Any, on_label: bool) -> str | dict[str, float]:
-    names = loss_names(on_label)
-    allowed = ", ".join(names)
+    """A loss, or several with their weights, each by the one text that says it."""
     if isinstance(loss, str):
-        if loss not in names:
-            raise InputError(where, loss, allowed + did_you_mean(loss, names))
-        return loss
+        return checked_loss(where, loss, on_label)
     if not isinstance(loss, Mapping) or not loss:
+        allowed = ", ".join(loss_names(on_label))
         raise InputError(where, loss, f"{allowed}, or an object of several with their weights")
-    for name in loss:
-        if name not in names:
-            raise InputError(where, name, allowed + did_you_mean(name, names))
-    return {name: checked_number(f"{where}.{name}", weight) for name, weight in loss.items()}
+    found: dict[str, float] = {}
+    for given, weight in loss.items():
+        name = checked_loss(where, given, on_label)
+        if name in found:
+            raise InputError(where, given, f"each loss once ({name})")
+        found[name] = checked_number(f"{where}.{name}", weight)
+    return found
