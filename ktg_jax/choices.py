@@ -52,7 +52,8 @@ def checked_losses(losses: Any) -> tuple[str | Mapping[str, float], ...]:
     listed = distinct("losses", losses)
     if not listed:
         raise InputError("losses", [], "at least one loss")
-    return tuple(
+    written = (
         checked_edge(f"losses[{i}]", Edge(loss=loss), on_label=False).loss
         for i, loss in enumerate(listed)
     )
+    return distinct("losses", written)

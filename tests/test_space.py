@@ -317,3 +317,11 @@ def test_a_description_survives_json_and_names_what_differs() -> None:
 def test_the_library_does_not_import_optuna() -> None:
     program = "import sys, ktg_jax; ktg_jax.SearchSpace; assert 'optuna' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_loss_that_is_written_in_two_ways_is_one() -> None:
+    texts = ("kl", "decoupled_kl(beta=2.0)")
+    space = SearchSpace(2, "cnn", ("cnn",), losses=texts)
+    assert space.losses == ("kl", "decoupled_kl(beta=2)")
+    with pytest.raises(InputError, match=r"losses\[2\]: got 'decoupled_kl\(beta=2\)'"):
+        SearchSpace(2, "cnn", ("cnn",), losses=(*texts, "decoupled_kl( beta = 2 )"))
