@@ -83,7 +83,7 @@ def decoupled_kl_divergence(
         stop_sender_gradient: whether the sender is detached.
 
     Returns:
-        float32 `[...]`; NaN where the label is no class.
+        float32 `[...]`; NaN, as its gradient then is, where the label is no class.
 
     Raises:
         AssertionError: two shapes, or not one label a sample.
@@ -108,8 +108,7 @@ def decoupled_kl_divergence(
     how = {"stop_sender_gradient": False}
     found = alpha * kl_divergence(both_t, both_s, **how)
     found += beta * kl_divergence(others_t, others_s, **how)
-    is_class = jnp.any(is_label, axis=-1)
-    return scale**2 * jnp.where(is_class, found, jnp.nan)
+    return scale**2 * found * jnp.where(jnp.any(is_label, axis=-1), 1.0, jnp.nan)
 
 
 def standardised_kl_divergence(

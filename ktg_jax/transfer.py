@@ -243,7 +243,8 @@ def _by_logits(
 
     def of_edge(receiver: Any, sender: Any, weights: Any, temperature: Any, is_absent: Any) -> Any:
         receiver, sender = (filled(is_absent, 0.0, Outputs(end)) for end in (receiver, sender))
-        return loss.function(receiver, sender, labels, weights, temperature)
+        seen = jnp.where(is_absent, 0, labels)
+        return loss.function(receiver, sender, seen, weights, temperature)
 
     logits = jnp.stack([output.logits for output in outputs])
     of_row = jax.vmap(of_edge, in_axes=(None, 0, 0, 0, 0))
@@ -268,7 +269,8 @@ def _by_stages(
             return jnp.zeros((), jnp.float32)
         receiver, sender = (filled(absent[t, s], 0.0, end) for end in (receiver, sender))
         try:
-            given = (receiver, sender, labels, sample_weights[t, s], temperatures[t, s])
+            seen = jnp.where(absent[t, s], 0, labels)
+            given = (receiver, sender, seen, sample_weights[t, s], temperatures[t, s])
             return loss.function(*given)
         except InputError as error:
             if known_absent is None:

@@ -174,6 +174,16 @@ def test_labels_that_are_no_class_are_nan(bad: int) -> None:
         assert np.isnan(found).tolist() == [False, True]
 
 
+def test_an_edge_that_does_not_carry_a_loss_does_not_see_its_labels() -> None:
+    matrix = [["cutoff", Edge(loss="kl")], [Edge(loss="decoupled_kl"), "cutoff"]]
+    edges = Graph(["cnn"] * 2, matrix).edge_arrays
+    z, labels = jnp.stack([jnp.asarray(RECEIVER), jnp.asarray(SENDER)]), np.full(6, -1, np.int32)
+
+    gradient = jax.grad(ktg.graph_loss)(z, labels, edges, 1.0)
+    assert np.isfinite(gradient[0]).all()
+    assert np.isnan(gradient[1]).all()
+
+
 # --- relations within a batch
 
 
