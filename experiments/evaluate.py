@@ -122,6 +122,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         trained, dataset = _of_run(config, workdir, console)
     elif os.path.isfile(os.path.expanduser(config.workdir)):
         trained, dataset = _of_file(config)
+        if said := trained.said(config.workdir):
+            cli.say(console, said)
     else:
         allowed = "the folder of a run, or a .safetensors file"
         raise InputError("workdir", config.workdir, allowed)

@@ -153,6 +153,8 @@ def record(config: RecordConfig, console: Console) -> None:
     workdir, name = _split(config.source)
     trained, training, dataset = _of_file(config) if workdir is None else _of_run(config, workdir)
     index = trained.index(name)
+    if said := trained.said(config.source):
+        cli.say(console, said)
     network = Network(
         trained.node_fns[index], trained.state.params[index], trained.state.model_state[index]
     )

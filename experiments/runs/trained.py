@@ -14,7 +14,7 @@ from ktg_jax.errors import InputError, RunError
 from ktg_jax.inputs import Input, parsed_input, resolved_input
 from ktg_jax.io.trees import unflatten
 from ktg_jax.models import check_network
-from ktg_jax.models.foreign import is_foreign
+from ktg_jax.models.foreign import is_foreign, state_dict_layout
 from ktg_jax.models.input import check_channels, with_input
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.streams import without_stream
@@ -38,6 +38,7 @@ class Trained:
         state: their weights, without optimisers.
         inputs: how each wants its images; of a file that does not say it, what was given.
         epoch: that the weights are of; None: of a file.
+        layout: of a state dict of PyTorch, the name of its layout.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Trained:
     state: GraphState
     inputs: tuple[Input, ...]
     epoch: int | None = None
+    layout: str | None = None
 
     def index(self, name: str | None) -> int:
         """The index of a node; without a name, of the target.
@@ -56,6 +58,12 @@ class Trained:
         if name is not None and name not in self.names:
             raise InputError("node", name, ", ".join(self.names))
         return 0 if name is None else self.names.index(name)
+
+    def said(self, path: str) -> str | None:
+        """What is to be said of a file that was recognised; None: it said all itself."""
+        if self.layout is None:
+            return None
+        return f"{path} is a {self.models[0]} in PyTorch's layout {self.layout}."
 
 
 def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
@@ -117,6 +125,7 @@ def trained_file(
     wanted = None if given is None else resolved_input(parsed_input("input", given))
     size = None if wanted is None else wanted.size
     height, width, channels = image_shape
+    source = os.path.expanduser(path)
     weights, shape = file_weights(path, model, (size or height, size or width, channels))
     if shape is not None and tuple(shape[:2]) != (height, width):
         raise InputError("image_size", height, f"{shape[0]}, of the network's own images")
@@ -133,8 +142,14 @@ def trained_file(
     )
     where = f"weights of {path}"
     made = _unflattened(fns, weights.params, weights.model_state, image_shape, where)
-    name, state = Path(path).stem, _state([made[0]], [made[1]])
-    return Trained((name,), (weights.model,), (fns,), state, (wanted,))
+    return Trained(
+        (Path(path).stem,),
+        (weights.model,),
+        (fns,),
+        _state([made[0]], [made[1]]),
+        (wanted,),
+        layout=None if shape is not None else state_dict_layout(source, weights.model),
+    )
 
 
 def file_weights(

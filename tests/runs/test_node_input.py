@@ -12,7 +12,7 @@ import pytest
 from runs import Ended, in_process, options, result, small
 
 import ktg_jax as ktg
-from experiments import evaluate, train
+from experiments import evaluate, record, train
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.inputs import Input
 from ktg_jax.models.input import statistics
@@ -145,3 +145,63 @@ def test_a_file_that_does_not_fit_is_refused(
     assert ended.err.count("\n") == 1
     of_run = in_process(evaluate.main, run, "--input", "half")
     assert of_run.err.startswith("error: input: got 'half'; allowed: nothing: a run knows it")
+
+
+# --- state dicts of PyTorch
+
+
+def test_a_state_dict_is_exported_evaluated_recorded_and_learned_from(tmp_path: Path) -> None:
+    small_resnet: dict[str, Any] = {"models": ("resnet8_4",), "graph": "independent"}
+    assert trained(tmp_path / "run", **small_resnet, inputs=("half",)).code == 0
+    accuracy = 100 * result(tmp_path / "run")["target"]["test_accuracy"]
+    for layout in ("pytorch", "akamaster"):
+        file = tmp_path / f"{layout}.safetensors"
+        words = ("--export", file, "--layout", layout)
+        assert "Wrote" in in_process(evaluate.main, tmp_path / "run", *words).out
+        how = ("--model", "resnet8_4", "--input", "half", "--data", "digits")
+        ended = in_process(evaluate.main, file, *how)
+        np.testing.assert_allclose(accuracies(ended), [accuracy], atol=0.006)
+        assert f"is a resnet8_4 in PyTorch's layout {layout}." in ended.out
+    other = in_process(evaluate.main, file, *how[:2], *how[4:])  # 0 to 1: it sees other images
+    assert accuracies(other) != [round(accuracy, 2)]
+    limited = ("--train-limit", "200", "--batch-size", "32", "--epochs", "1")
+    ended = in_process(record.main, file, *how, *limited, "--out", tmp_path / "recording")
+    assert (ended.code, ended.err) == (0, "")
+    teacher = {"graph": "distillation", "models": ("tiny", "resnet8_4")}
+    ended = trained(
+        tmp_path / "taught", **teacher, weights=("none", str(file)), inputs=("none", "half")
+    )
+    assert (ended.code, ended.err) == (0, "")
+    found = result(tmp_path / "taught")["nodes"][1]["test_accuracy"]
+    np.testing.assert_allclose(100 * found, accuracy, atol=1e-4)
+    assert (
+        "nothing to do"
+        in trained(
+            tmp_path / "taught", **teacher, weights=("none", str(file)), inputs=("none", "half")
+        ).out
+    )
+
+
+def test_a_state_dict_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "node.safetensors"
+    network = ktg.build_model("resnet8_4", 10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ktg.save_state_dict(file, *network, "resnet8_4")
+    (tmp_path / "node.pth").write_bytes(b"PK")
+    for words, message in (
+        ([file], "model: got None; allowed: the name of the model"),
+        ([file, "--model", "resnet14_4"], "weights: got "),
+        ([file, "--model", "resnet"], "model: got 'resnet'"),
+        ([file, "--model", "resnet8_4", "--input", "imagenet"], "input.mean: got "),
+        ([tmp_path / "node.pth", "--model", "resnet8_4"], "weights: got "),
+    ):
+        ended = in_process(evaluate.main, *words, "--data", "digits")
+        assert ended.code == 2
+        assert ended.err.startswith(f"error: {message}"), ended.err
+        assert ended.err.count("\n") == 1
+    assert "torch.load(" in ended.err
+    graph: dict[str, Any] = {"graph": "distillation", "models": ("tiny", "resnet14_4")}
+    ended = trained(tmp_path / "run", **graph, weights=("none", str(file)))
+    assert ended.code == 2
+    assert "weights[1]" in ended.err
+    assert "the parts of a resnet14_4" in ended.err
+    assert not (tmp_path / "run").exists()
