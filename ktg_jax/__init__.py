@@ -27,6 +27,7 @@ from ktg_jax.models.foreign import load_state_dict, save_state_dict, state_dict_
 from ktg_jax.models.linen_node import from_linen
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.nnx_node import from_nnx
+from ktg_jax.models.torch_module import from_torch
 from ktg_jax.models.weights import load_node, save_node
 from ktg_jax.named_losses import loss_names, per_sample, register_loss
 from ktg_jax.outputs import Outputs
@@ -53,6 +54,7 @@ from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.training.parallel import Parallel
+from ktg_jax.training.record import record_host
 from ktg_jax.training.state import GraphState, init_state
 from ktg_jax.training.step import graph_gradients, node_forward, train_step
 from ktg_jax.training.updates import node_update
@@ -96,6 +98,7 @@ __all__ = [
     "feature_transfer_loss",
     "from_linen",
     "from_nnx",
+    "from_torch",
     "gate_coefficients",
     "gate_names",
     "gate_weights",
@@ -119,6 +122,7 @@ __all__ = [
     "prior_distance",
     "prior_loss",
     "probability_cosine",
+    "record_host",
     "register_gate",
     "register_loss",
     "register_model",

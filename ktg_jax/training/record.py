@@ -1,14 +1,17 @@
 """What a network puts out for the batches of a training, step by step or image by image."""
 
 import functools
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, take_batch
 from ktg_jax.training.evaluation import evaluation_batch, evaluation_batch_size
 from ktg_jax.training.host_batches import BatchStream
@@ -67,6 +70,57 @@ def record_images(
     for start in range(first, len(stream.images), size):
         logits = forward(network.params, network.model_state, data, key, start)
         yield np.asarray(logits, np.float32)[: len(stream.images) - start]
+
+
+def record_host(
+    outputs: Callable[[np.ndarray], ArrayLike],
+    stream: BatchStream,
+    folder: str | os.PathLike[str],
+    *,
+    steps: int,
+    classes: int,
+    dtype: str = "float16",
+    top: int | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Recording:
+    """Records what any function on the host puts out for the batches of a training.
+
+    Interrupted, the same call goes on after the last whole file; complete, it does nothing.
+
+    Args:
+        outputs: a function of images float32 `[B, H, W, C]` in 0..1 that returns logits `[B, C]`;
+            it must give the same for the same images.
+        stream: the batches.
+        folder: of the recording.
+        steps: so many batches from the first on.
+        classes: the number of logits.
+        dtype: as of `Header`.
+        top: as of `Header`.
+        source: what the outputs are of, for people; two calls with another source are different.
+
+    Returns:
+        The recording.
+
+    Raises:
+        InputError: a folder that holds something else, or logits that cannot be recorded.
+        RunError: they cannot be written.
+
+    >>> import tempfile
+    >>> images, labels = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32)
+    >>> stream = BatchStream(images, labels, Batches(8, batch_size=4), data_seed=0)
+    >>> def outputs(images):
+    ...     return np.zeros((len(images), 10))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     record_host(outputs, stream, folder, steps=3, classes=10).rows(0, 3).shape
+    (3, 4, 10)
+    """
+    header = Header("batches", stream.facts, steps, classes, dtype, top, dict(source or {}))
+    writer = RecordingWriter(folder, header)
+    if not writer.is_complete:
+        with writer:
+            for images, _ in stream.host(writer.rows, steps):
+                writer.add(outputs(images))
+    return Recording(folder)
 
 
 @functools.lru_cache(maxsize=16)
