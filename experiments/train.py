@@ -199,7 +199,7 @@ class _Training:
         """Trains the epochs that are left; each is recorded, then saved."""
         run, graph = self._run, self._run.graph
         marks = [
-            "target" if i == 0 else "frozen" if i in graph.frozen and node.outputs is None else ""
+            "target" if i == 0 else "frozen" if i in graph.frozen and node.kind == "network" else ""
             for i, node in enumerate(graph.nodes)
         ]
         display = Display(

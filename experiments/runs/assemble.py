@@ -25,7 +25,7 @@ from ktg_jax.training.engines import (
 )
 from ktg_jax.training.evaluation import Means
 from ktg_jax.training.node_terms import Priors
-from ktg_jax.training.state import GraphState
+from ktg_jax.training.state import GraphState, with_averages
 from ktg_jax.training.warm_start import check_input, load_weights, with_weights
 
 from .config import TrainConfig
@@ -130,7 +130,7 @@ def assemble(
             engine cannot do.
     """
     parallel = parallel_of(config, devices)
-    task = _task(config, node_functions(config, graph, dataset, parallel), dataset)
+    task = _task(config, graph, node_functions(config, graph, dataset, parallel), dataset)
     init_key = jax.random.split(jax.random.key(config.seed))[0]
     state, priors = _initial_state(graph, task, init_key, dataset)
     engine = _engine(config, task, state, parallel)
@@ -162,7 +162,9 @@ def assemble(
     )
 
 
-def _task(config: TrainConfig, node_fns: Sequence[ktg.NodeFns], dataset: Dataset) -> Task:
+def _task(
+    config: TrainConfig, graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], dataset: Dataset
+) -> Task:
     """What is trained, and how it is augmented and updated."""
     per_epoch = check_steps(config, dataset)
     optimizer = _optimizer(
@@ -173,7 +175,8 @@ def _task(config: TrainConfig, node_fns: Sequence[ktg.NodeFns], dataset: Dataset
         config.warmup_epochs * per_epoch,
     )
     batches = batches_of(config, dataset)
-    return Task(node_fns, optimizer, batches, dataset.image_shape, config.epochs * per_epoch)
+    steps = config.epochs * per_epoch
+    return Task(node_fns, optimizer, batches, dataset.image_shape, steps, graph.derived)
 
 
 def _initial_state(
@@ -191,7 +194,8 @@ def _initial_state(
                 weights = load_weights(node.weights, node.model, shape)
             check_input(i, weights, wanted)
             state = with_weights(state, i, weights)
-    return ktg.with_priors(state, graph)
+    state, priors = ktg.with_priors(state, graph)
+    return with_averages(state, graph.derived), priors
 
 
 def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:

@@ -43,7 +43,7 @@ def _whole_graph(config: TrainConfig) -> ktg.Graph:
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
     for i, node in enumerate(graph.nodes):
-        if node.outputs is not None:
+        if node.kind != "network":
             continue
         if i in graph.frozen and not node.weights:
             raise InputError(
@@ -127,7 +127,7 @@ def with_pretrained(graph: ktg.Graph) -> ktg.Graph:
     return with_sources(
         graph,
         lambda i, node: (
-            node.weights or (PRETRAINED if i in graph.frozen and node.outputs is None else None)
+            node.weights or (PRETRAINED if i in graph.frozen and node.kind == "network" else None)
         ),
     )
 

@@ -37,7 +37,7 @@ def node_functions(
     """
     node_fns: list[ktg.NodeFns] = []
     for i, node in enumerate(graph.nodes):
-        if node.outputs is not None:
+        if node.kind != "network":  # that of an average is filled in below
             node_fns.append(NO_NETWORK)
             continue
         with part_of(f"nodes[{i}].model"):
@@ -45,6 +45,8 @@ def node_functions(
         with part_of(f"nodes[{i}].projection"):
             seen = node.projection
             node_fns.append(fns if seen is None else projected(fns, load_readers(seen)))
+    for average in graph.derived.averages:
+        node_fns[average.node] = node_fns[average.source]
     return node_fns
 
 
@@ -75,7 +77,7 @@ def check_networks(
     """
     recordings_of(config, graph, dataset)
     for i, node in enumerate(graph.nodes):
-        if node.outputs is not None:
+        if node.kind != "network":
             continue
         with errors_of(f"node {node.name}"):
             wanted = node_input(i, node, dataset)

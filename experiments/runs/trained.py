@@ -29,7 +29,7 @@ from .workdir import Workdir
 
 @dataclass(frozen=True)
 class Trained:
-    """Networks and their weights, recorded nodes left out.
+    """Networks and their weights, recorded nodes and ensembles left out.
 
     Attributes:
         names: the names of the nodes.
@@ -39,6 +39,7 @@ class Trained:
         inputs: how each wants its images; of a file that does not say it, what was given.
         epoch: that the weights are of; None: of a file.
         layout: of a state dict of PyTorch, the name of its layout.
+        target: the index of the target; None: it is an ensemble.
     """
 
     names: tuple[str, ...]
@@ -48,6 +49,7 @@ class Trained:
     inputs: tuple[Input, ...]
     epoch: int | None = None
     layout: str | None = None
+    target: int | None = 0
 
     def index(self, name: str | None) -> int:
         """The index of a node; without a name, of the target.
@@ -57,6 +59,8 @@ class Trained:
         """
         if name is not None and name not in self.names:
             raise InputError("node", name, ", ".join(self.names))
+        if name is None and self.target is None:
+            raise InputError("node", name, f"{', '.join(self.names)}: the target is an ensemble")
         return 0 if name is None else self.names.index(name)
 
     def said(self, path: str) -> str | None:
@@ -78,10 +82,11 @@ def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
         RunError: no checkpoint that can be read.
     """
     graph, run = workdir.graph, workdir.config
-    nodes = [node for node in graph.nodes if node.outputs is None]
+    kept = [i for i, n in enumerate(graph.nodes) if n.kind in ("network", "average")]
+    nodes, models = [graph.nodes[i] for i in kept], [graph.model_of(i) for i in kept]
     facts, inputs = run["data_facts"], run_inputs(workdir.path, graph)
     dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32
-    node_fns = [ktg.build_model(node.model, facts["classes"], dtype=dtype) for node in nodes]
+    node_fns = [ktg.build_model(model, facts["classes"], dtype=dtype) for model in models]
     wanted = [inputs[str(node.name)] for node in nodes]
     node_fns = [_seeing(fns, each) for fns, each in zip(node_fns, wanted, strict=True)]
     epoch, stored = read_nodes(workdir.checkpoints, _epoch(workdir, checkpoint))
@@ -93,11 +98,12 @@ def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
         model_state.append(made[1])
     return Trained(
         tuple(str(node.name) for node in nodes),
-        tuple(node.model for node in nodes),
+        tuple(models),
         tuple(node_fns),
         _state(params, model_state),
         tuple(wanted),
         epoch,
+        target=0 if 0 in kept else None,
     )
 
 

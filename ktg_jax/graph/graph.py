@@ -13,6 +13,7 @@ from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, functions_among
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
+from ktg_jax.graph.derived import PLAIN, Derived, derived_of
 from ktg_jax.graph.edge import Edge, checked_edge
 from ktg_jax.graph.node import (
     NO_PRIOR,
@@ -23,10 +24,10 @@ from ktg_jax.graph.node import (
     checked_temperature,
 )
 from ktg_jax.graph.normal_form import merged
+from ktg_jax.graph.roles import check_roles
 from ktg_jax.inputs import OF_DATA, resolved_input
 from ktg_jax.io.files import write_text
 from ktg_jax.io.json_input import check_fields, decoded, read
-from ktg_jax.named_losses import named_loss
 
 EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
 
@@ -47,6 +48,7 @@ class Graph:
         nodes: N nodes, each with a name.
         edges: N x N edges, `edges[receiver][sender]`.
         temperature: T > 0.
+        derived: the nodes that are ensembles or averages of others.
 
     Raises:
         InputError: no node or more than 100, a gate or a loss that does not exist, a matrix of the
@@ -66,6 +68,7 @@ class Graph:
     nodes: tuple[Node, ...]
     edges: EdgeMatrix
     temperature: float
+    derived: Derived = dataclasses.field(init=False, repr=False, compare=False)
 
     def __init__(
         self, nodes: Any, gates: Any = None, temperature: float = 1.0, *, edges: Any = None
@@ -79,35 +82,8 @@ class Graph:
             matrix = _checked_edges("gates", gates, len(self.nodes), matrix)
         set_field(self, "edges", matrix)
         set_field(self, "temperature", checked_temperature("temperature", temperature))
-        self._check_roles()
-
-    def _check_roles(self) -> None:
-        if not any(edge.carries for edge in self.edges[0]):
-            raise InputError(
-                "gates[0]",
-                list(self.gates[0]),
-                "at least one gate of the target (row 0) that is not cutoff",
-            )
-        for i, node in enumerate(self.nodes):
-            if i in self.frozen and node.prior is not None:
-                allowed = "no prior: all gates of the node are cutoff, it never learns"
-                raise InputError(f"nodes[{i}].prior", node.prior, allowed)
-            if i not in self.frozen and node.projection is not None:
-                allowed = "no projection: the node learns, readers are fitted to one that does not"
-                raise InputError(f"nodes[{i}].projection", node.projection, allowed)
-            if node.outputs is not None:
-                self._check_recorded(i)
-
-    def _check_recorded(self, index: int) -> None:
-        if index not in self.frozen:
-            allowed = "cutoff alone: the node is recorded, it never learns"
-            raise InputError(f"gates[{index}]", list(self.gates[index]), allowed)
-        for t, row in enumerate(self.edges):
-            for loss in row[index].losses if t != index and row[index].carries else ():
-                if named_loss(loss).needs_stages:
-                    allowed = "losses on logits: node {} is recorded, and has no stages"
-                    name = self.nodes[index].name
-                    raise InputError(f"gates[{t}][{index}].loss", loss, allowed.format(name))
+        check_roles(self.nodes, self.edges, self.frozen)
+        set_field(self, "derived", derived_of(self.nodes, self.frozen))
 
     @property
     def gates(self) -> tuple[tuple[str, ...], ...]:
@@ -154,6 +130,11 @@ class Graph:
             if all(gate == "cutoff" for gate in row)
         )
 
+    def model_of(self, index: int) -> str:
+        """The name of a node's model; of an average that of the node whose weights it averages."""
+        sources = {each.node: each.source for each in self.derived.averages}
+        return self.nodes[sources.get(index, index)].model
+
     def carrying(self, loss: str | Mapping[str, float]) -> "Graph":
         """This graph, its transfer edges carrying something else through the same gates.
 
@@ -173,6 +154,8 @@ class Graph:
     def needed_nodes(self, roots: Iterable[int] = (0,)) -> tuple[int, ...]:
         """The nodes that can influence a root: edges that carry something lead from them to it.
 
+        So do ensembles from their members, and averages from what they average.
+
         Args:
             roots: node indices; they are needed themselves.
 
@@ -189,6 +172,7 @@ class Graph:
             receiver = to_visit.pop()
             needed.add(receiver)
             senders = {s for s, edge in enumerate(self.edges[receiver]) if edge.carries}
+            senders |= set(self.derived.of(receiver))
             to_visit |= senders - needed
         return tuple(sorted(needed))
 
@@ -220,7 +204,8 @@ class Graph:
             The pruned graph, its nodes sorted and named `node0`, the target, `node1`, ...
 
         Raises:
-            InputError: so many nodes look alike that it would take too long; never of up to 8.
+            InputError: so many nodes look alike that it would take too long, never of up to 8; or
+                ensembles or averages, for which no such form is defined.
 
         >>> graph = Graph(["resnet32", "wrn28_2", "cnn"], [["correct", "cutoff", "linear"],
         ...               ["through", "through", "through"], ["cutoff", "cutoff", "cutoff"]])
@@ -229,6 +214,9 @@ class Graph:
         ((('through', 'linear'), ('cutoff', 'cutoff')), 'cnn', 'node1')
         """
         graph = self.pruned()
+        if graph.derived != PLAIN:
+            kinds_of = [node.kind for node in graph.nodes]
+            raise InputError("nodes", kinds_of, "no ensembles or averages in a canonical graph")
         kinds = [
             (
                 i != 0,
@@ -355,10 +343,12 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
 def _node(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
     network = {"weights", "prior", "projection", "input", *PRIOR_DEFAULTS}
-    if isinstance(fields, Mapping) and fields.get("outputs") is not None:
-        check_fields(where, fields, required={"outputs"}, optional={"name"})
-        return Node(**fields)
-    check_fields(where, fields, required={"model"}, optional={"name", "outputs", *network})
+    for kind, options in (("outputs", ()), ("ensemble", ("of",)), ("average", ("decay",))):
+        if isinstance(fields, Mapping) and fields.get(kind) is not None:
+            check_fields(where, fields, required={kind}, optional={"name", *options})
+            return Node(**fields)
+    special = {"outputs", "ensemble", "average"}
+    check_fields(where, fields, required={"model"}, optional={"name", *special, *network})
     if fields.get("prior") is None:
         for field in PRIOR_DEFAULTS:
             if field in fields:

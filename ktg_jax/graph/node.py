@@ -4,16 +4,19 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from ktg_jax.checks import check_not_negative, check_positive, check_share
+from ktg_jax.checks import check_not_negative, check_positive, check_share, is_number
 from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input, checked_input
 
-RECORDED = "recorded"
-"""What stands in a recorded node for its model."""
+RECORDED, ENSEMBLE, AVERAGE = "recorded", "ensemble", "average"
+"""What stands for its model in a node that is no network of its own."""
+
+COMBINED = ("logits", "probabilities")
+"""Of what an ensemble may be."""
 
 MATCHINGS = ("initialise", "assignment", "none")
 """How a prior's filters meet a student's; see `ktg_jax.priors.match_prior`."""
@@ -62,6 +65,13 @@ class Node:
             images, or a mapping of an `Input`'s fields.
         outputs: the folder of a recording, in place of a network: the node puts out what another
             one put out for the same batches. It has no parameters and never learns.
+        ensemble: the names of other nodes, in place of a network: the node puts out what they do
+            together. It has no parameters and never learns, but may be the target.
+        of: "logits": the ensemble's logits are the sum of theirs; "probabilities": the logarithm of
+            their mean probabilities.
+        average: the name of a node that learns, in place of a network: the weights are the
+            exponential moving average of that node's (mean teacher). It is not taught.
+        decay: how much of the average a step keeps, in [0, 1).
 
     >>> Node("resnet32", name="teacher", weights="runs/teacher").model
     'resnet32'
@@ -80,6 +90,20 @@ class Node:
     projection: str | None = None
     input: "str | Input | Mapping[str, Any] | None" = None
     outputs: str | None = None
+    ensemble: "Sequence[str] | None" = None
+    of: str = "logits"
+    average: str | None = None
+    decay: float = 0.999
+
+    @property
+    def kind(self) -> str:
+        """What it is: `network`, `recorded`, `ensemble` or `average`.
+
+        >>> Node("cnn").kind, Node(ensemble=("a", "b")).kind
+        ('network', 'ensemble')
+        """
+        given = {RECORDED: self.outputs, ENSEMBLE: self.ensemble, AVERAGE: self.average}
+        return next((kind for kind, value in given.items() if value is not None), "network")
 
     @property
     def prior_options(self) -> dict[str, Any]:
@@ -96,6 +120,10 @@ class Node:
         """The fields for JSON; beside name, model and weights those that say something."""
         if self.outputs is not None:
             return {"name": self.name, "outputs": self.outputs}
+        if self.ensemble is not None:
+            return {"name": self.name, "ensemble": list(self.ensemble), "of": self.of}
+        if self.average is not None:
+            return {"name": self.name, "average": self.average, "decay": self.decay}
         fields: dict[str, Any] = {"name": self.name, "model": self.model, "weights": self.weights}
         fields |= self.prior_options
         if self.projection is not None:
@@ -151,9 +179,10 @@ def _checked_node(where: str, given: Any) -> Node:
     node = Node(given) if isinstance(given, str) else given
     if not isinstance(node, Node):
         raise InputError(where, given, "a Node or a model's name")
-    if node.outputs is not None:
-        return _checked_recorded(where, node)
-    if not isinstance(node.model, str) or node.model in ("", RECORDED):
+    if node.kind != "network":
+        return _CHECKS[node.kind](where, node)
+    _check_defaults(where, node, ("of", "decay"), "nothing but of ensembles and averages")
+    if not isinstance(node.model, str) or node.model in ("", RECORDED, ENSEMBLE, AVERAGE):
         raise InputError(f"{where}.model", node.model, "a model's name")
     for field in ("weights", "prior", "projection"):
         value = getattr(node, field)
@@ -169,11 +198,51 @@ def _checked_node(where: str, given: Any) -> Node:
 def _checked_recorded(where: str, node: Node) -> Node:
     if not _is_path(node.outputs):
         raise InputError(f"{where}.outputs", node.outputs, "the folder of a recording, or null")
-    for field in ("model", "weights", "prior", "projection", "input"):
-        default = getattr(Node, field)
-        if getattr(node, field) != default:
-            raise InputError(f"{where}.{field}", getattr(node, field), "nothing beside outputs")
+    _check_alone(where, node, "outputs", "outputs")
     return node
+
+
+def _checked_ensemble(where: str, node: Node) -> Node:
+    members = node.ensemble
+    is_list = isinstance(members, Sequence) and not isinstance(members, str)
+    if not is_list or not members or not all(isinstance(name, str) for name in members):
+        raise InputError(f"{where}.ensemble", members, "names of other nodes, at least one")
+    if len(set(members)) < len(members):
+        raise InputError(f"{where}.ensemble", list(members), "each node once")
+    if node.of not in COMBINED:
+        raise InputError(f"{where}.of", node.of, ", ".join(COMBINED))
+    _check_alone(where, node, "ensemble", "ensemble", "of")
+    return dataclasses.replace(node, model=ENSEMBLE, ensemble=tuple(members))
+
+
+def _checked_average(where: str, node: Node) -> Node:
+    if not isinstance(node.average, str):
+        raise InputError(f"{where}.average", node.average, "the name of a node that learns")
+    if not is_number(node.decay) or not 0 <= node.decay < 1:
+        raise InputError(f"{where}.decay", node.decay, "a number of at least 0, below 1")
+    _check_alone(where, node, "average", "average", "decay")
+    return dataclasses.replace(node, model=AVERAGE, decay=float(node.decay))
+
+
+def _check_alone(where: str, node: Node, kind: str, *own: str) -> None:
+    """Raises InputError where a node that is no network has other fields than its own."""
+    others = (f.name for f in dataclasses.fields(Node) if f.name not in ("name", "model", *own))
+    _check_defaults(where, node, tuple(others), f"nothing beside {kind}")
+    if node.model not in (RECORDED, ENSEMBLE, AVERAGE):
+        raise InputError(f"{where}.model", node.model, f"nothing beside {kind}")
+
+
+def _check_defaults(where: str, node: Node, fields: Sequence[str], allowed: str) -> None:
+    for field in fields:
+        if getattr(node, field) != getattr(Node, field):
+            raise InputError(f"{where}.{field}", getattr(node, field), allowed)
+
+
+_CHECKS = {
+    RECORDED: _checked_recorded,
+    ENSEMBLE: _checked_ensemble,
+    AVERAGE: _checked_average,
+}
 
 
 def _is_path(value: Any) -> bool:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
+from ktg_jax.graph.derived import PLAIN, Derived, Ensemble
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
 from ktg_jax.training.evaluation import (
@@ -57,6 +58,7 @@ class Task:
         batches: how they are made.
         image_shape: `(H, W, C)`.
         total_steps: k_end of the gates' progress.
+        derived: `Graph.derived`, the nodes that are ensembles or averages of others.
 
     Raises:
         InputError: a batch larger than the data.
@@ -67,6 +69,7 @@ class Task:
     batches: Batches
     image_shape: Sequence[int]
     total_steps: int
+    derived: Derived = PLAIN
 
     def __post_init__(self) -> None:
         steps_per_epoch(self.batches.num_images, self.batches.batch_size)
@@ -173,6 +176,7 @@ def fused_step(
             axis_name=parallel.axis_name,
             priors=priors,
             recorded=recorded,
+            derived=task.derived,
         )
 
     if steps_per_call == 1:
@@ -218,7 +222,7 @@ class FusedEngine:
         self._compiled = functools.cache(functools.partial(fused_step, task, parallel))
         self._compiled(1)  # checks the batch size; compiles nothing yet
         size = evaluation_batch_size(task.image_shape, parallel.devices[0].platform)
-        self.evaluate = make_evaluator(task.node_fns, parallel, size)
+        self.evaluate = make_evaluator(task.node_fns, parallel, size, task.derived.ensembles)
         self.summary = f"{_devices(parallel.devices)} ({parallel.strategy})"
 
     def place(self, state: GraphState) -> GraphState:
@@ -266,7 +270,9 @@ class PerNodeEngine:
         self._placement = node_placement(task.node_fns, state, devices, task.image_shape)
         self._used = tuple(dict.fromkeys(self._placement))
         size = evaluation_batch_size(task.image_shape, devices[0].platform)
-        self.evaluate = make_per_node_evaluator(task.node_fns, self._placement, size)
+        self.evaluate = make_per_node_evaluator(
+            task.node_fns, self._placement, size, task.derived.ensembles
+        )
         self.summary = f"{_devices(self._used)} (node by node)"
 
     def place(self, state: GraphState) -> GraphState:
@@ -314,6 +320,7 @@ class PerNodeEngine:
                 placement=placement,
                 priors=priors,
                 recorded=_taken(feed.tables, image_index) | rows,
+                derived=task.derived,
             )
             feed.after(state, 1, updated)
             return updated, metrics
@@ -322,7 +329,10 @@ class PerNodeEngine:
 
 
 def make_per_node_evaluator(
-    node_fns: Sequence[NodeFns], placement: Placement, batch_size: int
+    node_fns: Sequence[NodeFns],
+    placement: Placement,
+    batch_size: int,
+    ensembles: tuple[Ensemble, ...] = (),
 ) -> Callable[[GraphState, dict[jax.Device, Arrays]], Means]:
     """`make_evaluator` node by node, with the data on each of the placement's devices."""
     used = tuple(dict.fromkeys(placement))
@@ -333,9 +343,8 @@ def make_per_node_evaluator(
             made = {to: _evaluation_batch(data[to], start, size=batch_size) for to in used}
             images = {to: images for to, (images, _, _) in made.items()}
             _, labels, mask = made[placement[0]]
-            sums.append(
-                per_node_eval(state, images, labels, mask, node_fns=node_fns, placement=placement)
-            )
+            how: dict[str, Any] = {"placement": placement, "ensembles": ensembles}
+            sums.append(per_node_eval(state, images, labels, mask, node_fns=node_fns, **how))
         return means_of(sums)
 
     return evaluate

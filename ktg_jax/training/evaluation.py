@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.graph.derived import Ensemble
 from ktg_jax.losses import checked_labels, cross_entropy, is_correct
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.pixels import to_float
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.batches import Arrays
+from ktg_jax.training.derived import with_ensembles
 from ktg_jax.training.node_terms import absent
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState
@@ -37,6 +39,7 @@ def eval_step(
     mask: jax.Array | None = None,
     *,
     node_fns: Sequence[NodeFns],
+    ensembles: tuple[Ensemble, ...] = (),
 ) -> Metrics:
     """Evaluates every node and their ensemble on a batch, with stored statistics. Pure.
 
@@ -47,6 +50,7 @@ def eval_step(
         mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
             all.
         node_fns: one a node.
+        ensembles: nodes that are ensembles, `Graph.derived.ensembles`.
 
     Returns:
         Sums over the samples that count, so that batches can be added up: `loss` (cross-entropy)
@@ -76,15 +80,19 @@ def eval_step(
             output, _ = node_forward(params, model_state, images, fns=fns, frozen=True)
             check_for_labels(output, labels)
         logits.append(output)
-    return eval_sums(logits, labels, mask)
+    return eval_sums(logits, labels, mask, ensembles)
 
 
 def eval_sums(
-    logits: ArrayLike | Sequence[ArrayLike | None], labels: ArrayLike, mask: ArrayLike | None = None
+    logits: ArrayLike | Sequence[ArrayLike | None],
+    labels: ArrayLike,
+    mask: ArrayLike | None = None,
+    ensembles: tuple[Ensemble, ...] = (),
 ) -> Metrics:
     """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
 
-    None in place of a node's logits stands for a recorded node.
+    None in place of a node's logits stands for a recorded node, and for an ensemble. The last two
+    sums are of the logits of all networks, no ensembles among them.
 
     >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
     >>> sums = eval_sums(logits, jnp.array([0]))
@@ -92,6 +100,8 @@ def eval_sums(
     ([1.0, 0.0], 1.0)
     """
     each = logits if isinstance(logits, list | tuple) else list(jnp.asarray(logits))
+    networks = [i for i, z in enumerate(each) if z is not None]
+    each = with_ensembles(each, ensembles)
     there = [i for i, z in enumerate(each) if z is not None]
     stacked = jnp.stack([jnp.asarray(each[i], jnp.float32) for i in there])
     counts = jnp.ones(stacked.shape[1], jnp.float32)
@@ -110,7 +120,8 @@ def eval_sums(
         return jnp.full(len(each), absent(), jnp.float32).at[jnp.array(there)].set(found)
 
     loss, correct = jax.vmap(sums)(stacked)
-    ensemble_loss, ensemble_correct = sums(jnp.sum(stacked, axis=0))
+    of_networks = stacked[jnp.array([there.index(i) for i in networks])]
+    ensemble_loss, ensemble_correct = sums(jnp.sum(of_networks, axis=0))
     return {
         "loss": of_all(loss),
         "correct": of_all(correct),
@@ -131,7 +142,10 @@ def evaluation_batch_size(image_shape: Sequence[int], platform: str) -> int:
 
 
 def make_evaluator(
-    node_fns: Sequence[NodeFns], parallel: Parallel, batch_size: int = 500
+    node_fns: Sequence[NodeFns],
+    parallel: Parallel,
+    batch_size: int = 500,
+    ensembles: tuple[Ensemble, ...] = (),
 ) -> Evaluator:
     """Compiles `evaluate(state, data)`: every node and their ensemble on all images.
 
@@ -139,6 +153,7 @@ def make_evaluator(
         node_fns: one a node.
         parallel: whose devices are used.
         batch_size: rounded up to a multiple of the number of devices.
+        ensembles: those among the nodes.
 
     Returns:
         A function that returns the `Means`.
@@ -150,7 +165,8 @@ def make_evaluator(
     @jax.jit
     def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
         position = mesh.shard(start + jnp.arange(batch_size))
-        return eval_step(state, *evaluation_batch(data, position), node_fns=node_fns)
+        batch = evaluation_batch(data, position)
+        return eval_step(state, *batch, node_fns=node_fns, ensembles=ensembles)
 
     def evaluate(state: GraphState, data: Arrays) -> Means:
         starts = range(0, len(data.labels), batch_size)

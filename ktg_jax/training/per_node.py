@@ -18,8 +18,10 @@ from jax.typing import ArrayLike
 
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
+from ktg_jax.graph.derived import Ensemble
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
+from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.evaluation import eval_sums
 from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
@@ -144,8 +146,8 @@ def per_node_step(
     pullbacks: list[Any] = []
     model_state = list(state.model_state)
     for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
-        if i in recorded:
-            outputs.append(jax.device_put(recorded[i], home))
+        if i in recorded or i in how.ensembles:
+            outputs.append(jax.device_put(recorded.get(i), home))
             pullbacks.append(None)
             continue
         inputs = state.params[i], state.model_state[i], images[device]
@@ -159,6 +161,8 @@ def per_node_step(
         outputs.append(jax.device_put(output, home))
         pullbacks.append(pullback)
 
+    if how.ensembles:
+        outputs = _with_ensembles(outputs, how.derived.ensembles)
     output_gradients, metrics, losses = _graph_gradients(
         outputs, labels, edges, progress, where=how.where
     )
@@ -176,6 +180,10 @@ def per_node_step(
             extra = jax.device_put((prior, progress), device)
             params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*update, *extra)
             distances[i] = jax.device_put(distance, home)
+    for average in how.derived.averages:
+        i, source = average.node, average.source
+        new = jax.device_put((params[source], model_state[source]), placement[i])
+        params[i], model_state[i] = _moved((params[i], model_state[i]), new, average.decay)
     if any(distance is not None for distance in distances):
         metrics |= _distance_metrics(distances)
     new_step = _next(state.step)
@@ -190,6 +198,7 @@ def per_node_eval(
     *,
     node_fns: Sequence[NodeFns],
     placement: Placement,
+    ensembles: tuple[Ensemble, ...] = (),
 ) -> Metrics:
     """`eval_step` node by node: the same sums.
 
@@ -200,6 +209,7 @@ def per_node_eval(
         mask: bool `[B]`, which samples count, likewise; None: all.
         node_fns: one a node; equal ones share their executables.
         placement: the device of each node.
+        ensembles: those among the nodes.
 
     Returns:
         As `eval_step`: `loss` and `correct` `[N]`, `ensemble_loss`, `ensemble_correct` and `count`
@@ -218,7 +228,7 @@ def per_node_eval(
             output = _frozen_forward(fns, False)(*inputs)
             check_for_labels(output, labels)
         logits.append(jax.device_put(output, placement[0]))
-    return _eval_sums(tuple(logits), labels, mask)
+    return _eval_sums(tuple(logits), labels, mask, ensembles)
 
 
 @jax.jit
@@ -230,7 +240,9 @@ def _graph_gradients(*inputs: Any, **options: Any) -> Any:
 
 
 _distance_metrics = jax.jit(distance_metrics)
-_eval_sums = jax.jit(eval_sums)
+_with_ensembles = jax.jit(with_ensembles, static_argnums=1)
+_moved = jax.jit(moved, static_argnums=2)
+_eval_sums = jax.jit(eval_sums, static_argnums=3)
 _next = jax.jit(lambda step: step + 1)
 
 

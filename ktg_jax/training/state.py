@@ -1,5 +1,6 @@
 """The state of a whole graph: one pytree of all nodes."""
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from ktg_jax.errors import InputError
+from ktg_jax.graph.derived import Derived
 from ktg_jax.graph.graph import Graph
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import has_floats
@@ -53,7 +55,8 @@ def init_state(
 ) -> GraphState:
     """Initialises every node.
 
-    A node's parameters depend on its name, its model and `rng`: not on the other nodes.
+    A node's parameters depend on its name, its model and `rng`: not on the other nodes. An average
+    begins as what it averages.
 
     Args:
         graph: whose `frozen` nodes get no optimiser state.
@@ -86,7 +89,17 @@ def init_state(
         None if i in graph.frozen else init_opt_state(optimizer, node_params)
         for i, node_params in enumerate(params)
     )
-    return GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
+    state = GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
+    return with_averages(state, graph.derived)
+
+
+def with_averages(state: GraphState, derived: Derived) -> GraphState:
+    """The state in which each average begins as the node that it averages is."""
+    params, model_state = list(state.params), list(state.model_state)
+    for average in derived.averages:
+        params[average.node] = jax.tree.map(jnp.copy, params[average.source])
+        model_state[average.node] = jax.tree.map(jnp.copy, model_state[average.source])
+    return dataclasses.replace(state, params=tuple(params), model_state=tuple(model_state))
 
 
 def node_rng(rng: jax.Array, name: str) -> jax.Array:

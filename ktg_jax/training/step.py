@@ -18,12 +18,14 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
+from ktg_jax.graph.derived import PLAIN, Derived
 from ktg_jax.losses import is_correct
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.pixels import check_floats
 from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
 from ktg_jax.models.streams import batch_spread_over
 from ktg_jax.outputs import Outputs, all_outputs
+from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.node_terms import Priors, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.updates import check_states, node_update
@@ -143,7 +145,9 @@ class StepOptions:
             the gradients of their own nodes, and to nothing else. None: no node has one.
         where: bool of the labels' shape, which samples count; None: all. Batch statistics see all.
         recorded: the logits of nodes by their index, float `[B, C]`, of which no forward pass is
-            made: they are frozen. A node whose functions are `NO_NETWORK` must be among them.
+            made: they are frozen. A node whose functions are `NO_NETWORK` must be among them, or an
+            ensemble.
+        derived: `Graph.derived`, which nodes are ensembles or averages of others.
     """
 
     node_fns: Sequence[NodeFns]
@@ -152,6 +156,12 @@ class StepOptions:
     priors: Priors | None = None
     where: ArrayLike | None = None
     recorded: Mapping[int, ArrayLike] | None = None
+    derived: Derived = PLAIN
+
+    @property
+    def ensembles(self) -> tuple[int, ...]:
+        """Indices of the nodes that are ensembles."""
+        return tuple(each.node for each in self.derived.ensembles)
 
 
 def train_step(
@@ -184,7 +194,8 @@ def train_step(
     Returns:
         The new state and the metrics of `graph_gradients`. With priors also `prior_distance`,
         float32 `[N, G]`: how far each stage of each node was from its prior before the update; NaN
-        where there is none (-1 under `jax_debug_nans`). Nothing of a frozen node changes.
+        where there is none (-1 under `jax_debug_nans`). Nothing of a frozen node changes, but for
+        the weights of an average.
 
     Raises:
         InputError: images that are no floats; a prior of a frozen node or of another student, or
@@ -209,14 +220,15 @@ def train_step(
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
     with batch_spread_over(axis_name):
         nodes = [
-            (recorded[i], None, state.model_state[i])
-            if i in recorded
+            (recorded.get(i), None, state.model_state[i])
+            if i in recorded or i in how.ensembles
             else _forward(state, i, images, labels, fns, edges.needs_stages)
             for i, fns in enumerate(how.node_fns)
         ]
-    outputs, pullbacks, model_state = zip(*nodes, strict=True)
+    given, pullbacks, new_model_state = zip(*nodes, strict=True)
+    outputs, model_state = with_ensembles(given, how.derived.ensembles), list(new_model_state)
     output_gradients, metrics = graph_gradients(
-        outputs, labels, edges, progress, where=how.where, axis_name=axis_name
+        tuple(outputs), labels, edges, progress, where=how.where, axis_name=axis_name
     )
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
@@ -234,8 +246,12 @@ def train_step(
             updated = params[i], opt_state[i], gradients
             own_loss = metrics["loss"][i]
             params[i], opt_state[i] = node_update(*updated, optimizer=how.optimizer, value=own_loss)
+    for average in how.derived.averages:
+        i, source = average.node, average.source
+        params[i] = moved(params[i], params[source], average.decay)
+        model_state[i] = moved(model_state[i], model_state[source], average.decay)
     metrics |= distance_metrics(distances)
-    new_state = GraphState(tuple(params), model_state, tuple(opt_state), state.step + 1)
+    new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
     return new_state, metrics
 
 
@@ -250,7 +266,7 @@ def checked_recorded(
     """
     recorded: dict[int, Any] = dict(how.recorded or {})
     for i, fns in enumerate(how.node_fns):
-        if fns == NO_NETWORK and i not in recorded:
+        if fns == NO_NETWORK and i not in recorded and i not in how.ensembles:
             raise InputError("recorded", sorted(recorded), f"the logits of node {i}, too")
     for i, given in recorded.items():
         if i not in state.frozen:

@@ -57,7 +57,7 @@ def load_weights(
     except InputError as error:
         allowed = f"a run with a readable graph.json ({error.allowed})"
         raise InputError("weights", source, allowed) from None
-    models = {str(node.name): node.model for node in graph.nodes}
+    models = {str(node.name): graph.model_of(i) for i, node in enumerate(graph.nodes)}
     name = name or next(iter(models))
     if name not in models:
         raise InputError("weights", source, f"one of the run's nodes: {', '.join(models)}")
@@ -99,11 +99,13 @@ def run_inputs(folder: str | os.PathLike[str], graph: Graph) -> dict[str, Input]
         InputError: they are not there, where a node is given the data's.
     """
     found: dict[str, Input] = {}
-    for node in graph.nodes:
+    sources = {each.node: each.source for each in graph.derived.averages}
+    for i, named in enumerate(graph.nodes):
+        node = graph.nodes[sources.get(i, i)]
         of_data = _statistics(folder, str(node.name)) if node.input == OF_DATA else None
         given = Input() if node.input is None else checked_input("input", node.input)
         with part_of(f"{folder}: node {node.name}"):
-            found[str(node.name)] = resolved_input(given, of_data)
+            found[str(named.name)] = resolved_input(given, of_data)
     return found
 
 

@@ -236,7 +236,7 @@ OPTIONAL = "(and temperature)"
         (
             '{"nodes": [{"model": "cnn", "width": 2}], "gates": []}',
             "nodes[0].width",
-            "an object with model (and input, name, outputs, prior, prior_matching, ",
+            "an object with model (and average, ensemble, input, name, outputs, prior, ",
         ),
         ('{"nodes": [{"model": "cnn"}], "gates": [["open"]]}', "gates[0][0]", GATE_NAMES),
         (
