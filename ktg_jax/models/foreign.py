@@ -193,6 +193,8 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
 
 def _starts_like_a_pickle(file: Path) -> bool:
     """Whether a file begins as pickles do, and is no safetensors file, which may do so, too."""
+    if not file.is_file():  # from a pipe one would wait for ever
+        return False
     try:
         with file.open("rb") as stream:
             if not stream.read(2).startswith(_PICKLE_STARTS):
