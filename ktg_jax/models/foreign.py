@@ -13,22 +13,15 @@ import numpy as np
 from ktg_jax.errors import InputError
 from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
 from ktg_jax.io.trees import FlatTree, by_path, digest, flatten, unflatten
-from ktg_jax.models.layouts import LAYOUTS, Layout, channel_orders, without_prefix
-from ktg_jax.models.network import PyTree, stage_number
+from ktg_jax.models.layouts import LAYOUTS, Layout, renumbered, without_prefix
+from ktg_jax.models.network import PyTree
+from ktg_jax.models.pickles import refuse_pickle
 from ktg_jax.models.registry import build_model, check_model
 from ktg_jax.models.streams import without_stream
 
 AUTO = "auto"
 _STATISTICS = "batch_stats."
 _MOST_NAMED = 10
-_PICKLES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".pkl")
-_PICKLE_STARTS = (b"PK", b"\x80")
-_CONVERT = (
-    "import torch, safetensors.torch; "
-    "state = torch.load({path!r}, map_location='cpu', weights_only=True); "
-    "safetensors.torch.save_file({{k: v.contiguous() for k, v in "
-    "state.get('state_dict', state).items()}}, {target!r})"
-)
 
 
 def load_state_dict(
@@ -92,7 +85,7 @@ def load_state_dict(
     arrays = {p: _turned(tensors[str(key)]) for p, key in keys.items()}
     _check_arrays(path, model, arrays, paths, keys)
     if taken is not None and taken.pads_both_sides:
-        arrays = _renumbered(arrays, inverse=False)
+        arrays = renumbered(arrays, inverse=False)
     return _unflattened(arrays, template, str(path))
 
 
@@ -136,7 +129,7 @@ def save_state_dict(
     if missing:
         raise InputError("layout", layout, f"one that names every part of a {model} ({missing[0]})")
     if taken.pads_both_sides:
-        arrays = _renumbered(arrays, inverse=True)
+        arrays = renumbered(arrays, inverse=True)
     tensors = {
         str(taken.key(p)): np.ascontiguousarray(_turned_back(np.asarray(array)))
         for p, array in arrays.items()
@@ -180,31 +173,6 @@ def state_dict_checksum(path: str | os.PathLike[str]) -> int:
     """The checksum of all tensors of a file; errors as of `is_foreign`."""
     refuse_pickle(path)
     return digest(read_tensors(path, "weights")[0])
-
-
-def refuse_pickle(path: str | os.PathLike[str]) -> None:
-    """Raises InputError, with the lines that convert it, where a file is or may be a pickle."""
-    file = Path(os.path.expanduser(path))
-    if file.suffix in _PICKLES or _starts_like_a_pickle(file):
-        lines = _CONVERT.format(path=str(path), target=str(Path(path).with_suffix(".safetensors")))
-        allowed = f"a .safetensors file, for reading a pickle can run anything; to convert: {lines}"
-        raise InputError("weights", str(path), allowed)
-
-
-def _starts_like_a_pickle(file: Path) -> bool:
-    """Whether a file begins as pickles do, and is no safetensors file, which may do so, too."""
-    if not file.is_file():  # from a pipe one would wait for ever
-        return False
-    try:
-        with file.open("rb") as stream:
-            if not stream.read(2).startswith(_PICKLE_STARTS):
-                return False
-        read_texts(file, "weights")
-    except OSError:
-        return False
-    except InputError:
-        return True
-    return False
 
 
 def _state_dict(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
@@ -363,30 +331,3 @@ def _turned(array: np.ndarray) -> np.ndarray:
 
 def _turned_back(array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, (-1, -2), (0, 1)) if array.ndim > 1 else array
-
-
-def _renumbered(arrays: Mapping[str, np.ndarray], inverse: bool) -> dict[str, np.ndarray]:
-    """The same network with its channels in our order; inverse: from ours to theirs.
-
-    Nothing is changed where shortcuts have parameters: then nothing is padded.
-    """
-    if any(".shortcut." in p for p in arrays):
-        return dict(arrays)
-    stages = sorted({number for p in arrays if (number := stage_number(p.split("."))) is not None})
-    widths = tuple(len(arrays[f"stage{g}_block1.norm2.scale"]) for g in stages)
-    orders = channel_orders(widths)
-    if inverse:
-        orders = [np.argsort(order) for order in orders]
-    made = dict(arrays)
-    for p, array in arrays.items():
-        part, _, leaf = p.rpartition(".")
-        block, _, inner = part.rpartition(".")
-        stage = stage_number([block]) if block else None
-        if part == "classifier" and leaf == "kernel":
-            made[p] = array[orders[-1]]
-        elif stage is not None and inner == "conv1":
-            before = stage - 2 if block.endswith("_block1") and stage > 1 else stage - 1
-            made[p] = array[:, :, orders[before]]
-        elif stage is not None and inner in ("conv2", "norm2"):
-            made[p] = array[..., orders[stage - 1]]
-    return made

@@ -5,10 +5,12 @@ A layout gives, for one of our networks' parameters and statistics, the key in a
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from ktg_jax.models.network import stage_number
 
 _LEAVES = {
     "kernel": "weight",
@@ -142,3 +144,30 @@ def channel_orders(widths: tuple[int, ...]) -> list[np.ndarray]:
         padded = [*range(first), *range(first + before, width)]
         orders.append(np.concatenate([first + orders[-1], np.array(padded, int)]))
     return orders
+
+
+def renumbered(arrays: Mapping[str, np.ndarray], inverse: bool) -> dict[str, np.ndarray]:
+    """The same network with its channels in our order; inverse: from ours to theirs.
+
+    Nothing is changed where shortcuts have parameters: then nothing is padded.
+    """
+    if any(".shortcut." in p for p in arrays):
+        return dict(arrays)
+    stages = sorted({number for p in arrays if (number := stage_number(p.split("."))) is not None})
+    widths = tuple(len(arrays[f"stage{g}_block1.norm2.scale"]) for g in stages)
+    orders = channel_orders(widths)
+    if inverse:
+        orders = [np.argsort(order) for order in orders]
+    made = dict(arrays)
+    for p, array in arrays.items():
+        part, _, leaf = p.rpartition(".")
+        block, _, inner = part.rpartition(".")
+        stage = stage_number([block]) if block else None
+        if part == "classifier" and leaf == "kernel":
+            made[p] = array[orders[-1]]
+        elif stage is not None and inner == "conv1":
+            before = stage - 2 if block.endswith("_block1") and stage > 1 else stage - 1
+            made[p] = array[:, :, orders[before]]
+        elif stage is not None and inner in ("conv2", "norm2"):
+            made[p] = array[..., orders[stage - 1]]
+    return made
