@@ -23,8 +23,8 @@ from benchmarks.task import (
 )
 from ktg_jax.cpu.memory import keep_freed_memory
 from ktg_jax.models.network import NodeFns
-from ktg_jax.training.engines import node_placement
-from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.placement import node_placement, place
 from ktg_jax.training.step import Metrics
 
 Batch = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

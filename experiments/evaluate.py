@@ -24,8 +24,9 @@ from ktg_jax.models.foreign import save_state_dict
 from ktg_jax.models.network import NodeFns
 from ktg_jax.models.weights import save_node
 from ktg_jax.training.batches import Arrays
-from ktg_jax.training.engines import choose_engine, make_per_node_evaluator
+from ktg_jax.training.engines import choose_engine
 from ktg_jax.training.evaluation import Means, evaluation_batch_size, make_evaluator
+from ktg_jax.training.per_node import make_per_node_evaluator
 from ktg_jax.training.state import GraphState
 
 from .runs import cli

@@ -23,7 +23,8 @@ from ktg_jax.models.layers import BatchNormRelu
 from ktg_jax.training.batches import Arrays, Batches, plan_batch, take_batch
 from ktg_jax.training.engines import Task, fused_step
 from ktg_jax.training.evaluation import make_evaluator
-from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.placement import place
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 1), np.uint8)

@@ -17,26 +17,18 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
-from ktg_jax.graph.derived import PLAIN, Derived, Ensemble
-from ktg_jax.models.network import NO_NETWORK, NodeFns
+from ktg_jax.graph.derived import PLAIN, Derived
+from ktg_jax.models.network import NodeFns
 from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
 from ktg_jax.training.evaluation import (
     Means,
-    evaluation_batch,
     evaluation_batch_size,
     make_evaluator,
-    means_of,
 )
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.parallel import Parallel
-from ktg_jax.training.per_node import (
-    Placement,
-    balanced,
-    forward_cost,
-    per_node_eval,
-    per_node_step,
-    place,
-)
+from ktg_jax.training.per_node import make_per_node_evaluator, per_node_step
+from ktg_jax.training.placement import node_placement, place
 from ktg_jax.training.recorded import Feed, Recordings, Rows, taken
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, train_step
@@ -328,28 +320,6 @@ class PerNodeEngine:
         return step
 
 
-def make_per_node_evaluator(
-    node_fns: Sequence[NodeFns],
-    placement: Placement,
-    batch_size: int,
-    ensembles: tuple[Ensemble, ...] = (),
-) -> Callable[[GraphState, dict[jax.Device, Arrays]], Means]:
-    """`make_evaluator` node by node, with the data on each of the placement's devices."""
-    used = tuple(dict.fromkeys(placement))
-
-    def evaluate(state: GraphState, data: dict[jax.Device, Arrays]) -> Means:
-        sums = []
-        for start in range(0, len(data[placement[0]].labels), batch_size):
-            made = {to: _evaluation_batch(data[to], start, size=batch_size) for to in used}
-            images = {to: images for to, (images, _, _) in made.items()}
-            _, labels, mask = made[placement[0]]
-            how: dict[str, Any] = {"placement": placement, "ensembles": ensembles}
-            sums.append(per_node_eval(state, images, labels, mask, node_fns=node_fns, **how))
-        return means_of(sums)
-
-    return evaluate
-
-
 @functools.partial(jax.jit, static_argnames="batches")
 def _make_batch(
     data: Arrays, key: jax.Array, step: jax.Array, total_steps: int, *, batches: Batches
@@ -361,32 +331,6 @@ def _make_batch(
 
 
 _taken = jax.jit(taken)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _evaluation_batch(
-    data: Arrays, start: int, *, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return evaluation_batch(data, start + jnp.arange(size))
-
-
-def node_placement(
-    node_fns: Sequence[NodeFns],
-    state: GraphState,
-    devices: Sequence[jax.Device],
-    image_shape: Sequence[int],
-) -> Placement:
-    """A device for each node, balanced by the nodes' cost; the arguments as for the engine."""
-    if len(devices) == 1:
-        return (devices[0],) * len(node_fns)
-    costs: dict[NodeFns, float] = {}
-    costs[NO_NETWORK] = 0.0
-    for i, fns in enumerate(node_fns):
-        if fns not in costs:
-            costs[fns] = forward_cost(fns, state.params[i], state.model_state[i], image_shape)
-    # A backward pass costs about two forward passes.
-    passes = [1 if i in state.frozen else 3 for i in range(len(node_fns))]
-    return balanced([n * costs[f] for n, f in zip(passes, node_fns, strict=True)], devices)
 
 
 def _devices(devices: Sequence[jax.Device]) -> str:

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ktg_jax.cpu.convolution import formulation
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.graph.derived import Ensemble
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
+from ktg_jax.training.batches import Arrays
 from ktg_jax.training.derived import moved, with_ensembles
-from ktg_jax.training.evaluation import eval_sums
+from ktg_jax.training.evaluation import Means, eval_sums, evaluation_batch, means_of
 from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
+from ktg_jax.training.placement import Placement
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import (
     Metrics,
@@ -33,63 +34,6 @@ from ktg_jax.training.step import (
     node_forward,
 )
 from ktg_jax.training.updates import check_states, node_update
-
-Placement = tuple[jax.Device, ...]
-
-
-def forward_cost(
-    fns: NodeFns, params: PyTree, model_state: PyTree, image_shape: Sequence[int]
-) -> float:
-    """Floating point operations of a forward pass on one image `[H, W, C]`, by XLA's count.
-
-    >>> def apply(params, model_state, images, train):
-    ...     return images.reshape(len(images), -1) @ params, model_state
-    >>> linear = NodeFns(init=lambda rng, images: (jnp.ones((64, 10)), {}), apply=apply)
-    >>> forward_cost(linear, jnp.ones((64, 10)), {}, (8, 8, 1))
-    1280.0
-    """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with formulation("xla"):  # whose operations the compiler knows
-        forward = jax.jit(lambda params, state, images: fns.apply(params, state, images, False)[0])
-        lowered = forward.lower(params, model_state, images)
-    cost = lowered.cost_analysis() or {}
-    return float(cost.get("flops", 0.0))
-
-
-def balanced(costs: Sequence[float], devices: Sequence[jax.Device]) -> Placement:
-    """A device for each node, so that none has much more to do than the others.
-
-    The dearest node first, each to the device with the least to do.
-
-    Args:
-        costs: one a node, in any unit.
-        devices: at least one.
-
-    >>> device = jax.local_devices()[0]
-    >>> balanced([1.0, 3.0], [device]) == (device, device)
-    True
-    """
-    load = [0.0] * len(devices)
-    placement = [devices[0]] * len(costs)
-    for node in sorted(range(len(costs)), key=lambda node: (-costs[node], node)):
-        device = load.index(min(load))
-        placement[node] = devices[device]
-        load[device] += costs[node]
-    return tuple(placement)
-
-
-def place(state: GraphState, placement: Placement) -> GraphState:
-    """Moves every node to its device, and the step to the first node's."""
-
-    def move(trees: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(jax.device_put(tree, to) for tree, to in zip(trees, placement, strict=True))
-
-    return GraphState(
-        move(state.params),
-        move(state.model_state),
-        move(state.opt_state),
-        jax.device_put(state.step, placement[0]),
-    )
 
 
 def per_node_step(
@@ -125,6 +69,7 @@ def per_node_step(
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
     >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
     >>> images, labels = jnp.ones((4, 8, 8, 1)), jnp.arange(4)
+    >>> from ktg_jax.training.placement import balanced, place
     >>> device = jax.local_devices()[0]
     >>> placement = balanced([1.0, 1.0], [device])
     >>> state = ktg.init_state(graph, node_fns, optimizer, jax.random.key(0), images)
@@ -229,6 +174,35 @@ def per_node_eval(
             check_for_labels(output, labels)
         logits.append(jax.device_put(output, placement[0]))
     return _eval_sums(tuple(logits), labels, mask, ensembles)
+
+
+def make_per_node_evaluator(
+    node_fns: Sequence[NodeFns],
+    placement: Placement,
+    batch_size: int,
+    ensembles: tuple[Ensemble, ...] = (),
+) -> Callable[[GraphState, dict[jax.Device, Arrays]], Means]:
+    """`make_evaluator` node by node, with the data on each of the placement's devices."""
+    used = tuple(dict.fromkeys(placement))
+
+    def evaluate(state: GraphState, data: dict[jax.Device, Arrays]) -> Means:
+        sums = []
+        for start in range(0, len(data[placement[0]].labels), batch_size):
+            made = {to: _evaluation_batch(data[to], start, size=batch_size) for to in used}
+            images = {to: images for to, (images, _, _) in made.items()}
+            _, labels, mask = made[placement[0]]
+            how: dict[str, Any] = {"placement": placement, "ensembles": ensembles}
+            sums.append(per_node_eval(state, images, labels, mask, node_fns=node_fns, **how))
+        return means_of(sums)
+
+    return evaluate
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _evaluation_batch(
+    data: Arrays, start: int, *, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return evaluation_batch(data, start + jnp.arange(size))
 
 
 @jax.jit

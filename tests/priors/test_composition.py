@@ -22,7 +22,8 @@ from ktg_jax.training import per_node
 from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, fused_step
 from ktg_jax.training.loop import train_epochs
-from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.placement import place
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.random((8, 8, 8, 1), np.float32))

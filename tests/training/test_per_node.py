@@ -21,7 +21,8 @@ from ktg_jax.training import per_node
 from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, choose_engine
 from ktg_jax.training.evaluation import make_evaluator
-from ktg_jax.training.per_node import balanced, forward_cost, per_node_eval, per_node_step, place
+from ktg_jax.training.per_node import per_node_eval, per_node_step
+from ktg_jax.training.placement import balanced, forward_cost, place
 
 DEVICES = jax.local_devices()
 RNG = np.random.default_rng(0)

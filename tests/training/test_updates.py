@@ -14,7 +14,8 @@ from runs import compiled_once
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, NodeFns
 from ktg_jax.training.checkpoint import Checkpoints
-from ktg_jax.training.per_node import per_node_step, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.placement import place
 from ktg_jax.training.updates import NoOptState, node_update
 
 KEY = jax.random.key(0)
