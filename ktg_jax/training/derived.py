@@ -22,8 +22,8 @@ def combined(logits: Sequence[Any], of: str) -> jax.Array:
         float32 `[..., C]`.
 
     >>> two = [jnp.log(jnp.array([0.9, 0.1])), jnp.log(jnp.array([0.5, 0.5]))]
-    >>> jnp.exp(combined(two, "probabilities")).round(2).tolist()
-    [0.699999988079071, 0.30000001192092896]
+    >>> [round(float(p), 3) for p in jnp.exp(combined(two, "probabilities"))]
+    [0.7, 0.3]
     """
     stacked = jnp.stack([jnp.asarray(z, jnp.float32) for z in logits])
     if of == "logits":
