@@ -22,6 +22,7 @@ from ktg_jax.inputs import Input
 from ktg_jax.models import check_model
 from ktg_jax.models.foreign import save_state_dict
 from ktg_jax.models.network import NodeFns
+from ktg_jax.models.pickles import refuse_pickle
 from ktg_jax.models.weights import save_node
 from ktg_jax.training.batches import Arrays
 from ktg_jax.training.engines import choose_engine
@@ -177,6 +178,7 @@ def _of_run(config: EvaluateConfig, workdir: Workdir, console: Console) -> tuple
 
 def _of_file(config: EvaluateConfig) -> tuple[Trained, Dataset]:
     """The network of a file, and the data that is given; nothing of it is held out."""
+    refuse_pickle(config.workdir)
     at_least(config, 1, "image_size", most=MOST_IMAGE_SIZE)
     if config.checkpoint != "last":
         raise InputError("checkpoint", config.checkpoint, "last: a file has one")

@@ -16,6 +16,7 @@ from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
 from ktg_jax.io.trees import digest, flatten
 from ktg_jax.models import check_model
+from ktg_jax.models.pickles import refuse_pickle
 from ktg_jax.recording import Header, RecordingWriter
 from ktg_jax.training.batches import steps_per_epoch
 from ktg_jax.training.host_batches import BatchStream
@@ -237,6 +238,7 @@ def _of_run(config: RecordConfig, workdir: Workdir) -> tuple[Trained, Training, 
 
 def _of_file(config: RecordConfig) -> tuple[Trained, Training, Dataset]:
     """The network of a file, the training that is recorded for, and its data."""
+    refuse_pickle(config.source)
     if config.data is None:
         raise InputError("data", None, "the data of the training, such as cifar10: a file has none")
     import_modules(config.imports)

@@ -199,6 +199,8 @@ def test_a_state_dict_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
         assert ended.err.startswith(f"error: {message}"), ended.err
         assert ended.err.count("\n") == 1
     assert "torch.load(" in ended.err
+    pickled = in_process(evaluate.main, tmp_path / "node.pth")  # before anything else is asked
+    assert "torch.load(" in pickled.err
     graph: dict[str, Any] = {"graph": "distillation", "models": ("tiny", "resnet14_4")}
     ended = trained(tmp_path / "run", **graph, weights=("none", str(file)))
     assert ended.code == 2
