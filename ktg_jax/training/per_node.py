@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.cpu.convolution import cpu_convolution
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.graph.derived import Ensemble
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
@@ -85,7 +86,7 @@ def per_node_step(
     priors = checked_priors(how.priors, state)
     check_states(state.opt_state, state.params, optimizer)
     edges = edge_arrays(gates, how.temperature)
-    with_stages = edges.needs_stages
+    with_stages, convolution = edges.needs_stages, cpu_convolution().name
     recorded = checked_recorded(how, state, labels, with_stages)
     outputs: list[Any] = []
     pullbacks: list[Any] = []
@@ -98,9 +99,9 @@ def per_node_step(
         inputs = state.params[i], state.model_state[i], images[device]
         with errors_of(f"node {i}"):
             if i in frozen:
-                output, pullback = _frozen_forward(fns, with_stages)(*inputs), None
+                output, pullback = _frozen_forward(fns, with_stages, convolution)(*inputs), None
             else:
-                forward = _forward_with_pullback(fns, with_stages)
+                forward = _forward_with_pullback(fns, with_stages, convolution)
                 output, pullback, model_state[i] = forward(*inputs)
             check_for_labels(output.logits if with_stages else output, labels)
         outputs.append(jax.device_put(output, home))
@@ -170,7 +171,7 @@ def per_node_eval(
             continue
         inputs = state.params[i], state.model_state[i], images[device]
         with errors_of(f"node {i}"):
-            output = _frozen_forward(fns, False)(*inputs)
+            output = _frozen_forward(fns, False, cpu_convolution().name)(*inputs)
             check_for_labels(output, labels)
         logits.append(jax.device_put(output, placement[0]))
     return _eval_sums(tuple(logits), labels, mask, ensembles)
@@ -221,7 +222,9 @@ _next = jax.jit(lambda step: step + 1)
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_with_pullback(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
+def _forward_with_pullback(fns: NodeFns, with_stages: bool, convolution: str) -> Callable[..., Any]:
+    del convolution  # what is traced with one is not used with another
+
     def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
         of_params = functools.partial(
             node_forward, model_state=model_state, images=images, fns=fns, with_stages=with_stages
@@ -232,7 +235,9 @@ def _forward_with_pullback(fns: NodeFns, with_stages: bool) -> Callable[..., Any
 
 
 @functools.lru_cache(maxsize=256)
-def _frozen_forward(fns: NodeFns, with_stages: bool) -> Callable[..., Any]:
+def _frozen_forward(fns: NodeFns, with_stages: bool, convolution: str) -> Callable[..., Any]:
+    del convolution  # as above
+
     def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
         how: dict[str, Any] = {"fns": fns, "frozen": True, "with_stages": with_stages}
         return node_forward(params, model_state, images, **how)[0]

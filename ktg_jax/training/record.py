@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.cpu.convolution import cpu_convolution
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, take_batch
@@ -41,7 +42,7 @@ def record_batches(
     """
     data = Arrays(jnp.asarray(stream.images), jnp.asarray(stream.labels))
     key = data_key(stream.data_seed)
-    forward = _of_step(network.fns, stream.batches)
+    forward = _of_step(network.fns, stream.batches, cpu_convolution().name)
     pending: Any = None
     for step in steps:  # a step ahead, so that the device does not wait
         made = forward(network.params, network.model_state, data, key, np.int32(step))
@@ -66,7 +67,7 @@ def record_images(
     data = Arrays(jnp.asarray(stream.images), jnp.asarray(stream.labels))
     size = evaluation_batch_size(stream.images.shape[1:], jax.default_backend())
     key = data_key(stream.data_seed)
-    forward = _of_images(network.fns, stream.batches, size, crops)
+    forward = _of_images(network.fns, stream.batches, size, crops, cpu_convolution().name)
     for start in range(first, len(stream.images), size):
         logits = forward(network.params, network.model_state, data, key, start)
         yield np.asarray(logits, np.float32)[: len(stream.images) - start]
@@ -124,7 +125,9 @@ def record_host(
 
 
 @functools.lru_cache(maxsize=16)
-def _of_step(fns: NodeFns, batches: Batches) -> Any:
+def _of_step(fns: NodeFns, batches: Batches, convolution: str) -> Any:
+    del convolution  # what is traced with one is not used with another
+
     def logits(
         params: PyTree, model_state: PyTree, data: Arrays, key: jax.Array, step: jax.Array
     ) -> jax.Array:
@@ -136,7 +139,9 @@ def _of_step(fns: NodeFns, batches: Batches) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _of_images(fns: NodeFns, batches: Batches, size: int, crops: int) -> Any:
+def _of_images(fns: NodeFns, batches: Batches, size: int, crops: int, convolution: str) -> Any:
+    del convolution  # as above
+
     def logits(
         params: PyTree, model_state: PyTree, data: Arrays, key: jax.Array, start: int
     ) -> jax.Array:

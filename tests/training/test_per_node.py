@@ -16,7 +16,7 @@ from tiny_models import Staged, Tiny
 
 import ktg_jax as ktg
 from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel
-from ktg_jax.cpu.convolution import formulation
+from ktg_jax.cpu.convolution import cpu_convolution, formulation
 from ktg_jax.training import per_node
 from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, choose_engine
@@ -218,7 +218,7 @@ def run_steps(graph_gates: Any, node_fns: Sequence[NodeFns], frozen: Sequence[in
 @pytest.mark.slow
 def test_equal_nodes_share_one_forward_and_one_backward_pass() -> None:
     fns = linear()
-    forward: Any = per_node._forward_with_pullback(fns, False)
+    forward: Any = per_node._forward_with_pullback(fns, False, cpu_convolution().name)
     update: Any = per_node._backward_and_update(OPTIMIZER)
     before = update._cache_size()
     run_steps(np.zeros((7, 7), int), (fns,) * 7, frozen=())
@@ -280,6 +280,23 @@ def test_a_convolution_costs_what_xla_says_whatever_computes_it() -> None:
     inner = 2 * (22 * 22 * 3 * 16 + 11 * 11 * 16 * 32 + 5 * 5 * 32 * 64)
     assert costs["xla"] == costs["chunked"]
     assert inner < costs["xla"] < 1.3 * inner
+
+
+def test_what_was_traced_with_one_convolution_is_not_used_with_another() -> None:
+    """Else a training would depend on what its process computed before."""
+    traced = []
+
+    def apply(params: Any, model_state: Any, images: Any, train: bool) -> Any:
+        traced.append(cpu_convolution().name)
+        return images.mean((1, 2, 3))[:, None] * params, model_state
+
+    fns = NodeFns(init=lambda rng, images: (jnp.ones(5), {}), apply=apply)
+    state = GraphState((jnp.ones(5),), ({},), (None,), jnp.zeros((), jnp.int32))
+    for name in ("xla", "chunked", "xla"):
+        with formulation(name):
+            given = state, {DEVICES[0]: IMAGES}, LABELS
+            per_node_eval(*given, node_fns=(fns,), placement=(DEVICES[0],))
+    assert traced == ["xla", "chunked"]
 
 
 # --- the engines
