@@ -259,6 +259,12 @@ def _layout_of(
         known = "; ".join(f"{each.name}: {each.about}" for each in LAYOUTS.values())
         allowed = f"a {model} in one of the layouts {known}; or names= says our path of each key"
         raise InputError("weights", str(path), f"{allowed} (keys: {_some(sorted(tensors))})")
+    if nearest.name == "repdistiller" and not any(".shortcut." in p for p in paths):
+        allowed = (
+            "repdistiller (shortcuts pad new channels on both sides of the old) or pytorch (behind "
+            f"them): the keys of {path} do not tell which"
+        )
+        raise InputError("layout", layout, allowed)
     return nearest
 
 
