@@ -109,7 +109,7 @@ def test_a_recorded_teacher_teaches_as_the_live_one_does(
     expected = trained(how, LIVE, LIVE_STATE, TINY)
     for split_at in (None, 3):  # resumed, the recording goes on where the state is
         found = trained(how, TAUGHT, state, NO_NETWORK, recorded, split_at=split_at)
-        chex.assert_trees_all_close(found.params[0], expected.params[0], rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(found.params[0], expected.params[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_static_one_teaches_what_the_images_as_they_are_would(
     state = initial(TAUGHT, TINY, NO_NETWORK)
     expected = trained(how, LIVE, LIVE_STATE, TINY, batches=plain)
     found = trained(how, TAUGHT, state, NO_NETWORK, recorded, batches=plain)
-    chex.assert_trees_all_close(found.params[0], expected.params[0], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(found.params[0], expected.params[0], rtol=1e-4, atol=1e-5)
 
 
 # --- the batches on the host
@@ -163,7 +163,7 @@ def test_several_crops_are_the_mean_of_views_and_do_not_depend_on_where_one_begi
         plan = plan._replace(image_index=jnp.arange(24))
         images, _ = take_batch(jnp.asarray(IMAGES), jnp.asarray(LABELS), plan)
         views.append(TINY.apply(TEACHER.params, TEACHER.model_state, images, False)[0])
-    np.testing.assert_allclose(whole, np.mean(views, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole, np.mean(views, axis=0), rtol=1e-4, atol=1e-5)
 
 
 # --- what the step is given
