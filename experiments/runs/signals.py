@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -24,6 +24,10 @@ _SHOW_CURSOR = b"\x1b[?25h"  # which a display may have hidden
 _AGAIN_SECONDS = 0.05
 _ONE_WISH_SECONDS = 0.25
 """Signals within so short a time are one: a terminal that is closed may well send two."""
+
+_holds = 0
+_waiting: signal.Signals | None = None
+"""The one that came within `held`, and is to be raised at its end."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -87,6 +91,25 @@ def leave_to_system() -> None:
     _handle(signal.SIG_DFL)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Within it a signal waits for its end, and only then raises `Stopped`; a second one does not.
+
+    For what leaves locks behind where it is left half-way, as reading a database does.
+    """
+    global _holds, _waiting
+    _holds += 1
+    try:
+        yield
+    finally:
+        _holds -= 1
+        number = None
+        if not _holds:
+            number, _waiting = _waiting, None
+        if number is not None:
+            raise Stopped(number.name)
+
+
 class Watch:
     """Within it, the first of these signals raises `Stopped`; a second one ends the process.
 
@@ -112,10 +135,13 @@ class Watch:
         sys.unraisablehook = self._report
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        global _waiting
         now = time.monotonic()
         if self.number is None:
             self.number, self._at = number, now
-            raise Stopped(signal.Signals(number).name)
+            if not _holds:
+                raise Stopped(signal.Signals(number).name)
+            _waiting = signal.Signals(number)
         if now - self._at > _ONE_WISH_SECONDS:
             _end_now(number)
 

@@ -18,7 +18,7 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import has_test_images
 from ktg_jax.errors import InputError
 
-from ..runs import cli
+from ..runs import cli, signals
 from ..runs.assemble import check_steps, load
 from ..runs.command_line import as_called
 from ..runs.console import busy
@@ -237,21 +237,22 @@ def _run(
 
         try:
             with display, Team(orders, folder.logs, on_death) as team:
-                while team.is_at_work():
-                    trials, known = watched.read()
-                    display.update(known)
-                    graphs.write(known)
-                    pictures.draw_one(trials)
+                while True:
+                    # An interrupt in the midst of reading would leave SQLite's file locked for as
+                    # long as the interrupt is handled, which writes to it.
+                    with signals.held():
+                        at_work = team.is_at_work()
+                        trials, known = watched.read()
+                        display.update(known)
+                        graphs.write(known)
+                        pictures.draw_one(trials)
+                    if not at_work:
+                        break
                     time.sleep(_POLL_SECONDS)
-                display.update(watched.read()[1])
         except BaseException:
             # Where this fails, too, the first reason counts: the next command does it again.
-            with suppress(InputError), explained_outage(url):
-                # Anew: an interrupt may have left the study's session in the midst of a commit.
-                anew = open_storage(url)
-                left = optuna.load_study(study_name=study.study_name, storage=anew)
-                with Turn(url, study.study_name):
-                    run_all_again(left, folder.owner)
+            with suppress(InputError), explained_outage(url), Turn(url, study.study_name):
+                run_all_again(study, folder.owner)
             raise
     trials, known = watched.read()
     graphs.write(known)

@@ -113,6 +113,38 @@ def test_two_that_come_at_once_are_one(run: Start) -> None:
     assert (ended.code, ended.out) == (143, "finishing\nfinished\n")
 
 
+HELD = """
+import time
+from experiments.runs import cli
+from experiments.runs import signals
+
+def main():
+    with signals.held():
+        with signals.held():
+            print("ready", flush=True)
+            time.sleep({seconds})
+        print("still held", flush=True)
+    print("too late", flush=True)
+
+cli.run(main, "interrupted; that is all")
+"""
+
+
+def test_one_that_is_held_waits_for_the_end(run: Start, number: signal.Signals) -> None:
+    process = run("-c", HELD.format(seconds=1))
+    process.send_signal(number)
+    assert end_of(process) == Ended(CODES[number], "still held\n", LINES[number])
+
+
+def test_a_second_one_does_not_wait(run: Start, number: signal.Signals) -> None:
+    process = run("-c", HELD.format(seconds=60))
+    process.send_signal(number)
+    time.sleep(0.5)
+    process.send_signal(number)
+    ended = end_of(process)
+    assert (ended.code, ended.out) == (CODES[number], "")
+
+
 def test_what_is_ignored_stays_ignored(run: Start, number: signal.Signals) -> None:
     process = run("-c", SLEEPS.replace("60", "1").format(finishing=0), ignored=number)
     process.send_signal(number)  # as under nohup, or in the background of a shell

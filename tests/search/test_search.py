@@ -296,6 +296,38 @@ def test_a_signal_ends_all_and_leaves_nothing_running(
     check_whole(workdir, before)
 
 
+INTERRUPTER = """
+import os, signal
+import sqlalchemy as sa
+import tiny_models
+
+@sa.event.listens_for(sa.Engine, "after_cursor_execute")
+def interrupt(connection, cursor, statement, parameters, context, many):
+    if statement.startswith("SELECT trials.") and signal.getsignal(signal.SIGINT) not in (
+        signal.SIG_DFL,  # a worker's
+        signal.default_int_handler,
+    ):
+        # The rows that were found are not fetched yet, and the file is locked until they are.
+        running = sa.text("SELECT count(*) FROM trials WHERE state = 'RUNNING'")
+        with connection.engine.connect() as other:
+            if other.execute(running).scalar():
+                os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_an_interrupt_amid_reading_the_database_leaves_nothing_running(tmp_path: Path) -> None:
+    (tmp_path / "interrupter.py").write_text(INTERRUPTER)
+    workdir = tmp_path / "search"
+    process = begin(small_search(workdir, **LONG | {"imports": ("interrupter",)}))
+    end = end_of(process)
+    assert (end.code, end.err) == (130, "interrupted; the same command goes on where it stopped\n")
+    storage = open_storage(SearchFolder(workdir).storage)
+    (name,) = optuna.get_all_study_names(storage)
+    states = [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
+    assert optuna.trial.TrialState.FAIL in states
+    assert optuna.trial.TrialState.RUNNING not in states
+
+
 KILLER = """
 import os, signal
 import flax.linen as nn
