@@ -6,7 +6,7 @@ from typing import Any
 from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
 from ktg_jax.graph.edge import Edge, checked_edge
-from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.graph.node_checks import checked_number, checked_temperature
 
 
 def distinct(field: str, values: Any) -> tuple[Any, ...]:

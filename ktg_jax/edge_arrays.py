@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.connectors import Connector
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_functions, gate_names
 from ktg_jax.named_losses import named_loss
@@ -29,6 +30,7 @@ class EdgeArrays:
         losses: L names of registered losses. Static: one program serves all graphs over the same
             models and losses.
         functions: names of the gates that are functions, and may occur. Static, too.
+        connectors: those of the edges, static likewise; their parameters are the receivers'.
 
     >>> EdgeArrays(jnp.zeros((1, 1), int), jnp.ones((2, 1, 1)), jnp.ones((1, 1))).needs_stages
     False
@@ -39,6 +41,7 @@ class EdgeArrays:
     temperatures: Any
     losses: tuple[str, ...] = flax.struct.field(pytree_node=False, default=PAPER_LOSSES)
     functions: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    connectors: tuple[Connector, ...] = flax.struct.field(pytree_node=False, default=())
 
     @property
     def needs_stages(self) -> bool:

@@ -20,7 +20,8 @@ from ktg_jax.errors import InputError
 from ktg_jax.gates import GATES
 from ktg_jax.graph.edge import TRANSFER_LOSS, Edge
 from ktg_jax.graph.graph import Graph
-from ktg_jax.graph.node import MOST_NODES, Node
+from ktg_jax.graph.node import Node
+from ktg_jax.graph.node_checks import MOST_NODES
 from ktg_jax.models import check_model
 
 _OF_EDGES: dict[str, tuple[Any, ...]] = {

@@ -116,7 +116,7 @@ def feature_losses(receiver: Stages, sender: Stages) -> jax.Array:
 
     def outputs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
         if ours.shape != theirs.shape:
-            allowed = f"{ours.shape}, as the receiver's"
+            allowed = f"{ours.shape}, as the receiver's, or an edge with a connector such as conv"
             raise InputError("a sender's stage output", theirs.shape, allowed)
         return ours, theirs
 

@@ -5,7 +5,7 @@ its transfer edges carry elsewhere, each through its gate. Senders are detached,
 pass of sum_t L_t gives every node exactly the gradient of its own loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.connectors import connected
 from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.gates import CUTOFF, gate_functions, gate_names, gate_weights, is_cut
@@ -33,13 +34,15 @@ def edge_losses(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     axis_name: str | None = None,
+    connectors: Sequence[Mapping[str, Any]] | None = None,
 ) -> jax.Array:
     """The gated loss of every edge of a graph.
 
     Args:
         logits: float `[N, ..., C]`, or a sequence of N arrays `[..., C]`, or of N `Outputs`, whose
             stages losses on stages need; all nodes' outputs from one simultaneous forward pass.
-            `...` is the batch's shape, usually `[B]`, of tokens `[B, T]`.
+            `...` is the batch's shape, usually `[B]`, of tokens `[B, T]`. A node with other classes
+            than the first, whose the labels are, is never right, and is heard by connectors alone.
         labels: int `[...]`, classes in 0..C-1; any other label gives NaN.
         gates: int `[N, N]`, codes of `ktg_jax.gate_names`, or float `[N, N, 4]`, coefficients;
             row = receiver, column = sender, diagonal = label edge. May be traced. Or
@@ -53,6 +56,8 @@ def edge_losses(
         where: bool `[...]`, which samples count; None: all. What does not count may hold anything.
         axis_name: the mapped axis over which the batch is spread; the mean over it of what each
             device returns is then the mean over what counts on all of them.
+        connectors: of each node the parameters of those behind it, by their names, where `gates`
+            says which edges have one; None: there are none.
 
     Returns:
         float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over *all* samples that
@@ -61,8 +66,8 @@ def edge_losses(
         is infinite, and a cut edge sees neither its sender nor its label.
 
     Raises:
-        InputError: an unknown loss, logits of different shapes, or stages that are needed and not
-            there or do not fit.
+        InputError: an unknown loss, logits of different shapes and no connector between them, or
+            stages that are needed and not there or do not fit.
         AssertionError: other ranks, shapes or dtypes.
 
     >>> logits = jnp.zeros((2, 4, 10))  # two undecided nodes: they agree, and know nothing
@@ -74,8 +79,8 @@ def edge_losses(
     edges = edge_arrays(gates, temperature, losses, weights)
     outputs = all_outputs(logits)
     n, shapes = len(outputs), [output.logits.shape for output in outputs]
-    if len(set(shapes)) > 1:
-        raise InputError("logits", shapes, "one shape, the same for all nodes")
+    if len({shape[:-1] for shape in shapes}) > 1:
+        raise InputError("logits", shapes, "one batch, the same for all nodes")
     chex.assert_tree_shape_prefix([output.stages for output in outputs], shapes[0][:1])
     labels = checked_labels(outputs[0].logits, labels)
     chex.assert_rank(labels, len(shapes[0]) - 1)
@@ -89,17 +94,18 @@ def edge_losses(
     if where is not None:
         sample_weights *= _shares(where, axis_name)[None, None]
     cut, temperatures = is_cut(edges.gates), jnp.asarray(edges.temperatures, jnp.float32)
+    ends = _ends(edges, outputs, connectors)
     total = jnp.zeros((n, n), jnp.float32)
     for i, name in enumerate(edges.losses):
         loss, weight = named_loss(name), jnp.asarray(edges.weights[i], jnp.float32)
         absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
-        given = loss, outputs, labels, sample_weights, temperatures, absent
+        given = labels, sample_weights, temperatures, absent
         if loss.on_labels:
-            found = _on_labels(*given)
-        elif loss.needs_stages:
-            found = _by_stages(*given, _known_absent(edges, i))
+            found = _on_labels(loss, outputs, *given)
+        elif loss.needs_stages or edges.connectors or len(set(shapes)) > 1:
+            found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
         else:
-            found = _by_logits(*given)
+            found = _by_logits(loss, outputs, *given)
         total += jnp.where(absent, 0.0, weight * found)
     return total
 
@@ -155,7 +161,13 @@ def _sample_weights(
 ) -> jax.Array:
     """What each gate gives each sample, `[N, N, ...]`."""
     n = len(outputs)
-    right = jnp.stack([is_correct(output.logits, labels) for output in outputs])
+    classes = outputs[0].logits.shape[-1]
+    right = jnp.stack(
+        [
+            is_correct(z, labels) if z.shape[-1] == classes else jnp.zeros(labels.shape, bool)
+            for z, *_ in outputs
+        ]
+    )
     weights = gate_weights(edges.gates, progress, right.reshape(n, -1))
     weights = weights.reshape(n, n, *labels.shape)
     if edges.functions:
@@ -252,23 +264,43 @@ def _by_logits(
     return of_all(logits, jax.lax.stop_gradient(logits), sample_weights, temperatures, absent)
 
 
-def _by_stages(
-    loss: NamedLoss,
+def _ends(
+    edges: EdgeArrays,
     outputs: Sequence[Outputs],
+    connectors: Sequence[Mapping[str, Any]] | None,
+) -> list[list[tuple[Outputs, Outputs]]]:
+    """What the two ends of each edge put out, `[receiver][sender]`, behind connectors."""
+    ends = [[(receiver, detached(sender)) for sender in outputs] for receiver in outputs]
+    for each in edges.connectors:
+        behind = connectors[each.receiver] if connectors else {}
+        if each.name not in behind:
+            allowed = f"the parameters of the one from {each.name} to node {each.receiver}"
+            raise InputError("connectors", sorted(behind), allowed)
+        receiver, sender = ends[each.receiver][each.sender]
+        joined = connected(behind[each.name], receiver, sender)
+        ends[each.receiver][each.sender] = joined, sender
+    return ends
+
+
+def _by_pairs(
+    loss: NamedLoss,
+    ends: Sequence[Sequence[tuple[Outputs, Outputs]]],
     labels: jax.Array,
     sample_weights: jax.Array,
     temperatures: jax.Array,
     absent: jax.Array,
     known_absent: np.ndarray | None,
 ) -> jax.Array:
-    """The loss of each transfer edge, `[N, N]`, pair by pair: stages differ in shape."""
+    """The loss of each transfer edge, `[N, N]`, pair by pair: they may differ in shape."""
 
     def of_edge(t: int, s: int) -> jax.Array:
-        receiver, sender = outputs[t], detached(outputs[s])
+        receiver, sender = ends[t][s]
         if s == t or (known_absent is not None and known_absent[t, s]):
             return jnp.zeros((), jnp.float32)
         receiver, sender = (filled(absent[t, s], 0.0, end) for end in (receiver, sender))
         try:
+            if not loss.needs_stages:
+                _check_same_classes(receiver, sender)
             seen = jnp.where(absent[t, s], 0, labels)
             given = (receiver, sender, seen, sample_weights[t, s], temperatures[t, s])
             return loss.function(*given)
@@ -279,8 +311,15 @@ def _by_stages(
             where = f"node {s} as seen by node {t}: {error.field}"
             raise InputError(where, error.value, error.allowed) from None
 
-    nodes = range(len(outputs))
+    nodes = range(len(ends))
     return jnp.stack([jnp.stack([of_edge(t, s) for s in nodes]) for t in nodes])
+
+
+def _check_same_classes(receiver: Outputs, sender: Outputs) -> None:
+    ours, theirs = (end.logits.shape[-1] for end in (receiver, sender))
+    if ours != theirs:
+        allowed = f"{ours}, the receiver's, or an edge with a connector such as linear"
+        raise InputError("classes", theirs, allowed)
 
 
 def _known_absent(edges: EdgeArrays, loss: int) -> np.ndarray | None:

@@ -45,6 +45,7 @@ LAYERS = (
         "relational_losses",
         "stage_losses",
         "outputs",
+        "connectors",
         "edge_loss",
         "built_in_losses",
         "named_losses",

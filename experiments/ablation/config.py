@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ktg_jax.checks import check_positive
 from ktg_jax.errors import InputError
-from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.graph.node_checks import checked_number, checked_temperature
 from ktg_jax.models import check_model
 
 from ..represent import config as representing

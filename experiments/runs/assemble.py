@@ -14,6 +14,7 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError, part_of
 from ktg_jax.inputs import Input
+from ktg_jax.training import optimizers
 from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
 from ktg_jax.training.engines import (
     Engine,
@@ -167,16 +168,22 @@ def _task(
 ) -> Task:
     """What is trained, and how it is augmented and updated."""
     per_epoch = check_steps(config, dataset)
-    optimizer = _optimizer(
-        config.schedule,
-        config.learning_rate,
-        config.weight_decay,
-        config.epochs * per_epoch,
-        config.warmup_epochs * per_epoch,
-    )
+    steps, warmup = config.epochs * per_epoch, config.warmup_epochs * per_epoch
+    of_nodes = [
+        _optimizer(
+            node.optimizer or "sgd",
+            config.schedule,
+            config.learning_rate if node.learning_rate is None else node.learning_rate,
+            config.weight_decay if node.weight_decay is None else node.weight_decay,
+            steps,
+            warmup,
+            node.clip,
+            node.trainable,
+        )
+        for node in graph.nodes
+    ]
     batches = batches_of(config, dataset)
-    steps = config.epochs * per_epoch
-    return Task(node_fns, optimizer, batches, dataset.image_shape, steps, graph.derived)
+    return Task(node_fns, of_nodes, batches, dataset.image_shape, steps, graph.derived)
 
 
 def _initial_state(
@@ -207,16 +214,22 @@ def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Pa
 
 @functools.cache
 def _optimizer(
+    name: str,
     schedule: str,
     learning_rate: float,
     weight_decay: float,
     total_steps: int,
     warmup_steps: int,
+    clip: float | None,
+    trainable: tuple[str, ...] | None,
 ) -> optax.GradientTransformation:
     """The same optimiser for the same numbers: what is compiled with it can be used again."""
     schedules = {"step": ktg.step_schedule, "cosine": ktg.cosine_schedule}
     rate = schedules[schedule](learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)
-    return ktg.sgd(rate, weight_decay)
+    optimizer = {"sgd": ktg.sgd, "adamw": optimizers.adamw}[name](rate, weight_decay)
+    if clip is not None:
+        optimizer = optimizers.clipped(optimizer, clip)
+    return optimizer if trainable is None else optimizers.trainable(optimizer, trainable)
 
 
 def _summary(config: TrainConfig, graph: ktg.Graph, dataset: Dataset, engine: Engine) -> str:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import ktg_jax as ktg
+from ktg_jax.connectors import without_connectors
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, part_of
 from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
@@ -17,8 +18,10 @@ from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.models.returned import errors_of
 from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.evaluation import evaluation_batch_size
+from ktg_jax.training.optimizers import trainable
 
 from .config import TrainConfig
+from .graphs import PRETRAINED
 from .recordings import recordings_of
 
 
@@ -41,13 +44,19 @@ def node_functions(
             node_fns.append(NO_NETWORK)
             continue
         with part_of(f"nodes[{i}].model"):
-            fns = _build(config, node.model, dataset, parallel, node_input(i, node, dataset))
+            wanted = node_input(i, node, dataset)
+            fns = _build(config, node.model, classes_of(node, dataset), parallel, wanted)
         with part_of(f"nodes[{i}].projection"):
             seen = node.projection
             node_fns.append(fns if seen is None else projected(fns, load_readers(seen)))
     for average in graph.derived.averages:
         node_fns[average.node] = node_fns[average.source]
     return node_fns
+
+
+def classes_of(node: ktg.Node, dataset: Dataset) -> int:
+    """The classes of a node's logits."""
+    return dataset.num_classes if node.classes is None else node.classes
 
 
 def node_input(index: int, node: ktg.Node, dataset: Dataset) -> Input | None:
@@ -79,14 +88,35 @@ def check_networks(
     for i, node in enumerate(graph.nodes):
         if node.kind != "network":
             continue
+        if node.classes is not None and node.weights == PRETRAINED:
+            allowed = "null: a network that is trained alone first has the classes of the data"
+            raise InputError(f"nodes[{i}].classes", node.classes, allowed)
         with errors_of(f"node {node.name}"):
             wanted = node_input(i, node, dataset)
-            check_models(config, {f"nodes[{i}].model": node.model}, dataset, devices, wanted)
-    if graph.edge_arrays.needs_stages:
-        node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
+            models = {f"nodes[{i}].model": node.model}
+            check_models(config, models, dataset, devices, wanted, classes_of(node, dataset))
+    node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
+    check_trainable(graph, node_fns, dataset.image_shape)
+    others = any(node.classes is not None for node in graph.nodes)
+    if graph.edge_arrays.needs_stages or graph.connectors or others:
         images = jnp.zeros((1, *dataset.image_shape))
         losses = functools.partial(_losses, graph, node_fns, dataset.num_classes)
         jax.eval_shape(losses, jax.random.key(0), images)
+
+
+def check_trainable(
+    graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], image_shape: Sequence[int]
+) -> None:
+    """Raises InputError where a node's patterns of trainable parameters match none of them."""
+    for i, (node, fns) in enumerate(zip(graph.nodes, node_fns, strict=True)):
+        if node.trainable is not None:
+            with part_of(f"nodes[{i}]"):
+                init = trainable(ktg.sgd(), node.trainable).init
+                images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+                rng = jax.eval_shape(lambda: jax.random.key(0))
+                jax.eval_shape(
+                    lambda r, x, fns=fns, init=init: init(fns.init(r, x)[0]), rng, images
+                )
 
 
 def check_models(
@@ -95,6 +125,7 @@ def check_models(
     dataset: Dataset,
     devices: Sequence[jax.Device] | None = None,
     wanted: Input | None = None,
+    num_classes: int | None = None,
 ) -> None:
     """Raises InputError unless these models can be trained on the data; computes nothing.
 
@@ -104,12 +135,14 @@ def check_models(
         dataset: to train on.
         devices: to train on (default: all of this process's).
         wanted: how they want their images; None: as they are.
+        num_classes: of their logits; None: the data's.
     """
+    classes = num_classes or dataset.num_classes
     parallel = parallel_of(config, devices)
     mapped, number = parallel.axis_name, len(parallel.devices)
     for field, model in models.items():
         try:
-            fns = _build(config, model, dataset, parallel, wanted)
+            fns = _build(config, model, classes, parallel, wanted)
         except InputError as error:
             raise InputError(field, error.value, error.allowed) from error.__cause__
         is_hashable = all(isinstance(each, Hashable) for each in (fns.init, fns.apply, fns.stages))
@@ -117,7 +150,7 @@ def check_models(
         check(
             fns,
             model,
-            num_classes=dataset.num_classes,
+            num_classes=classes,
             image_shape=dataset.image_shape,
             batch_size=max(config.batch_size // (number if mapped else 1), 1),
             evaluation_size=evaluation_batch_size(
@@ -135,13 +168,13 @@ _check = functools.lru_cache(maxsize=256)(check_network)
 def _build(
     config: TrainConfig,
     model: str,
-    dataset: Dataset,
+    num_classes: int,
     parallel: ktg.Parallel,
     wanted: Input | None,
 ) -> ktg.NodeFns:
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
     axis_name = parallel.axis_name
-    fns = ktg.build_model(model, dataset.num_classes, dtype=dtype, axis_name=axis_name)
+    fns = ktg.build_model(model, num_classes, dtype=dtype, axis_name=axis_name)
     return fns if wanted is None else with_input(fns, wanted)
 
 
@@ -153,16 +186,21 @@ def _losses(
     images: jax.Array,
 ) -> Any:
     """What the edges make of what the nodes put out, stages included."""
+    state = ktg.init_state(graph, node_fns, ktg.sgd(), rng, images)
+    with_stages = graph.edge_arrays.needs_stages
     outputs: list[Any] = []
     for i, fns in enumerate(node_fns):
         if fns == NO_NETWORK:
             outputs.append(ktg.Outputs(jnp.zeros((len(images), num_classes))))
             continue
-        node = *fns.init(rng, images), images
+        node = state.params[i], state.model_state[i], images
         try:
-            outputs.append(ktg.node_forward(*node, fns=fns, frozen=True, with_stages=True)[0])
+            made, _ = ktg.node_forward(*node, fns=fns, frozen=True, with_stages=with_stages)
         except InputError as error:
             name = f"{error.field} of nodes[{i}]"
             raise InputError(name, error.value, error.allowed) from None
+        outputs.append(made)
     labels = jnp.zeros(len(images), jnp.int32)
-    return ktg.graph_gradients(outputs, labels, graph.edge_arrays, 1.0)
+    connectors = [without_connectors(params)[1] for params in state.params]
+    edges = graph.edge_arrays
+    return ktg.graph_gradients(outputs, labels, edges, 1.0, connectors=connectors)

@@ -71,7 +71,7 @@ class Trained:
 
 
 def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
-    """The networks of a run, as it knows them.
+    """The networks of a run, as it knows them; those of other classes than its data's left out.
 
     Args:
         workdir: its folder, and the modules that it imports are imported.
@@ -82,7 +82,11 @@ def trained_run(workdir: Workdir, checkpoint: str) -> Trained:
         RunError: no checkpoint that can be read.
     """
     graph, run = workdir.graph, workdir.config
-    kept = [i for i, n in enumerate(graph.nodes) if n.kind in ("network", "average")]
+    kept = [
+        i
+        for i, node in enumerate(graph.nodes)
+        if node.kind in ("network", "average") and node.classes is None
+    ]
     nodes, models = [graph.nodes[i] for i in kept], [graph.model_of(i) for i in kept]
     facts, inputs = run["data_facts"], run_inputs(workdir.path, graph)
     dtype = jnp.bfloat16 if run["mixed_precision"] else jnp.float32

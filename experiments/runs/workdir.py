@@ -27,7 +27,7 @@ _RECORD = {
         {
             "name": str,
             "train_loss": NUMBER,
-            "train_accuracy": NUMBER,
+            "train_accuracy": MAYBE_NUMBER,
             "val_loss": MAYBE_NUMBER,
             "val_accuracy": MAYBE_NUMBER,
             "edge_losses": [NUMBER],

@@ -72,7 +72,7 @@ def derived_of(nodes: Sequence[Node], frozen: Sequence[int]) -> Derived:
     ]
     ensembles: dict[int, Ensemble] = {}
     left = [i for i in special if nodes[i].kind == ENSEMBLE]
-    members = {i: _members(f"nodes[{i}].ensemble", nodes[i], index) for i in left}
+    members = {i: _members(f"nodes[{i}].ensemble", nodes[i], index, nodes) for i in left}
     while left:
         ready = [i for i in left if not set(members[i]) & set(left)]
         if not ready:
@@ -83,10 +83,14 @@ def derived_of(nodes: Sequence[Node], frozen: Sequence[int]) -> Derived:
     return Derived(tuple(ensembles.values()), tuple(averages))
 
 
-def _members(field: str, node: Node, index: dict[str, int]) -> tuple[int, ...]:
+def _members(
+    field: str, node: Node, index: dict[str, int], nodes: Sequence[Node]
+) -> tuple[int, ...]:
     for name in node.ensemble or ():
         if name not in index:
             raise InputError(field, name, f"names of other nodes: {', '.join(index)}")
+        if nodes[index[name]].classes is not None:
+            raise InputError(field, name, "nodes with the classes of the data")
     return tuple(index[name] for name in node.ensemble or ())
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ktg_jax.connectors import CONNECTORS, connector_kinds
 from ktg_jax.errors import InputError, did_you_mean
 from ktg_jax.gates import gate_names
-from ktg_jax.graph.node import checked_number, checked_temperature
+from ktg_jax.graph.node_checks import checked_number, checked_temperature
 from ktg_jax.io.json_input import check_fields
-from ktg_jax.named_losses import checked_loss, loss_names
+from ktg_jax.named_losses import checked_loss, loss_names, named_loss
 
 LABEL_LOSS = "cross_entropy"
 TRANSFER_LOSS = "kl"
@@ -26,6 +27,9 @@ class Edge:
             label edge carries unless it is said otherwise.
         weight: the weight of all that the edge carries; finite, not negative.
         temperature: T > 0 of the losses that have one; None: the graph's.
+        connector: what is put behind the receiver, and trained with it, where its ends do not fit:
+            `conv` or `conv_conv` (1x1 convolutions) behind its stages, `linear` or `linear_linear`
+            behind its logits, or one of each as `conv+linear`. None: nothing.
 
     >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4.0).losses
     {'kl': 1.0, 'attention': 1000.0}
@@ -37,9 +41,11 @@ class Edge:
     loss: "str | Mapping[str, float]" = TRANSFER_LOSS
     weight: float = 1.0
     temperature: float | None = None
+    connector: str | None = None
 
     def __hash__(self) -> int:
-        return hash((self.gate, tuple(sorted(self.losses.items())), self.temperature))
+        losses = tuple(sorted(self.losses.items()))
+        return hash((self.gate, losses, self.temperature, self.connector))
 
     @property
     def losses(self) -> dict[str, float]:
@@ -68,7 +74,8 @@ class Edge:
             return ""
         parts = [n if w == 1 else f"{w:g} {n}" for n, w in self.losses.items()]
         at = "" if self.temperature is None else f", T {self.temperature:g}"
-        return " + ".join(parts) + at
+        by = "" if self.connector is None else f", by {self.connector}"
+        return " + ".join(parts) + at + by
 
     def to_json(self) -> Any:
         """The gate's name where it says all, else an object of the fields that are not default."""
@@ -77,7 +84,8 @@ class Edge:
         loss = self.loss if isinstance(self.loss, str) else dict(self.loss)
         fields: dict[str, Any] = {"gate": self.gate, "loss": loss}
         fields |= {"weight": self.weight} if self.weight != 1 else {}
-        return fields | ({} if self.temperature is None else {"temperature": self.temperature})
+        fields |= {} if self.temperature is None else {"temperature": self.temperature}
+        return fields | ({} if self.connector is None else {"connector": self.connector})
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Edge))
@@ -95,7 +103,7 @@ def checked_edge(where: str, given: Any, on_label: bool) -> Edge:
         InputError: names the first field that is wrong.
 
     >>> checked_edge("gates[0][0]", "linear", on_label=True)
-    Edge(gate='linear', loss='cross_entropy', weight=1.0, temperature=None)
+    Edge(gate='linear', loss='cross_entropy', weight=1.0, temperature=None, connector=None)
     """
     default = LABEL_LOSS if on_label else TRANSFER_LOSS
     if isinstance(given, str):
@@ -110,11 +118,13 @@ def checked_edge(where: str, given: Any, on_label: bool) -> Edge:
     temperature = given.temperature
     if temperature is not None:
         temperature = checked_temperature(f"{where}.temperature", temperature)
+    loss = _checked_loss(f"{where}.loss", given.loss, on_label)
     return Edge(
         _checked_gate(f"{where}.gate", given.gate),
-        _checked_loss(f"{where}.loss", given.loss, on_label),
+        loss,
         checked_number(f"{where}.weight", given.weight),
         temperature,
+        _checked_connector(f"{where}.connector", given.connector, loss, on_label),
     )
 
 
@@ -138,3 +148,21 @@ def _checked_loss(where: str, loss: Any, on_label: bool) -> str | dict[str, floa
             raise InputError(where, given, f"each loss once ({name})")
         found[name] = checked_number(f"{where}.{name}", weight)
     return found
+
+
+def _checked_connector(
+    where: str, given: Any, loss: str | Mapping[str, float], on_label: bool
+) -> str | None:
+    """The one text of a connector that something on the edge has a use for."""
+    if given is None:
+        return None
+    if on_label:
+        raise InputError(where, given, "null: a label edge has one end")
+    kinds = connector_kinds(where, given)
+    losses = [named_loss(name) for name in ([loss] if isinstance(loss, str) else loss)]
+    on_stages = [CONNECTORS[kind][0] == "stages" for kind in kinds]
+    if any(on_stages) and not any(each.needs_stages for each in losses):
+        raise InputError(where, given, "linear or linear_linear: no loss of the edge is on stages")
+    if not all(on_stages) and all(each.needs_stages for each in losses):
+        raise InputError(where, given, "conv or conv_conv: all losses of the edge are on stages")
+    return "+".join(kinds)

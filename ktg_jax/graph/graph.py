@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ktg_jax.connectors import Connector
 from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, functions_among
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
 from ktg_jax.graph.derived import PLAIN, Derived, derived_of
 from ktg_jax.graph.edge import Edge, checked_edge
-from ktg_jax.graph.node import (
+from ktg_jax.graph.node import LEARNING, PRIOR_DEFAULTS, Node
+from ktg_jax.graph.node_checks import (
     NO_PRIOR,
-    PRIOR_DEFAULTS,
-    Node,
     check_number_of_nodes,
     checked_nodes,
     checked_temperature,
@@ -53,8 +53,9 @@ class Graph:
     Raises:
         InputError: no node or more than 100, a gate or a loss that does not exist, a matrix of the
             wrong shape, two nodes of one name, a target with only cutoff gates, a frozen node with
-            a prior or another one with a projection, a recorded node that hears others or is to
-            show its stages, an option of a node or of an edge that is out of range, or a
+            a prior or with options of learning, another one with a projection, a recorded node that
+            hears others or is to show its stages, a node of other classes that is the target or
+            hears the label, an option of a node or of an edge that is out of range, or a
             temperature that is not a finite number above 0.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
@@ -119,6 +120,17 @@ class Graph:
             np.array(temperatures, np.float32),
             self.losses,
             functions_among(self.gate_codes),
+            self.connectors,
+        )
+
+    @property
+    def connectors(self) -> tuple[Connector, ...]:
+        """The connectors of all edges that carry something."""
+        return tuple(
+            Connector(t, s, str(self.nodes[s].name), tuple(edge.connector.split("+")))
+            for t, row in enumerate(self.edges)
+            for s, edge in enumerate(row)
+            if edge.connector is not None and edge.carries
         )
 
     @property
@@ -227,6 +239,7 @@ class Graph:
                 node.projection or "",
                 repr(_numbers_of(node.input)),
                 node.outputs or "",
+                repr([node.classes, *(getattr(node, field) for field in LEARNING)]),
             )
             for i, node in enumerate(graph.nodes)
         ]
@@ -334,7 +347,8 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
     """The edges as integers: equal ones the same, whatever the numbering of the nodes."""
 
     def key(edge: Edge) -> tuple[Any, ...]:
-        return edge.gate, sorted(edge.losses.items()), edge.temperature or 0.0
+        losses = sorted(edge.losses.items())
+        return edge.gate, losses, edge.temperature or 0.0, edge.connector or ""
 
     listed = sorted(key(edge) for row in edges for edge in row)
     return [[listed.index(key(edge)) for edge in row] for row in edges]
@@ -342,7 +356,7 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
 
 def _node(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
-    network = {"weights", "prior", "projection", "input", *PRIOR_DEFAULTS}
+    network = {"weights", "prior", "projection", "input", "classes", *LEARNING, *PRIOR_DEFAULTS}
     for kind, options in (("outputs", ()), ("ensemble", ("of",)), ("average", ("decay",))):
         if isinstance(fields, Mapping) and fields.get(kind) is not None:
             check_fields(where, fields, required={kind}, optional={"name", *options})

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
-from ktg_jax.graph.node import Node, check_number_of_nodes
+from ktg_jax.graph.node import Node
+from ktg_jax.graph.node_checks import check_number_of_nodes
 
 Model = Node | str
 GateOf = Callable[[int, int], bool]

@@ -1,19 +1,20 @@
-"""The description of a node of a graph: its fields, their checks, and how they are written."""
+"""The description of a node of a graph: its fields, and how they are written."""
 
 import dataclasses
-import itertools
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktg_jax.checks import check_not_negative, check_positive, check_share, is_number
-from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input, checked_input
 
 RECORDED, ENSEMBLE, AVERAGE = "recorded", "ensemble", "average"
 """What stands for its model in a node that is no network of its own."""
+
+OPTIMIZERS = ("sgd", "adamw")
+"""Those that a node may choose."""
+
+LEARNING = ("optimizer", "learning_rate", "weight_decay", "clip", "trainable")
+"""The fields of a node that say how it is updated; a frozen node has none of them."""
 
 COMBINED = ("logits", "probabilities")
 """Of what an ensemble may be."""
@@ -23,20 +24,6 @@ MATCHINGS = ("initialise", "assignment", "none")
 
 SCHEDULES = ("linear", "constant")
 """How a prior's weight goes over the training."""
-
-NO_PRIOR = "nothing: the node has no prior"
-
-MOST_NODES = 100
-"""The most nodes of a graph; the published ones have up to 7."""
-
-MOST_WEIGHT = 1e30
-"""The largest weight of a loss."""
-
-TEMPERATURES = 1e-15, 1e15
-"""The lowest and the highest."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -63,6 +50,15 @@ class Node:
         input: how the network wants its images, in place of 0..1 as the data has them: an `Input`,
             the name of one (`imagenet`, `cifar10`, ...), `data` for the statistics of the training
             images, or a mapping of an `Input`'s fields.
+        optimizer: `sgd` or `adamw`; None: the run's, as for the next three.
+        learning_rate: the highest of its schedule.
+        weight_decay: of `sgd` coupled, of `adamw` decoupled.
+        clip: the largest norm of all its gradients together; larger ones are scaled down to it.
+        trainable: patterns of paths of parameters, `*` standing for anything: those that match one
+            are updated, the others stay as they begin (batch statistics move all the same). None:
+            all are updated.
+        classes: how many classes its logits have, where they are others than the data's: only
+            connectors lead to such a node and from it, and no label does. None: the data's.
         outputs: the folder of a recording, in place of a network: the node puts out what another
             one put out for the same batches. It has no parameters and never learns.
         ensemble: the names of other nodes, in place of a network: the node puts out what they do
@@ -89,6 +85,12 @@ class Node:
     prior_matching: str = "initialise"
     projection: str | None = None
     input: "str | Input | Mapping[str, Any] | None" = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+    trainable: "Sequence[str] | None" = None
+    classes: int | None = None
     outputs: str | None = None
     ensemble: "Sequence[str] | None" = None
     of: str = "logits"
@@ -131,7 +133,9 @@ class Node:
         if self.input is not None:
             wanted = checked_input("input", self.input)
             fields["input"] = wanted if isinstance(wanted, str) else wanted.to_json()
-        return fields
+        given = {field: getattr(self, field) for field in (*LEARNING, "classes")}
+        given["trainable"] = None if self.trainable is None else list(self.trainable)
+        return fields | {field: value for field, value in given.items() if value is not None}
 
 
 PRIOR_DEFAULTS = {
@@ -140,155 +144,3 @@ PRIOR_DEFAULTS = {
     if field.name.startswith("prior_")
 }
 """The options that only a node with a prior may have."""
-
-
-def checked_nodes(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
-    """Checks the nodes and names those that have no name.
-
-    Raises:
-        InputError: names the first node and field that is wrong.
-    """
-    if isinstance(nodes, str) or not isinstance(nodes, Iterable):
-        raise InputError("nodes", nodes, "a sequence of nodes")
-    if isinstance(nodes, Sized):
-        check_number_of_nodes(len(nodes))
-    nodes = list(itertools.islice(nodes, MOST_NODES + 1))
-    check_number_of_nodes(len(nodes))
-    named: dict[str, Node] = {}
-    for i, given in enumerate(nodes):
-        node = _with_checked_prior(f"nodes[{i}]", _checked_node(f"nodes[{i}]", given))
-        name = f"{node.model}-{i}" if node.name is None else node.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-            allowed = f"letters, digits, '_', '.' and '-', at most {_LONGEST_NAME}"
-            raise InputError(f"nodes[{i}].name", name, allowed)
-        if name in named:
-            raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
-        named[name] = dataclasses.replace(node, name=name)
-    return tuple(named.values())
-
-
-def check_number_of_nodes(number: int) -> None:
-    """Raises InputError unless a graph can have so many nodes."""
-    if number < 1:
-        raise InputError("nodes", [], "at least one node")
-    if number > MOST_NODES:
-        raise InputError("nodes", number, f"at most {MOST_NODES} nodes")
-
-
-def _checked_node(where: str, given: Any) -> Node:
-    node = Node(given) if isinstance(given, str) else given
-    if not isinstance(node, Node):
-        raise InputError(where, given, "a Node or a model's name")
-    if node.kind != "network":
-        return _CHECKS[node.kind](where, node)
-    _check_defaults(where, node, ("of", "decay"), "nothing but of ensembles and averages")
-    if not isinstance(node.model, str) or node.model in ("", RECORDED, ENSEMBLE, AVERAGE):
-        raise InputError(f"{where}.model", node.model, "a model's name")
-    for field in ("weights", "prior", "projection"):
-        value = getattr(node, field)
-        if field == "weights" and value == "":
-            continue  # another way to write that there are none
-        if value is not None and not _is_path(value):
-            raise InputError(f"{where}.{field}", value, "a path, or null")
-    if node.input is None:
-        return node
-    return dataclasses.replace(node, input=checked_input(f"{where}.input", node.input))
-
-
-def _checked_recorded(where: str, node: Node) -> Node:
-    if not _is_path(node.outputs):
-        raise InputError(f"{where}.outputs", node.outputs, "the folder of a recording, or null")
-    _check_alone(where, node, "outputs", "outputs")
-    return node
-
-
-def _checked_ensemble(where: str, node: Node) -> Node:
-    members = node.ensemble
-    is_list = isinstance(members, Sequence) and not isinstance(members, str)
-    if not is_list or not members or not all(isinstance(name, str) for name in members):
-        raise InputError(f"{where}.ensemble", members, "names of other nodes, at least one")
-    if len(set(members)) < len(members):
-        raise InputError(f"{where}.ensemble", list(members), "each node once")
-    if node.of not in COMBINED:
-        raise InputError(f"{where}.of", node.of, ", ".join(COMBINED))
-    _check_alone(where, node, "ensemble", "ensemble", "of")
-    return dataclasses.replace(node, model=ENSEMBLE, ensemble=tuple(members))
-
-
-def _checked_average(where: str, node: Node) -> Node:
-    if not isinstance(node.average, str):
-        raise InputError(f"{where}.average", node.average, "the name of a node that learns")
-    if not is_number(node.decay) or not 0 <= node.decay < 1:
-        raise InputError(f"{where}.decay", node.decay, "a number of at least 0, below 1")
-    _check_alone(where, node, "average", "average", "decay")
-    return dataclasses.replace(node, model=AVERAGE, decay=float(node.decay))
-
-
-def _check_alone(where: str, node: Node, kind: str, *own: str) -> None:
-    """Raises InputError where a node that is no network has other fields than its own."""
-    others = (f.name for f in dataclasses.fields(Node) if f.name not in ("name", "model", *own))
-    _check_defaults(where, node, tuple(others), f"nothing beside {kind}")
-    if node.model not in (RECORDED, ENSEMBLE, AVERAGE):
-        raise InputError(f"{where}.model", node.model, f"nothing beside {kind}")
-
-
-def _check_defaults(where: str, node: Node, fields: Sequence[str], allowed: str) -> None:
-    for field in fields:
-        if getattr(node, field) != getattr(Node, field):
-            raise InputError(f"{where}.{field}", getattr(node, field), allowed)
-
-
-_CHECKS = {
-    RECORDED: _checked_recorded,
-    ENSEMBLE: _checked_ensemble,
-    AVERAGE: _checked_average,
-}
-
-
-def _is_path(value: Any) -> bool:
-    """Whether a file could have this name."""
-    try:
-        return isinstance(value, str) and 0 < len(os.fsencode(value)) <= 4096 and "\0" not in value
-    except UnicodeEncodeError:
-        return False
-
-
-def _with_checked_prior(where: str, node: Node) -> Node:
-    if node.prior is None:
-        for field, default in PRIOR_DEFAULTS.items():
-            if getattr(node, field) != default:
-                raise InputError(f"{where}.{field}", getattr(node, field), NO_PRIOR)
-        return node
-    weight = checked_number(f"{where}.prior_weight", node.prior_weight)
-    check_share(f"{where}.prior_quantile", node.prior_quantile)
-    for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
-        if getattr(node, field) not in names:
-            raise InputError(f"{where}.{field}", getattr(node, field), ", ".join(names))
-    quantile = float(node.prior_quantile)
-    return dataclasses.replace(node, prior_weight=weight, prior_quantile=quantile)
-
-
-def checked_number(field: str, value: Any) -> float:
-    """A weight: a finite number, not negative, and not so large that float32 cannot hold losses.
-
-    Raises:
-        InputError: it is something else.
-    """
-    check_not_negative(field, value)
-    if value > MOST_WEIGHT:
-        raise InputError(field, value, f"at most {MOST_WEIGHT:g}: float32 must hold the loss")
-    return float(value)
-
-
-def checked_temperature(field: str, value: Any) -> float:
-    """A temperature: a number above 0 whose square, and what it divides, float32 can hold.
-
-    Raises:
-        InputError: it is something else.
-    """
-    check_positive(field, value)
-    low, high = TEMPERATURES
-    if not low <= value <= high:
-        allowed = f"{low:g} to {high:g}: float32 must hold its square"
-        raise InputError(field, value, allowed)
-    return float(value)

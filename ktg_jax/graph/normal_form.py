@@ -5,6 +5,7 @@ same weights are one node, whose atoms add up; what no named gate says alone is 
 copies of the node as it takes.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -76,14 +77,20 @@ def merged(
     """
     frozen = set(frozen)
     nodes = range(len(kinds))
+    # What is heard by way of two connectors is not twice what is heard by way of one.
+    apart = {i for i in nodes if any(row[i].connector and row[i].carries for row in edges)}
     groups = [[i] for i in nodes if i not in frozen]
     of_kind: dict[Hashable, list[int]] = defaultdict(list)
     for i in sorted(frozen):
-        of_kind[kinds[i]].append(i)
+        of_kind[i if i in apart else ("", kinds[i])].append(i)
     groups += of_kind.values()
 
     def carried(receiver: int, senders: Sequence[int]) -> tuple[Edge, ...]:
         on_label = receiver in senders
+        (edge, *_) = (edges[receiver][s] for s in senders)
+        if edge.connector and edge.carries:
+            (whole,) = edges_of(sum_of([edge], temperature, on_label)) or (edge,)
+            return (dataclasses.replace(whole, connector=edge.connector),)
         return edges_of(sum_of((edges[receiver][s] for s in senders), temperature, on_label))
 
     learning = [i for i in nodes if i not in frozen]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ktg_jax.errors import InputError
 from ktg_jax.graph.edge import Edge
-from ktg_jax.graph.node import ENSEMBLE, RECORDED, Node
+from ktg_jax.graph.node import ENSEMBLE, LEARNING, RECORDED, Node
 from ktg_jax.named_losses import named_loss
 
 EdgeMatrix = Sequence[Sequence[Edge]]
@@ -19,8 +19,9 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
         frozen: indices of the nodes that never learn.
 
     Raises:
-        InputError: a target that hears nothing and is no ensemble, a frozen node with a prior,
-            another one with a projection, a recorded node that hears something, or stages that are
+        InputError: a target that hears nothing and is no ensemble, a frozen node with a prior or
+            with options of learning, another one with a projection, a node of other classes that is
+            the target or hears the label, a recorded node that hears something, or stages that are
             asked of a node without.
     """
     if nodes[0].kind != ENSEMBLE and not any(edge.carries for edge in edges[0]):
@@ -31,6 +32,12 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
         if i in frozen and node.prior is not None:
             allowed = "no prior: all gates of the node are cutoff, it never learns"
             raise InputError(f"nodes[{i}].prior", node.prior, allowed)
+        for field in LEARNING:
+            if i in frozen and getattr(node, field) is not None:
+                allowed = "null: all gates of the node are cutoff, it never learns"
+                raise InputError(f"nodes[{i}].{field}", getattr(node, field), allowed)
+        if node.classes is not None:
+            _check_classes(i, node, edges)
         if i not in frozen and node.projection is not None:
             allowed = "no projection: the node learns, readers are fitted to one that does not"
             raise InputError(f"nodes[{i}].projection", node.projection, allowed)
@@ -39,6 +46,15 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
             raise InputError(f"gates[{i}]", [edge.gate for edge in edges[i]], allowed)
         if node.kind in (RECORDED, ENSEMBLE):
             _check_no_stages(i, node, edges)
+
+
+def _check_classes(i: int, node: Node, edges: EdgeMatrix) -> None:
+    """Raises InputError where a node of other classes is the target, or hears the label."""
+    if i == 0:
+        raise InputError("nodes[0].classes", node.classes, "null: the target has the data's")
+    if edges[i][i].carries:
+        allowed = f"cutoff: node {node.name} has other classes than the data (classes)"
+        raise InputError(f"gates[{i}][{i}]", edges[i][i].gate, allowed)
 
 
 def _check_no_stages(sender: int, node: Node, edges: EdgeMatrix) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ktg_jax.connectors import without_connectors
 from ktg_jax.errors import InputError
 from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
 from ktg_jax.io.trees import FlatTree, by_path, digest, flatten, unflatten
@@ -102,7 +103,7 @@ def save_state_dict(
 
     Args:
         path: ends in `.safetensors`.
-        params: the network's params.
+        params: the network's params; a node's connectors are left out.
         model_state: its model state.
         model: its name.
         layout: how its parts are to be named, one of `LAYOUTS`.
@@ -124,7 +125,8 @@ def save_state_dict(
     if Path(path).suffix != ".safetensors":
         raise InputError("export", str(path), "a file name that ends in .safetensors")
     taken = _known(layout)
-    arrays = _flat(flatten(params), flatten(without_stream(model_state)))
+    network, _ = without_connectors(params)
+    arrays = _flat(flatten(network), flatten(without_stream(model_state)))
     missing = [p for p in arrays if taken.key(p) is None]
     if missing:
         raise InputError("layout", layout, f"one that names every part of a {model} ({missing[0]})")

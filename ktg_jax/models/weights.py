@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.checks import is_number, is_whole
+from ktg_jax.connectors import without_connectors
 from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input, checked_input, resolved_input
 from ktg_jax.io.json_input import decoded
@@ -91,7 +92,8 @@ def save_node(
     """
     if Path(path).suffix != ".safetensors":
         raise InputError("export", str(path), "a file name that ends in .safetensors")
-    tensors = {f"params.{name}": array for name, array in flatten(params).items()}
+    network, _ = without_connectors(params)
+    tensors = {f"params.{name}": array for name, array in flatten(network).items()}
     tensors |= flatten(without_stream(model_state))
     texts = {
         "model": model,

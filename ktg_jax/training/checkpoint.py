@@ -23,6 +23,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ktg_jax.connectors import KEY
 from ktg_jax.errors import RunError
 from ktg_jax.io.plain_path import PlainFolder
 from ktg_jax.io.trees import FlatTree, digest, flatten, unflatten
@@ -201,9 +202,9 @@ class Checkpoints:
 def read_nodes(
     folder: str | os.PathLike[str], epoch: int | None = None
 ) -> tuple[int, dict[str, dict[str, FlatTree]]]:
-    """Reads every node's weights from the newest whole checkpoint, or from that of an epoch.
+    """Reads every network's weights from the newest whole checkpoint, or from that of an epoch.
 
-    Nothing in the folder is changed: a run may be training in it.
+    Connectors are left out. Nothing in the folder is changed: a run may be training in it.
 
     Returns:
         The epoch, and `{name: {"params": flat, "model_state": flat}}`.
@@ -216,10 +217,17 @@ def read_nodes(
     reasons: list[str] = []
     for each in reversed(checkpoint_epochs(folder)) if epoch is None else [epoch]:
         try:
-            return each, _read(plain, each, ("nodes",))["nodes"]
+            nodes = _read(plain, each, ("nodes",))["nodes"]
+            return each, {name: _network(node) for name, node in nodes.items()}
         except RunError as error:
             reasons.append(str(error))
     raise RunError("; ".join(reasons) or f"{folder} holds no checkpoint")
+
+
+def _network(node: dict[str, FlatTree]) -> dict[str, FlatTree]:
+    """What is stored of a node, without its connectors."""
+    own = {path: a for path, a in node["params"].items() if not path.startswith(f"{KEY}.")}
+    return {**node, "params": own}
 
 
 class _Kept(policies.PreservationPolicy):

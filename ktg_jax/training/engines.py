@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays
@@ -32,6 +31,7 @@ from ktg_jax.training.placement import node_placement, place
 from ktg_jax.training.recorded import Feed, Recordings, Rows, taken
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, train_step
+from ktg_jax.training.updates import Optimizers
 
 ENGINES = ("fused", "per_node")
 
@@ -46,7 +46,7 @@ class Task:
 
     Attributes:
         node_fns: one a node; equal ones share what is compiled.
-        optimizer: as given to `init_state`.
+        optimizer: as given to `init_state`: one for all, or one a node.
         batches: how they are made.
         image_shape: `(H, W, C)`.
         total_steps: k_end of the gates' progress.
@@ -57,7 +57,7 @@ class Task:
     """
 
     node_fns: Sequence[NodeFns]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizers
     batches: Batches
     image_shape: Sequence[int]
     total_steps: int

@@ -57,7 +57,8 @@ def eval_step(
         `[N]`, `correct` `[N]`, `ensemble_loss` `[]` and `ensemble_correct` `[]` of the summed
         logits, and `count` `[]`; float32. What the others hold, labels too, does not matter. The
         losses are NaN where a label that counts is no class. A recorded node has nothing to be
-        evaluated: its numbers are NaN (-1 under `jax_debug_nans`), the ensemble is the others'.
+        evaluated, nor has one of other classes than the first: its numbers are NaN (-1 under
+        `jax_debug_nans`), the ensemble is the others'.
 
     Raises:
         InputError: images that are no floats.
@@ -91,8 +92,9 @@ def eval_sums(
 ) -> Metrics:
     """The sums that `eval_step` returns, from the logits of every node, N float `[B, C]`.
 
-    None in place of a node's logits stands for a recorded node, and for an ensemble. The last two
-    sums are of the logits of all networks, no ensembles among them.
+    None in place of a node's logits stands for a recorded node, and for an ensemble; logits of
+    other classes than the first node's are as none. The last two sums are of the logits of all
+    networks, no ensembles among them.
 
     >>> logits = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])]
     >>> sums = eval_sums(logits, jnp.array([0]))
@@ -102,6 +104,9 @@ def eval_sums(
     each = logits if isinstance(logits, list | tuple) else list(jnp.asarray(logits))
     networks = [i for i, z in enumerate(each) if z is not None]
     each = with_ensembles(each, ensembles)
+    classes = next(jnp.shape(z)[-1] for z in each if z is not None)
+    each = [None if z is None or jnp.shape(z)[-1] != classes else z for z in each]
+    networks = [i for i in networks if each[i] is not None]
     there = [i for i, z in enumerate(each) if z is not None]
     stacked = jnp.stack([jnp.asarray(each[i], jnp.float32) for i in there])
     counts = jnp.ones(stacked.shape[1], jnp.float32)

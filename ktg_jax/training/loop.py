@@ -49,10 +49,10 @@ def train_epochs(
         After each epoch a record (`epoch`, `step`, `seconds` from its beginning to its last update,
         `images_per_second` of this time, in the first one that is trained without its first call,
         which compiles, if there are others; and for each of
-        `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` and `edge_losses`
-        (one a sender), `val_loss` and `val_accuracy` or None, and of nodes with a prior
-        `prior_distance`, one a stage), and the state, which must be copied or saved before the next
-        is asked for.
+        `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` (None: it has other
+        classes than the data) and `edge_losses` (one a sender), `val_loss` and `val_accuracy` or
+        None, and of nodes with a prior `prior_distance`, one a stage), and the state, which must be
+        copied or saved before the next is asked for.
 
     Raises:
         RunError: a loss or a parameter that is not finite; names the step and the node.
@@ -103,18 +103,17 @@ def train_epochs(
 def _node_records(
     names: Sequence[str], means: dict[str, np.ndarray], validation: dict[str, np.ndarray] | None
 ) -> list[Record]:
-    def validated(key: str, i: int) -> float | None:
-        if validation is None or not validation["accuracy"][i] >= 0:  # a recorded node has none
-            return None
-        return float(validation[key][i])
+    def known(found: dict[str, np.ndarray] | None, key: str, i: int) -> float | None:
+        # A recorded node is not validated, and one of other classes is never right.
+        return float(found[key][i]) if found and found["accuracy"][i] >= 0 else None
 
     records: list[Record] = [
         {
             "name": name,
             "train_loss": float(means["loss"][i]),
-            "train_accuracy": float(means["accuracy"][i]),
-            "val_loss": validated("loss", i),
-            "val_accuracy": validated("accuracy", i),
+            "train_accuracy": known(means, "accuracy", i),
+            "val_loss": known(validation, "loss", i),
+            "val_accuracy": known(validation, "accuracy", i),
             "edge_losses": means["edge_losses"][i].tolist(),
         }
         for i, name in enumerate(names)

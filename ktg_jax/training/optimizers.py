@@ -1,10 +1,16 @@
-"""The papers' optimiser and its learning-rate schedules, as plain optax."""
+"""The papers' optimiser, another, what they can be told, and schedules: all plain optax."""
 
+import fnmatch
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+from ktg_jax.connectors import KEY
+from ktg_jax.errors import InputError
+from ktg_jax.io.trees import by_path, replaced
+from ktg_jax.models.network import PyTree
 
 
 def sgd(
@@ -24,6 +30,69 @@ def sgd(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum, nesterov=True),
     )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3, weight_decay: float = 0.05
+) -> optax.GradientTransformation:
+    """AdamW, with decoupled weight decay on all parameters, as vision transformers are trained.
+
+    >>> import jax.numpy as jnp
+    >>> optimizer, weight = adamw(learning_rate=0.1, weight_decay=0.5), jnp.array(1.0)
+    >>> update, _ = optimizer.update(jnp.array(3.0), optimizer.init(weight), weight)
+    >>> round(float(update), 3)  # -0.1 times 1 and the decay
+    -0.15
+    """
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+def clipped(
+    optimizer: optax.GradientTransformation, most: float
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, of gradients whose norm, of all together, is at most so much.
+
+    >>> import jax.numpy as jnp
+    >>> optimizer = clipped(optax.sgd(1.0), most=1.0)
+    >>> updates, _ = optimizer.update([jnp.array(3.0), jnp.array(4.0)], optimizer.init([0.0, 0.0]))
+    >>> [round(float(update), 3) for update in updates]
+    [-0.6, -0.8]
+    """
+    return optax.chain(optax.clip_by_global_norm(most), optimizer)
+
+
+def trainable(
+    optimizer: optax.GradientTransformation, patterns: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, of some parameters alone; the others stay as they are.
+
+    Args:
+        optimizer: sees the parameters that match, and no others.
+        patterns: of paths as `stage3_block1.conv1.kernel`; `*` stands for anything, `?` for one
+            character, `[ab]` for one of these. A path that matches one of them counts; those of
+            connectors do, too.
+
+    Raises:
+        InputError: (its `init`) a pattern that no path matches.
+
+    >>> import jax.numpy as jnp
+    >>> optimizer = trainable(optax.sgd(1.0), ["head.*"])
+    >>> params = {"head": {"bias": jnp.array(1.0)}, "stem": {"bias": jnp.array(1.0)}}
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> float(updates["head"]["bias"]), float(updates["stem"]["bias"])
+    (-1.0, 0.0)
+    """
+
+    def labels(params: PyTree) -> PyTree:
+        paths = by_path(params)
+        for pattern in patterns:
+            if not fnmatch.filter(paths, pattern):
+                some = ", ".join([*paths][:3])
+                raise InputError("trainable", pattern, f"a pattern of a path, such as {some}, ...")
+        always = f"{KEY}.*"
+        learn = {path for each in (*patterns, always) for path in fnmatch.filter(paths, each)}
+        return replaced(params, {path: path in learn for path in paths})
+
+    return optax.partition({True: optimizer, False: optax.set_to_zero()}, labels)
 
 
 def step_schedule(

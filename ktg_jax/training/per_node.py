@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.connectors import with_connectors, without_connectors
 from ktg_jax.cpu.convolution import cpu_convolution
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.graph.derived import Ensemble
@@ -82,9 +83,9 @@ def per_node_step(
     """
     home = placement[0]
     how = StepOptions(**options)
-    frozen, optimizer = state.frozen, how.optimizer
+    frozen, optimizers = state.frozen, how.optimizers
     priors = checked_priors(how.priors, state)
-    check_states(state.opt_state, state.params, optimizer)
+    check_states(state.opt_state, state.params, optimizers)
     edges = edge_arrays(gates, how.temperature)
     with_stages, convolution = edges.needs_stages, cpu_convolution().name
     recorded = checked_recorded(how, state, labels, with_stages)
@@ -109,8 +110,14 @@ def per_node_step(
 
     if how.ensembles:
         outputs = _with_ensembles(outputs, how.derived.ensembles)
-    output_gradients, metrics, losses = _graph_gradients(
-        outputs, labels, edges, progress, where=how.where
+    connectors = [without_connectors(each)[1] for each in state.params]
+    (output_gradients, connector_gradients), metrics, losses = _graph_gradients(
+        outputs,
+        labels,
+        edges,
+        progress,
+        where=how.where,
+        connectors=jax.device_put(connectors, home),
     )
 
     params, opt_state = list(state.params), list(state.opt_state)
@@ -118,13 +125,15 @@ def per_node_step(
     for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
         if pullback is None:
             continue
-        gradient, loss = jax.device_put((output_gradients[i], losses[i]), device)
+        gradient, loss = jax.device_put(
+            ((output_gradients[i], connector_gradients[i]), losses[i]), device
+        )
         update = pullback, gradient, params[i], opt_state[i], loss
         if prior is None:
-            params[i], opt_state[i] = _backward_and_update(optimizer)(*update)
+            params[i], opt_state[i] = _backward_and_update(optimizers[i])(*update)
         else:
             extra = jax.device_put((prior, progress), device)
-            params[i], opt_state[i], distance = _backward_with_prior(optimizer)(*update, *extra)
+            params[i], opt_state[i], distance = _backward_with_prior(optimizers[i])(*update, *extra)
             distances[i] = jax.device_put(distance, home)
     for average in how.derived.averages:
         i, source = average.node, average.source
@@ -245,12 +254,18 @@ def _frozen_forward(fns: NodeFns, with_stages: bool, convolution: str) -> Callab
     return jax.jit(forward)
 
 
+def _gradients(pullback: Any, of_output: Any, of_connectors: dict[str, Any]) -> PyTree:
+    """Those of a node's parameters, from those of what it puts out and of its connectors."""
+    (gradients,) = pullback(of_output)
+    return with_connectors(gradients, of_connectors) if of_connectors else gradients
+
+
 @functools.lru_cache(maxsize=256)
 def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     def update(
         pullback: Any, gradient: Any, params: PyTree, opt_state: Any, loss: jax.Array
     ) -> Any:
-        (gradients,) = pullback(gradient)
+        gradients = _gradients(pullback, *gradient)
         return node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
 
     # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
@@ -268,7 +283,7 @@ def _backward_with_prior(optimizer: optax.GradientTransformation) -> Callable[..
         prior: NodeTerm,
         progress: jax.Array,
     ) -> Any:
-        (gradients,) = pullback(gradient)
+        gradients = _gradients(pullback, *gradient)
         gradients, distance = prior.add_to(gradients, params, progress)
         updated = node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
         return *updated, distance

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ktg_jax.connectors import without_connectors
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.training.state import GraphState
@@ -24,6 +25,7 @@ def forward_cost(
     >>> forward_cost(linear, jnp.ones((64, 10)), {}, (8, 8, 1))
     1280.0
     """
+    params, _ = without_connectors(params)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with formulation("xla"):  # whose operations the compiler knows
         forward = jax.jit(lambda params, state, images: fns.apply(params, state, images, False)[0])

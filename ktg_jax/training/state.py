@@ -1,6 +1,7 @@
 """The state of a whole graph: one pytree of all nodes."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +9,16 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
+from ktg_jax.connectors import init_connector, with_connectors
 from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import Derived
 from ktg_jax.graph.graph import Graph
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.pixels import has_floats
 from ktg_jax.models.returned import arrays, errors_of
-from ktg_jax.training.updates import init_opt_state
+from ktg_jax.outputs import Outputs
+from ktg_jax.training.updates import Optimizers, init_opt_state, optimizers_of
 
 
 @flax.struct.dataclass
@@ -49,7 +51,7 @@ class GraphState:
 def init_state(
     graph: Graph,
     node_fns: Sequence[NodeFns],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizers,
     rng: jax.Array,
     sample_images: jax.Array,
 ) -> GraphState:
@@ -61,7 +63,7 @@ def init_state(
     Args:
         graph: whose `frozen` nodes get no optimiser state.
         node_fns: one a node, in the graph's order.
-        optimizer: an optax transformation, applied to each node apart.
+        optimizer: an optax transformation, applied to each node apart, or one a node.
         rng: a random key.
         sample_images: `[B, H, W, C]`, of which only the shape matters: integers count as floats.
 
@@ -84,13 +86,55 @@ def init_state(
     for node, fns in zip(graph.nodes, node_fns, strict=True):
         with errors_of(f"node {node.name}"):
             variables.append(arrays(fns.init(node_rng(rng, str(node.name)), sample_images)))
-    params, model_state = zip(*variables, strict=True)
+    given, model_state = zip(*variables, strict=True)
+    params = _with_connectors(graph, node_fns, given, model_state, rng, sample_images)
+    optimizers = optimizers_of(optimizer, len(params))
     opt_state = tuple(
-        None if i in graph.frozen else init_opt_state(optimizer, node_params)
+        None if i in graph.frozen else init_opt_state(optimizers[i], node_params)
         for i, node_params in enumerate(params)
     )
     state = GraphState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
     return with_averages(state, graph.derived)
+
+
+def _with_connectors(
+    graph: Graph,
+    node_fns: Sequence[NodeFns],
+    params: tuple[PyTree, ...],
+    model_state: tuple[PyTree, ...],
+    rng: jax.Array,
+    images: jax.Array,
+) -> tuple[PyTree, ...]:
+    """The params of all nodes with their connectors, whose shapes are those of the outputs."""
+    if not graph.connectors:
+        return params
+
+    @functools.cache
+    def outputs(i: int) -> Outputs:
+        fns = node_fns[i]
+        with errors_of(f"node {graph.nodes[i].name}"):
+            if fns == NO_NETWORK:
+                raise InputError("connector", i, "a network at both ends")
+            forward = fns.apply if fns.stages is None else fns.stages
+            given, _ = jax.eval_shape(
+                lambda params, state, images: forward(params, state, images, False),
+                params[i],
+                model_state[i],
+                images,
+            )
+        return Outputs(given) if fns.stages is None else Outputs(*given[:2])
+
+    found: dict[int, dict[str, PyTree]] = {}
+    for each in graph.connectors:
+        names = [str(graph.nodes[i].name) for i in (each.receiver, each.sender)]
+        ends = outputs(each.receiver), outputs(each.sender)
+        key = node_rng(rng, f"{names[0]}<-{names[1]}")
+        with errors_of(f"node {names[1]} as seen by node {names[0]}"):
+            connector = init_connector(each.kinds, key, *ends)
+        found.setdefault(each.receiver, {})[each.name] = connector
+    return tuple(
+        with_connectors(each, found[i]) if i in found else each for i, each in enumerate(params)
+    )
 
 
 def with_averages(state: GraphState, derived: Derived) -> GraphState:

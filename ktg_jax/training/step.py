@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ktg_jax.connectors import with_connectors, without_connectors
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import PLAIN, Derived
@@ -26,9 +27,9 @@ from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, 
 from ktg_jax.models.streams import batch_spread_over
 from ktg_jax.outputs import Outputs, all_outputs
 from ktg_jax.training.derived import moved, with_ensembles
-from ktg_jax.training.node_terms import Priors, checked_priors, distance_metrics
+from ktg_jax.training.node_terms import Priors, absent, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.updates import check_states, node_update
+from ktg_jax.training.updates import Optimizers, check_states, node_update, optimizers_of
 from ktg_jax.transfer import edge_losses, mean_of
 
 Metrics = dict[str, jax.Array]
@@ -46,7 +47,7 @@ def node_forward(
     """A node's forward pass in training.
 
     Args:
-        params: the node's parameters.
+        params: the node's parameters; its connectors have no part in this.
         model_state: the node's model state.
         images: float `[B, H, W, C]`, as the network is to see them: the experiments divide uint8
             by 255.
@@ -70,6 +71,7 @@ def node_forward(
     (4, 10)
     """
     check_floats(images)
+    params, _ = without_connectors(params)
     if with_stages and fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
     forward = fns.stages if with_stages and fns.stages is not None else fns.apply
@@ -94,7 +96,8 @@ def graph_gradients(
     *,
     where: ArrayLike | None = None,
     axis_name: str | None = None,
-) -> tuple[tuple[Any, ...], Metrics]:
+    connectors: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Any, Metrics]:
     """Each node's own loss and its gradient with respect to what that node puts out.
 
     Args:
@@ -105,10 +108,13 @@ def graph_gradients(
         temperature: as for `edge_losses`.
         where: as for `edge_losses`.
         axis_name: as for `edge_losses`.
+        connectors: as for `edge_losses`.
 
     Returns:
-        N gradients in the structure, shape and dtype of what was given for each node; and metrics:
-        `loss` `[N]`, `accuracy` `[N]`, `edge_losses` `[N, N]`, all float32, means over what counts.
+        N gradients in the structure, shape and dtype of what was given for each node, where there
+        are connectors a pair of these and of the connectors' own; and metrics: `loss` `[N]`,
+        `accuracy` `[N]`, `edge_losses` `[N, N]`, all float32, means over what counts. The accuracy
+        of a node with other classes than the first is NaN (-1 under `jax_debug_nans`).
 
     Raises:
         InputError: as `edge_losses`.
@@ -120,14 +126,24 @@ def graph_gradients(
     ([[-0.5, 0.5]], [1.0, 1.0])
     """
 
-    def loss_of(outputs: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        given = outputs, labels, gates, progress, temperature
-        losses = edge_losses(*given, where=where, axis_name=axis_name)
+    def loss_of(given: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        outputs, behind = given
+        inputs = outputs, labels, gates, progress, temperature
+        how: dict[str, Any] = {"where": where, "axis_name": axis_name, "connectors": behind}
+        losses = edge_losses(*inputs, **how)
         return jnp.sum(losses), losses
 
-    gradients, losses = jax.grad(loss_of, has_aux=True)(tuple(logits))
-    right = [is_correct(output.logits, labels) for output in all_outputs(logits)]
-    accuracy = jnp.stack([mean_of(each.astype(jnp.float32), where, axis_name) for each in right])
+    both, losses = jax.grad(loss_of, has_aux=True)((tuple(logits), connectors))
+    gradients = both[0] if connectors is None else both
+
+    def accuracy_of(z: jax.Array) -> jax.Array:
+        if z.shape[-1] != classes:
+            return jnp.asarray(absent(), jnp.float32)
+        return mean_of(is_correct(z, labels).astype(jnp.float32), where, axis_name)
+
+    outputs = all_outputs(logits)
+    classes = outputs[0].logits.shape[-1]
+    accuracy = jnp.stack([accuracy_of(output.logits) for output in outputs])
     metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
     return gradients, metrics
 
@@ -138,8 +154,8 @@ class StepOptions:
 
     Attributes:
         node_fns: one a node.
-        optimizer: as given to `init_state`. One that asks for `value` is given the node's own
-            loss, that of its edges in the whole batch.
+        optimizer: as given to `init_state`: one for all, or one a node. One that asks for `value`
+            is given the node's own loss, that of its edges in the whole batch.
         temperature: as for `edge_losses`; `Graph.edge_arrays` has its own.
         priors: one a node, or None where it has none, as `with_priors` returns them; they add to
             the gradients of their own nodes, and to nothing else. None: no node has one.
@@ -151,12 +167,17 @@ class StepOptions:
     """
 
     node_fns: Sequence[NodeFns]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizers
     temperature: ArrayLike = 1.0
     priors: Priors | None = None
     where: ArrayLike | None = None
     recorded: Mapping[int, ArrayLike] | None = None
     derived: Derived = PLAIN
+
+    @property
+    def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
+        """One a node."""
+        return optimizers_of(self.optimizer, len(self.node_fns))
 
     @property
     def ensembles(self) -> tuple[int, ...]:
@@ -215,7 +236,8 @@ def train_step(
     (1, (2, 2))
     """
     how = StepOptions(**options)
-    check_states(state.opt_state, state.params, how.optimizer)
+    optimizers = how.optimizers
+    check_states(state.opt_state, state.params, optimizers)
     priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
     with batch_spread_over(axis_name):
@@ -227,8 +249,15 @@ def train_step(
         ]
     given, pullbacks, new_model_state = zip(*nodes, strict=True)
     outputs, model_state = with_ensembles(given, how.derived.ensembles), list(new_model_state)
-    output_gradients, metrics = graph_gradients(
-        tuple(outputs), labels, edges, progress, where=how.where, axis_name=axis_name
+    connectors = [without_connectors(each)[1] for each in state.params]
+    (output_gradients, connector_gradients), metrics = graph_gradients(
+        tuple(outputs),
+        labels,
+        edges,
+        progress,
+        where=how.where,
+        axis_name=axis_name,
+        connectors=connectors,
     )
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
@@ -239,13 +268,15 @@ def train_step(
             continue
         with jax.named_scope(f"node{i}_update"):
             (gradients,) = pullback(output_gradients[i])
+            if connectors[i]:
+                gradients = with_connectors(gradients, connector_gradients[i])
             if axis_name is not None:
                 gradients = jax.lax.pmean(gradients, axis_name)
             if prior is not None:
                 gradients, distances[i] = prior.add_to(gradients, params[i], progress)
             updated = params[i], opt_state[i], gradients
             own_loss = metrics["loss"][i]
-            params[i], opt_state[i] = node_update(*updated, optimizer=how.optimizer, value=own_loss)
+            params[i], opt_state[i] = node_update(*updated, optimizer=optimizers[i], value=own_loss)
     for average in how.derived.averages:
         i, source = average.node, average.source
         params[i] = moved(params[i], params[source], average.decay)

@@ -1,7 +1,7 @@
 """A node's update by its optimiser, an optax transformation."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -9,6 +9,25 @@ from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.models.network import PyTree
+
+Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
+"""One optimiser for all nodes, or one a node."""
+
+
+def optimizers_of(optimizer: Optimizers, number: int) -> tuple[optax.GradientTransformation, ...]:
+    """The optimiser of each of so many nodes.
+
+    Raises:
+        InputError: there are others than one a node.
+
+    >>> len(optimizers_of(optax.sgd(0.1), 3))
+    3
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        return (optimizer,) * number
+    if len(optimizer) != number:
+        raise InputError("optimizer", len(optimizer), f"one, or {number}, one a node")
+    return tuple(optimizer)
 
 
 class NoOptState(NamedTuple):
@@ -26,7 +45,9 @@ def init_opt_state(optimizer: optax.GradientTransformation, params: PyTree) -> o
 
 
 def check_states(
-    opt_states: Sequence[Any], params: Sequence[PyTree], optimizer: optax.GradientTransformation
+    opt_states: Sequence[Any],
+    params: Sequence[PyTree],
+    optimizers: Sequence[optax.GradientTransformation],
 ) -> None:
     """Raises InputError where all nodes look frozen, but only as their optimiser's state is None.
 
@@ -34,11 +55,11 @@ def check_states(
         opt_states: the optimiser states of the nodes; as `init_state` makes them, the target's is
             not None.
         params: the parameters of the nodes.
-        optimizer: the optimiser of the nodes.
+        optimizers: those of the nodes.
     """
     if any(each is not None for each in opt_states) or not params:
         return
-    if jax.eval_shape(optimizer.init, params[0]) is None:
+    if jax.eval_shape(optimizers[0].init, params[0]) is None:
         allowed = "NoOptState() for a node that learns, as init_state has it; None freezes a node"
         raise InputError("opt_state", tuple(opt_states), allowed)
 

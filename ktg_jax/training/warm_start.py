@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ktg_jax.connectors import with_connectors, without_connectors
 from ktg_jax.errors import InputError, RunError, part_of
 from ktg_jax.graph.graph import Graph
 from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
@@ -154,7 +155,9 @@ def with_weights(state: GraphState, index: int, weights: NodeWeights) -> GraphSt
     field = f"weights of node {index} ({weights.source}, a {weights.model})"
 
     own = state.model_state[index]
-    params = unflatten(state.params[index], weights.params, field)
+    network, connectors = without_connectors(state.params[index])
+    params = unflatten(network, weights.params, field)
+    params = with_connectors(params, connectors) if connectors else params
     model_state = unflatten(without_stream(own), weights.model_state, field)
 
     def replace(part: tuple[PyTree, ...], new: PyTree) -> tuple[PyTree, ...]:
