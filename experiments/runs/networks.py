@@ -110,13 +110,13 @@ def check_trainable(
     """Raises InputError where a node's patterns of trainable parameters match none of them."""
     for i, (node, fns) in enumerate(zip(graph.nodes, node_fns, strict=True)):
         if node.trainable is not None:
-            with part_of(f"nodes[{i}]"):
-                init = trainable(ktg.sgd(), node.trainable).init
-                images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-                rng = jax.eval_shape(lambda: jax.random.key(0))
-                jax.eval_shape(
-                    lambda r, x, fns=fns, init=init: init(fns.init(r, x)[0]), rng, images
-                )
+            images = jnp.zeros((1, *image_shape))
+            params, _ = jax.eval_shape(fns.init, jax.random.key(0), images)
+            try:
+                jax.eval_shape(trainable(ktg.sgd(), node.trainable).init, params)
+            except InputError as error:
+                field = f"nodes[{i}].{error.field}"
+                raise InputError(field, error.value, error.allowed) from None
 
 
 def check_models(
