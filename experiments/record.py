@@ -91,6 +91,10 @@ class RecordConfig:
     """Random crops and mirroring, or --no-augment; else as in the run, or yes."""
     mirror: bool | None = None
     """Mirroring as part of --augment, or --no-mirror; else as in the run, or yes."""
+    mixup: Annotated[float | None, "ALPHA"] = None
+    """As train takes it; else the run's, or 0."""
+    cutmix: Annotated[float | None, "ALPHA"] = None
+    """As train takes it; else the run's, or 0."""
 
     data: Annotated[str | None, "NAME"] = None
     """As train takes it; else the run's."""
@@ -120,7 +124,7 @@ class RecordConfig:
 
 _OF_FILES = ("model", "input", "imports")
 _OF_TRAINING = (
-    *("epochs", "batch_size", "augment", "mirror", "data", "data_dir"),
+    *("epochs", "batch_size", "augment", "mirror", "mixup", "cutmix", "data", "data_dir"),
     *("train_limit", "val_fraction", "split_seed", "image_size"),
 )
 
@@ -300,9 +304,11 @@ def _needs(config: RecordConfig, training: Training) -> str:
     """What a training must be told to have these batches."""
     if config.static:
         return "the same training images, with any augmentation and seed"
-    augmented = "" if training.augment else "--no-augment, "
+    options = [] if training.augment else ["--no-augment"]
+    options += [f"--{k} {a:g}" for k in ("mixup", "cutmix") if (a := getattr(training, k))]
+    said = "".join(f"{option}, " for option in options)
     return (
-        f"{augmented}--data-seed {config.data_seed}, --batch-size {training.batch_size} and at "
+        f"{said}--data-seed {config.data_seed}, --batch-size {training.batch_size} and at "
         f"most {training.epochs} epochs"
     )
 

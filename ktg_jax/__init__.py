@@ -22,6 +22,7 @@ from ktg_jax.graph.graph import Graph
 from ktg_jax.graph.node import Node
 from ktg_jax.inputs import Input
 from ktg_jax.losses import cross_entropy, kl_divergence, reverse_kl_divergence
+from ktg_jax.mixed import Mixed
 from ktg_jax.models import build_model, model_names, register_model
 from ktg_jax.models.foreign import load_state_dict, save_state_dict, state_dict_layout
 from ktg_jax.models.linen_node import from_linen
@@ -74,6 +75,7 @@ __all__ = [
     "Header",
     "Input",
     "InputError",
+    "Mixed",
     "Node",
     "NodeFns",
     "NodePrior",

@@ -19,6 +19,8 @@ from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.gates import CUTOFF, gate_functions, gate_names, gate_weights, is_cut
 from ktg_jax.losses import checked_labels, is_correct
+from ktg_jax.means import shares_of
+from ktg_jax.mixed import Mixed, checked_mixed
 from ktg_jax.named_losses import NamedLoss, named_loss
 from ktg_jax.outputs import Logits, Outputs, all_outputs, detached, filled
 
@@ -35,6 +37,7 @@ def edge_losses(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
     connectors: Sequence[Mapping[str, Any]] | None = None,
+    mixed: Mixed | None = None,
 ) -> jax.Array:
     """The gated loss of every edge of a graph.
 
@@ -58,6 +61,8 @@ def edge_losses(
             device returns is then the mean over what counts on all of them.
         connectors: of each node the parameters of those behind it, by their names, where `gates`
             says which edges have one; None: there are none.
+        mixed: what is mixed into each sample, of which label edges alone know: who is right, and
+            what other losses see, goes by `labels`; None: nothing.
 
     Returns:
         float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over *all* samples that
@@ -90,9 +95,11 @@ def edge_losses(
         chex.assert_equal_shape([where, labels])
         outputs = tuple(filled(~where, 0.0, output) for output in outputs)
         labels = jnp.where(where, labels, 0)
+    if mixed is not None:
+        mixed = checked_mixed(mixed, outputs[0].logits, labels, where)
     sample_weights = _sample_weights(edges, outputs, labels, progress)
     if where is not None:
-        sample_weights *= _shares(where, axis_name)[None, None]
+        sample_weights *= shares_of(where, axis_name)[None, None]
     cut, temperatures = is_cut(edges.gates), jnp.asarray(edges.temperatures, jnp.float32)
     ends = _ends(edges, outputs, connectors)
     total = jnp.zeros((n, n), jnp.float32)
@@ -101,7 +108,7 @@ def edge_losses(
         absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
         given = labels, sample_weights, temperatures, absent
         if loss.on_labels:
-            found = _on_labels(loss, outputs, *given)
+            found = _on_labels(loss, outputs, *given, mixed)
         elif loss.needs_stages or edges.connectors or len(set(shapes)) > 1:
             found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
         else:
@@ -175,28 +182,6 @@ def _sample_weights(
     return weights
 
 
-def mean_of(
-    values: jax.Array, where: ArrayLike | None = None, axis_name: str | None = None
-) -> jax.Array:
-    """The mean over what counts; arguments as of `edge_losses`, values float32 of that shape.
-
-    >>> float(mean_of(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False])))
-    1.5
-    """
-    if where is not None:
-        where = jnp.asarray(where, bool)
-        values = jnp.where(where, values, 0.0) * _shares(where, axis_name)
-    return jnp.mean(values)
-
-
-def _shares(where: jax.Array, axis_name: str | None) -> jax.Array:
-    """The weight of each sample in a plain mean: 0 for what does not count, else more than 1."""
-    count = jnp.sum(where, dtype=jnp.float32)
-    if axis_name is not None:
-        count = jax.lax.pmean(count, axis_name)
-    return where.astype(jnp.float32) * (where.size / jnp.maximum(count, 1.0))
-
-
 def _with_gate_functions(
     weights: jax.Array,
     edges: EdgeArrays,
@@ -232,14 +217,21 @@ def _on_labels(
     sample_weights: jax.Array,
     temperatures: jax.Array,
     absent: jax.Array,
+    mixed: Mixed | None,
 ) -> jax.Array:
     """The loss of each label edge, on the diagonal of `[N, N]`."""
+    parts: list[tuple[jax.Array, Any]] = [(labels, 1.0)]
+    if mixed is not None:
+        parts = [(labels, mixed.share), (mixed.labels, 1 - mixed.share)]
     found = []
     for i, output in enumerate(outputs):
         receiver = filled(absent[i, i], 0.0, output)
-        seen = jnp.where(absent[i, i], 0, labels)
-        given = (receiver, detached(receiver), seen, sample_weights[i, i], temperatures[i, i])
-        found.append(loss.function(*given))
+        total = jnp.zeros((), jnp.float32)
+        for of_part, share in parts:
+            seen = jnp.where(absent[i, i], 0, of_part)
+            weights = sample_weights[i, i] * share
+            total += loss.function(receiver, detached(receiver), seen, weights, temperatures[i, i])
+        found.append(total)
     return jnp.diag(jnp.stack(found))
 
 

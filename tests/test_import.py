@@ -41,6 +41,8 @@ LAYERS = (
         "inputs",
         "gates",
         "losses",
+        "means",
+        "mixed",
         "distillation_losses",
         "relational_losses",
         "stage_losses",

@@ -27,6 +27,7 @@ from ..runs.options import (
     check_seeds,
     hash_of,
     training_fields,
+    without_unused,
 )
 from ..runs.places import place_of
 from .arms import ARMS, chosen
@@ -152,7 +153,7 @@ def check(config: AblationConfig) -> None:
 
 def resolved(config: AblationConfig) -> dict[str, Any]:
     """What determines the runs, as JSON; students, arms and seeds may become more."""
-    fields = dataclasses.asdict(config)
+    fields = without_unused(dataclasses.asdict(config))
     more = ("students", "arms", "seeds")
     for field in ("workdir", "data_dir", "compile_cache", "teacher", *more):
         del fields[field]

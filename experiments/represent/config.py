@@ -20,6 +20,7 @@ from ..runs.options import (
     check_training,
     hash_of,
     training_fields,
+    without_unused,
 )
 from ..runs.places import place_of
 from .folder import PRIOR
@@ -170,7 +171,7 @@ def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
         facts: `data_facts` of a user's own data, and checksums of the `teacher` and the `prior`
             that are given.
     """
-    fields = dataclasses.asdict(config)
+    fields = without_unused(dataclasses.asdict(config))
     for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache"):
         del fields[field]
     name = f"represent-{data_kind(config.data)}-{config.student}"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
+from ktg_jax.errors import InputError
 
 from .command_line import Command
 from .identity import data_kind, identity, without_facts
@@ -19,6 +20,7 @@ from .options import (
     at_least,
     check_training,
     hash_of,
+    without_unused,
 )
 from .places import place_of
 
@@ -45,6 +47,9 @@ class _GraphOptions:
     none (0 to 1). Without them: none."""
     temperature: float | None = None
     """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
+    label_smoothing: float = 0.0
+    """The share of each label that goes to all classes alike, in the cross-entropy of label edges;
+    0: none."""
     prune: bool = False
     """Leave out nodes that cannot influence the target."""
     imports: Annotated[tuple[str, ...], "MODULE"] = ()
@@ -105,14 +110,16 @@ def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     check_training(config)
     at_least(config, 0, "data_seed", most=MOST_SEED)
+    if not 0 <= config.label_smoothing < 1:
+        raise InputError("label_smoothing", config.label_smoothing, "at least 0 and below 1")
     at_least(config, 1, "steps_per_call")
     at_least(config, 1, "cpu_devices", most=MOST_CPU_DEVICES)
 
 
 def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     """What determines the run's results, as JSON: two runs that agree in it are the same run."""
-    fields = dataclasses.asdict(config)
-    in_graph = ("models", "weights", "inputs", "temperature", "prune")
+    fields = without_unused(dataclasses.asdict(config))
+    in_graph = ("models", "weights", "inputs", "temperature", "label_smoothing", "prune")
     # These change nothing, or the rounding of sums alone.
     how = ("engine", "steps_per_call", "cpu_devices", "compile_cache")
     for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):

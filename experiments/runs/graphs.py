@@ -42,6 +42,8 @@ def _whole_graph(config: TrainConfig) -> ktg.Graph:
                 raise InputError(field, list(getattr(config, field)), "nothing beside a graph file")
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
+    if config.label_smoothing:
+        graph = graph.smoothed(config.label_smoothing)
     for i, node in enumerate(graph.nodes):
         if node.kind != "network":
             continue

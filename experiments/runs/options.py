@@ -23,6 +23,8 @@ MOST_SEEDS = 1000
 MOST_IMAGE_SIZE = 4096
 MOST_RATE = 1e30
 """The largest rate of learning and decay, which are float32."""
+MOST_ALPHA = 1e6
+"""The largest alpha of a Beta distribution, which is half and half then."""
 DATA_AND_TRAINING = {"data": "data", "training": "epochs"}
 """The groups of the options of `Training`, by their first fields."""
 
@@ -63,6 +65,11 @@ class Training:
     """Random crops of the image padded by an eighth of its size, and random mirroring."""
     mirror: bool = True
     """Mirroring as part of --augment (never done with digits)."""
+    mixup: Annotated[float, "ALPHA"] = 0.0
+    """Lay each image over another one, in shares drawn from Beta(ALPHA, ALPHA); 0: off."""
+    cutmix: Annotated[float, "ALPHA"] = 0.0
+    """Put a box of another image into each, of a size drawn likewise; 0: off. Beside --mixup, each
+    batch is mixed in one of the two ways."""
     mixed_precision: bool = False
     """Compute in bfloat16; parameters, statistics and losses stay float32."""
 
@@ -80,6 +87,9 @@ def check_training(training: Training) -> None:
     at_least(training, 0, "learning_rate", "weight_decay", most=MOST_RATE)
     if not 0 <= training.val_fraction < 1:
         raise InputError("val_fraction", training.val_fraction, "at least 0 and below 1")
+    for field in ("mixup", "cutmix"):
+        check_not_negative(field, getattr(training, field))
+        at_least(training, 0, field, most=MOST_ALPHA)
     if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
         allowed = f"below epochs ({training.epochs})"
         raise InputError("warmup_epochs", training.warmup_epochs, allowed)
@@ -88,6 +98,11 @@ def check_training(training: Training) -> None:
 def training_fields(training: Training) -> dict[str, Any]:
     """The fields of `Training` alone, of whatever was made of it."""
     return {field.name: getattr(training, field.name) for field in dataclasses.fields(Training)}
+
+
+def without_unused(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a training that determine it: mixing that is off is no part of it."""
+    return {k: v for k, v in fields.items() if v or k not in ("mixup", "cutmix")}
 
 
 def at_least(options: Any, minimum: float, *fields: str, most: float = MOST) -> None:

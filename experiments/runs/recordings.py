@@ -2,7 +2,7 @@
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.errors import part_of
+from ktg_jax.errors import InputError, part_of
 from ktg_jax.recording import Recording
 from ktg_jax.training.batches import Batches, steps_per_epoch
 from ktg_jax.training.host_batches import BatchStream
@@ -23,6 +23,8 @@ def batches_of(training: Training, dataset: Dataset) -> Batches:
         batch_size=training.batch_size,
         max_offset=min(dataset.image_shape[:2]) // 8 if training.augment else 0,
         flip=training.augment and training.mirror and dataset.flip,
+        mixup=training.mixup,
+        cutmix=training.cutmix,
     )
 
 
@@ -48,4 +50,7 @@ def recordings_of(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> di
         with part_of(f"nodes[{i}].outputs"):
             recordings[i] = Recording(path)
             recordings[i].check(stream.facts, classes=dataset.num_classes, steps=steps)
+        if recordings[i].is_static and (batches.mixup or batches.cutmix):
+            allowed = "a recording by step: one by image has seen no mixed images"
+            raise InputError(f"nodes[{i}].outputs", path, allowed)
     return recordings

@@ -27,6 +27,7 @@ from ..runs.options import (
     hash_of,
     training_fields,
     with_tuples,
+    without_unused,
 )
 from ..runs.places import place_of
 
@@ -183,7 +184,7 @@ def _loss(text: str) -> str | Mapping[str, float]:
 
 def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:
     """What determines the trials, as JSON; searches that agree in it are the same search."""
-    training = training_fields(config)
+    training = without_unused(training_fields(config))
     del training["data_dir"]
     how = ("imports", "sampler", "pruner", "min_epochs", "patience", "duplicates", "baselines")
     fields = {"space": space.describe(), "training": training}

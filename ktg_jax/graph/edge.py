@@ -1,9 +1,11 @@
 """The description of an edge: its gate, and what it carries."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from ktg_jax.connectors import CONNECTORS, connector_kinds
 from ktg_jax.errors import InputError, did_you_mean
@@ -88,6 +90,8 @@ class Edge:
         return fields | ({} if self.connector is None else {"connector": self.connector})
 
 
+EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Edge))
 
 
@@ -166,3 +170,34 @@ def _checked_connector(
     if not all(on_stages) and all(each.needs_stages for each in losses):
         raise InputError(where, given, "conv or conv_conv: all losses of the edge are on stages")
     return "+".join(kinds)
+
+
+def matrix_shape(num_nodes: int) -> str:
+    """What a matrix of a graph's edges must be, in words."""
+    return f"{num_nodes} rows of {num_nodes} gates (one row and one column a node)"
+
+
+def checked_edges(
+    field: str, given: Any, num_nodes: int, former: EdgeMatrix | None = None
+) -> EdgeMatrix:
+    """Checks that there is an N x N matrix of edges; names change the gates of the former ones."""
+
+    def is_row(row: Any) -> bool:
+        return isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
+
+    shape = matrix_shape(num_nodes)
+    if not is_row(given) or len(given) != num_nodes:
+        raise InputError(field, given, shape)
+    rows = []
+    for t, row in enumerate(given):
+        if not is_row(row) or len(row) != num_nodes:
+            raise InputError(f"{field}[{t}]", row, shape)
+        rows.append(
+            tuple(checked_edge(f"{field}[{t}][{s}]", edge, s == t) for s, edge in enumerate(row))
+        )
+        if former is not None:
+            rows[t] = tuple(
+                dataclasses.replace(former[t][s], gate=str(edge)) if isinstance(edge, str) else e
+                for s, (edge, e) in enumerate(zip(row, rows[t], strict=True))
+            )
+    return tuple(rows)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -15,21 +15,19 @@ from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
 from ktg_jax.graph.derived import PLAIN, Derived, derived_of
-from ktg_jax.graph.edge import Edge, checked_edge
-from ktg_jax.graph.node import LEARNING, PRIOR_DEFAULTS, Node
+from ktg_jax.graph.edge import LABEL_LOSS, Edge, EdgeMatrix, checked_edges, matrix_shape
+from ktg_jax.graph.node import LEARNING, Node
 from ktg_jax.graph.node_checks import (
-    NO_PRIOR,
     check_number_of_nodes,
     checked_nodes,
     checked_temperature,
+    node_from_json,
 )
 from ktg_jax.graph.normal_form import merged
 from ktg_jax.graph.roles import check_roles
 from ktg_jax.inputs import OF_DATA, resolved_input
 from ktg_jax.io.files import write_text
 from ktg_jax.io.json_input import check_fields, decoded, read
-
-EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
 
 
 @dataclass(frozen=True, init=False)
@@ -77,10 +75,10 @@ class Graph:
         set_field = object.__setattr__  # the dataclass is frozen; this is where it is made
         set_field(self, "nodes", checked_nodes(nodes))
         if gates is None and edges is None:
-            raise InputError("gates", None, _shape(len(self.nodes)))
-        matrix = None if edges is None else _checked_edges("edges", edges, len(self.nodes))
+            raise InputError("gates", None, matrix_shape(len(self.nodes)))
+        matrix = None if edges is None else checked_edges("edges", edges, len(self.nodes))
         if gates is not None:
-            matrix = _checked_edges("gates", gates, len(self.nodes), matrix)
+            matrix = checked_edges("gates", gates, len(self.nodes), matrix)
         set_field(self, "edges", matrix)
         set_field(self, "temperature", checked_temperature("temperature", temperature))
         check_roles(self.nodes, self.edges, self.frozen)
@@ -159,6 +157,25 @@ class Graph:
         """
         edges = tuple(
             tuple(e if s == t else dataclasses.replace(e, loss=loss) for s, e in enumerate(row))
+            for t, row in enumerate(self.edges)
+        )
+        return dataclasses.replace(self, edges=edges)
+
+    def smoothed(self, smoothing: float) -> "Graph":
+        """This graph, its label edges with smoothed labels where they carry the cross-entropy.
+
+        Args:
+            smoothing: the share of a label that goes to all classes alike, in [0, 1].
+
+        >>> Graph(["cnn"], [["through"]]).smoothed(0.1).edges[0][0].losses
+        {'smoothed_cross_entropy': 1.0}
+        """
+        loss = f"smoothed_cross_entropy(smoothing={smoothing})"
+        edges = tuple(
+            tuple(
+                dataclasses.replace(e, loss=loss) if s == t and e.loss == LABEL_LOSS else e
+                for s, e in enumerate(row)
+            )
             for t, row in enumerate(self.edges)
         )
         return dataclasses.replace(self, edges=edges)
@@ -289,7 +306,9 @@ class Graph:
             raise InputError("nodes", fields["nodes"], "a list of nodes")
         check_number_of_nodes(len(fields["nodes"]))
         return cls(
-            nodes=tuple(_node(f"nodes[{i}]", node) for i, node in enumerate(fields["nodes"])),
+            nodes=tuple(
+                node_from_json(f"nodes[{i}]", node) for i, node in enumerate(fields["nodes"])
+            ),
             gates=fields["gates"],
             temperature=fields.get("temperature", 1.0),
         )
@@ -313,36 +332,6 @@ def _numbers_of(given: Any) -> Any:
     return given if given in (None, OF_DATA) else resolved_input(given)
 
 
-def _shape(num_nodes: int) -> str:
-    return f"{num_nodes} rows of {num_nodes} gates (one row and one column a node)"
-
-
-def _checked_edges(
-    field: str, given: Any, num_nodes: int, former: EdgeMatrix | None = None
-) -> EdgeMatrix:
-    """Checks that there is an N x N matrix of edges; names change the gates of the former ones."""
-
-    def is_row(row: Any) -> bool:
-        return isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
-
-    shape = _shape(num_nodes)
-    if not is_row(given) or len(given) != num_nodes:
-        raise InputError(field, given, shape)
-    rows = []
-    for t, row in enumerate(given):
-        if not is_row(row) or len(row) != num_nodes:
-            raise InputError(f"{field}[{t}]", row, shape)
-        rows.append(
-            tuple(checked_edge(f"{field}[{t}][{s}]", edge, s == t) for s, edge in enumerate(row))
-        )
-        if former is not None:
-            rows[t] = tuple(
-                dataclasses.replace(former[t][s], gate=str(edge)) if isinstance(edge, str) else e
-                for s, (edge, e) in enumerate(zip(row, rows[t], strict=True))
-            )
-    return tuple(rows)
-
-
 def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
     """The edges as integers: equal ones the same, whatever the numbering of the nodes."""
 
@@ -352,19 +341,3 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
 
     listed = sorted(key(edge) for row in edges for edge in row)
     return [[listed.index(key(edge)) for edge in row] for row in edges]
-
-
-def _node(where: str, fields: Any) -> Node:
-    """A node from JSON; options of a prior are refused where there is none, defaults or not."""
-    network = {"weights", "prior", "projection", "input", "classes", *LEARNING, *PRIOR_DEFAULTS}
-    for kind, options in (("outputs", ()), ("ensemble", ("of",)), ("average", ("decay",))):
-        if isinstance(fields, Mapping) and fields.get(kind) is not None:
-            check_fields(where, fields, required={kind}, optional={"name", *options})
-            return Node(**fields)
-    special = {"outputs", "ensemble", "average"}
-    check_fields(where, fields, required={"model"}, optional={"name", *special, *network})
-    if fields.get("prior") is None:
-        for field in PRIOR_DEFAULTS:
-            if field in fields:
-                raise InputError(f"{where}.{field}", fields[field], NO_PRIOR)
-    return Node(**fields)

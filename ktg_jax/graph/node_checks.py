@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from ktg_jax.checks import check_not_negative, check_positive, check_share, is_number, is_whole
@@ -13,6 +13,7 @@ from ktg_jax.graph.node import (
     AVERAGE,
     COMBINED,
     ENSEMBLE,
+    LEARNING,
     MATCHINGS,
     OPTIMIZERS,
     PRIOR_DEFAULTS,
@@ -21,6 +22,7 @@ from ktg_jax.graph.node import (
     Node,
 )
 from ktg_jax.inputs import checked_input
+from ktg_jax.io.json_input import check_fields
 
 NO_PRIOR = "nothing: the node has no prior"
 
@@ -212,3 +214,19 @@ def checked_temperature(field: str, value: Any) -> float:
         allowed = f"{low:g} to {high:g}: float32 must hold its square"
         raise InputError(field, value, allowed)
     return float(value)
+
+
+def node_from_json(where: str, fields: Any) -> Node:
+    """A node from JSON; options of a prior are refused where there is none, defaults or not."""
+    network = {"weights", "prior", "projection", "input", "classes", *LEARNING, *PRIOR_DEFAULTS}
+    for kind, options in (("outputs", ()), ("ensemble", ("of",)), ("average", ("decay",))):
+        if isinstance(fields, Mapping) and fields.get(kind) is not None:
+            check_fields(where, fields, required={kind}, optional={"name", *options})
+            return Node(**fields)
+    special = {"outputs", "ensemble", "average"}
+    check_fields(where, fields, required={"model"}, optional={"name", *special, *network})
+    if fields.get("prior") is None:
+        for field in PRIOR_DEFAULTS:
+            if field in fields:
+                raise InputError(f"{where}.{field}", fields[field], NO_PRIOR)
+    return Node(**fields)

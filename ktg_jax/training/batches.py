@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
+from ktg_jax.mixed import Mixed
 from ktg_jax.models.pixels import to_float
+from ktg_jax.training.mixing import Mix, blended, mixed_labels, plan_mix
 
 
 class Arrays(NamedTuple):
@@ -27,11 +29,13 @@ class BatchPlan(NamedTuple):
         image_index: int32 `[B]`, positions in the data set.
         offset: int32 `[B, 2]`, the crop's shift down and to the right, in pixels.
         flip: bool `[B]`, whether the image is mirrored left to right.
+        mix: what each image is mixed with; None: nothing.
     """
 
     image_index: jax.Array
     offset: jax.Array
     flip: jax.Array
+    mix: Mix | None = None
 
 
 class Batches(NamedTuple):
@@ -42,6 +46,8 @@ class Batches(NamedTuple):
         batch_size: the batch size of all devices together.
         max_offset: as in `plan_batch`.
         flip: as in `plan_batch`.
+        mixup: as in `plan_batch`.
+        cutmix: as in `plan_batch`.
 
     >>> plan = Batches(num_images=10, batch_size=4, flip=True).plan(jax.random.key(0), 0)
     >>> plan.image_index.shape, plan.offset.tolist() == [[0, 0]] * 4
@@ -52,6 +58,8 @@ class Batches(NamedTuple):
     batch_size: int
     max_offset: int = 0
     flip: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def plan(self, key: jax.Array, step: jax.Array | int) -> BatchPlan:
         """The batch of a step: see `plan_batch`."""
@@ -82,6 +90,8 @@ def plan_batch(
     batch_size: int,
     max_offset: int = 0,
     flip: bool = False,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
 ) -> BatchPlan:
     """Plans the batch of a step: a new order every epoch, every image at most once in it.
 
@@ -93,6 +103,8 @@ def plan_batch(
         max_offset: crops are shifted by up to so many pixels in each direction, fewer than the
             image has; 0: not cropped.
         flip: whether to mirror half of the images.
+        mixup: alpha of mixup, by which images are laid over each other; 0: they are not.
+        cutmix: alpha of CutMix, by which a box of each image is another's; 0: none is.
 
     Raises:
         InputError: a batch larger than the data.
@@ -102,11 +114,15 @@ def plan_batch(
     step = jnp.asarray(step)
     position = (step % per_epoch) * batch_size + jnp.arange(batch_size, dtype=step.dtype)
     index = shuffled(jax.random.fold_in(order_key, step // per_epoch), position, num_images)
-    offset_key, flip_key = jax.random.split(jax.random.fold_in(augment_key, step))
+    step_key = jax.random.fold_in(augment_key, step)
+    offset_key, flip_key = jax.random.split(step_key)
     # With types of their own: the same random numbers where JAX's own integers and floats are wide.
     offset = jax.random.randint(offset_key, (batch_size, 2), -max_offset, max_offset + 1, jnp.int32)
     flips = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch_size,)) & flip
-    return BatchPlan(index, offset, flips)
+    views = index, offset, flips
+    if not (mixup or cutmix):
+        return BatchPlan(*views)
+    return BatchPlan(*views, plan_mix(jax.random.fold_in(step_key, 2), views, mixup, cutmix))
 
 
 def shuffled(key: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -165,15 +181,37 @@ def take_batch(
         plan: from `plan_batch`, or a share of it.
 
     Returns:
-        float32 `[B, H, W, C]` in [0, 1], and int `[B]`.
+        float32 `[B, H, W, C]` in [0, 1], and int `[B]`; of mixed images the label of what has more
+        of each: `labels_of` has the other.
     """
+    batch = _views(images, plan)
+    if plan.mix is not None:
+        batch = blended(batch, _views(images, plan.mix), plan.mix)
+    return batch, labels_of(images, labels, plan)[0]
+
+
+def labels_of(
+    images: jax.Array, labels: jax.Array, plan: BatchPlan
+) -> tuple[jax.Array, Mixed | None]:
+    """The labels of a planned batch, int `[B]`, and what is mixed into it; None: nothing is.
+
+    The arguments are those of `take_batch`.
+    """
+    if plan.mix is None:
+        return labels[plan.image_index], None
+    size = images.shape[1], images.shape[2]
+    return mixed_labels(labels, plan.image_index, plan.mix, size)
+
+
+def _views(images: jax.Array, plan: BatchPlan | Mix) -> jax.Array:
+    """Each image as it is augmented by itself."""
     height, width = images.shape[1:3]
     rows, columns = (jnp.arange(size, dtype=jnp.int32)[None] for size in (height, width))
     rows = _reflect(rows + plan.offset[:, :1], height)
     columns = jnp.where(plan.flip[:, None], columns[:, ::-1], columns)
     columns = _reflect(columns + plan.offset[:, 1:], width)
     batch = images[plan.image_index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return to_float(batch), labels[plan.image_index]
+    return to_float(batch)
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:

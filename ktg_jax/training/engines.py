@@ -18,7 +18,7 @@ from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import PLAIN, Derived
 from ktg_jax.models.network import NodeFns
-from ktg_jax.training.batches import Arrays, Batches, steps_per_epoch, take_batch
+from ktg_jax.training.batches import Arrays, Batches, labels_of, steps_per_epoch, take_batch
 from ktg_jax.training.evaluation import (
     Means,
     evaluation_batch_size,
@@ -169,6 +169,7 @@ def fused_step(
             priors=priors,
             recorded=recorded,
             derived=task.derived,
+            mixed=labels_of(data.images, data.labels, plan)[1],
         )
 
     if steps_per_call == 1:
@@ -292,14 +293,14 @@ class PerNodeEngine:
             priors = [jax.device_put(p, to) for p, to in zip(priors, placement, strict=True)]
         feed = Feed(recordings, lambda tree: jax.device_put(tree, home))
 
-        def batch(state: GraphState, to: jax.Device) -> tuple[jax.Array, ...]:
+        def batch(state: GraphState, to: jax.Device) -> tuple[Any, ...]:
             given = data[to], keys[to], jax.device_put(state.step, to), task.total_steps
             return _make_batch(*given, batches=task.batches)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
             made = {to: batch(state, to) for to in self._used}
-            _, labels, progress, image_index = made[home]
+            _, labels, progress, image_index, mixed = made[home]
             rows = feed.rows(state, 1)
             updated, metrics = per_node_step(
                 state,
@@ -313,6 +314,7 @@ class PerNodeEngine:
                 priors=priors,
                 recorded=_taken(feed.tables, image_index) | rows,
                 derived=task.derived,
+                mixed=mixed,
             )
             feed.after(state, 1, updated)
             return updated, metrics
@@ -323,11 +325,12 @@ class PerNodeEngine:
 @functools.partial(jax.jit, static_argnames="batches")
 def _make_batch(
     data: Arrays, key: jax.Array, step: jax.Array, total_steps: int, *, batches: Batches
-) -> tuple[jax.Array, ...]:
-    """Images and labels of the next step, the gates' progress in it, and which images they are."""
+) -> tuple[Any, ...]:
+    """Images and labels of the next step, the gates' progress, the images' positions, the mix."""
     plan = batches.plan(key, step)
     images, labels = take_batch(*data, plan)
-    return images, labels, (step + 1) / total_steps, plan.image_index
+    mixed = labels_of(*data, plan)[1]
+    return images, labels, (step + 1) / total_steps, plan.image_index, mixed
 
 
 _taken = jax.jit(taken)

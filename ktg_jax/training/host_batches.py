@@ -10,6 +10,7 @@ import numpy as np
 
 from ktg_jax.models.pixels import DIVISOR
 from ktg_jax.training.batches import Batches, BatchPlan, data_key
+from ktg_jax.training.mixing import Mix, blended, mixed_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class BatchStream:
     def facts(self) -> dict[str, Any]:
         """What two streams agree in exactly when their batches are the same."""
         labels = zlib.crc32(np.ascontiguousarray(self.labels).data)
+        mixing = {kind: getattr(self.batches, kind) for kind in ("mixup", "cutmix")}
         return {
             "images": len(self.images),
             "image_shape": list(self.images.shape[1:]),
@@ -45,6 +47,7 @@ class BatchStream:
             "max_offset": self.batches.max_offset,
             "flip": self.batches.flip,
             "data_seed": self.data_seed,
+            **{kind: alpha for kind, alpha in mixing.items() if alpha},
         }
 
     def host(self, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -52,17 +55,30 @@ class BatchStream:
 
         Yields:
             Images float32 `[B, H, W, C]` in 0..1, and labels int32 `[B]`: what networks see in the
-            training, to the rounding of a division by 255.
+            training, to the rounding of a division by 255; of mixed images the label of what has
+            more of each.
         """
         plan_of = jax.jit(self.batches.plan)
         key = data_key(self.data_seed)
         for step in range(first, last):
             plan = jax.device_get(plan_of(key, np.int32(step)))
-            yield host_batch(self.images, plan), self.labels[plan.image_index]
+            labels = self.labels[plan.image_index]
+            if plan.mix is not None:
+                size = self.images.shape[1:3]
+                labels, _ = mixed_labels(self.labels, plan.image_index, plan.mix, size, np)
+            yield host_batch(self.images, plan), labels
 
 
 def host_batch(images: np.ndarray, plan: BatchPlan) -> np.ndarray:
     """The images of a plan as `take_batch` makes them, on the host: float32 `[B, H, W, C]`."""
+    batch = _views(images, plan)
+    if plan.mix is None:
+        return batch
+    mixed: np.ndarray = blended(batch, _views(images, plan.mix), plan.mix, np)
+    return mixed
+
+
+def _views(images: np.ndarray, plan: BatchPlan | Mix) -> np.ndarray:
     height, width = images.shape[1:3]
     rows, columns = np.arange(height)[None], np.arange(width)[None]
     rows = _reflected(rows + plan.offset[:, :1], height)

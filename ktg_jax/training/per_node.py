@@ -58,8 +58,8 @@ def per_node_step(
         progress: scalar in (0, 1].
         placement: the device of each node.
         **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
-            are best already on their nodes' devices, and `where` and `recorded` are to be on the
-            first node's.
+            are best already on their nodes' devices; `where`, `recorded` and `mixed` are to be on
+            the first node's.
 
     Returns:
         The new state, and the metrics of `train_step` on the first node's device.
@@ -118,6 +118,7 @@ def per_node_step(
         progress,
         where=how.where,
         connectors=jax.device_put(connectors, home),
+        mixed=how.mixed,
     )
 
     params, opt_state = list(state.params), list(state.opt_state)

@@ -155,7 +155,7 @@ def _of_images(fns: NodeFns, batches: Batches, size: int, crops: int, convolutio
         index = jnp.minimum(position, batches.num_images - 1)
         total = jnp.zeros(())
         for crop in range(crops):
-            of_all = batches._replace(batch_size=batches.num_images)
+            of_all = batches._replace(batch_size=batches.num_images, mixup=0.0, cutmix=0.0)
             plan = of_all.plan(jax.random.fold_in(key, crop), 0)
             view = BatchPlan(index, plan.offset[index], plan.flip[index])
             total = total + forward(take_batch(*data, view)[0])

@@ -21,6 +21,8 @@ from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import PLAIN, Derived
 from ktg_jax.losses import is_correct
+from ktg_jax.means import mean_of
+from ktg_jax.mixed import Mixed
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
 from ktg_jax.models.pixels import check_floats
 from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
@@ -30,7 +32,7 @@ from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.node_terms import Priors, absent, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.updates import Optimizers, check_states, node_update, optimizers_of
-from ktg_jax.transfer import edge_losses, mean_of
+from ktg_jax.transfer import edge_losses
 
 Metrics = dict[str, jax.Array]
 
@@ -97,6 +99,7 @@ def graph_gradients(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
     connectors: Sequence[Mapping[str, Any]] | None = None,
+    mixed: Mixed | None = None,
 ) -> tuple[Any, Metrics]:
     """Each node's own loss and its gradient with respect to what that node puts out.
 
@@ -109,6 +112,7 @@ def graph_gradients(
         where: as for `edge_losses`.
         axis_name: as for `edge_losses`.
         connectors: as for `edge_losses`.
+        mixed: as for `edge_losses`.
 
     Returns:
         N gradients in the structure, shape and dtype of what was given for each node, where there
@@ -129,8 +133,8 @@ def graph_gradients(
     def loss_of(given: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
         outputs, behind = given
         inputs = outputs, labels, gates, progress, temperature
-        how: dict[str, Any] = {"where": where, "axis_name": axis_name, "connectors": behind}
-        losses = edge_losses(*inputs, **how)
+        how: dict[str, Any] = {"where": where, "axis_name": axis_name, "mixed": mixed}
+        losses = edge_losses(*inputs, connectors=behind, **how)
         return jnp.sum(losses), losses
 
     both, losses = jax.grad(loss_of, has_aux=True)((tuple(logits), connectors))
@@ -164,6 +168,7 @@ class StepOptions:
             made: they are frozen. A node whose functions are `NO_NETWORK` must be among them, or an
             ensemble.
         derived: `Graph.derived`, which nodes are ensembles or averages of others.
+        mixed: what is mixed into each sample, as for `edge_losses`.
     """
 
     node_fns: Sequence[NodeFns]
@@ -173,6 +178,7 @@ class StepOptions:
     where: ArrayLike | None = None
     recorded: Mapping[int, ArrayLike] | None = None
     derived: Derived = PLAIN
+    mixed: Mixed | None = None
 
     @property
     def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
@@ -258,6 +264,7 @@ def train_step(
         where=how.where,
         axis_name=axis_name,
         connectors=connectors,
+        mixed=how.mixed,
     )
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)

@@ -175,7 +175,7 @@ def test_batches_are_reflect_padded_crops_and_flips() -> None:
     index, offset = rng.integers(23, size=200), rng.integers(-6, 7, size=(200, 2))
     offset[:4] = [[-6, -6], [-6, 6], [6, -6], [6, 6]]
     flip = rng.random(200) < 0.5
-    plan = BatchPlan(*map(jnp.asarray, (index, offset, flip)))
+    plan = BatchPlan(jnp.asarray(index), jnp.asarray(offset), jnp.asarray(flip))
     images, labels = TAKE_BATCH(jnp.asarray(IMAGES), jnp.asarray(LABELS), plan)
     expected = [cropped(IMAGES[i], o, f, 6) for i, o, f in zip(index, offset, flip, strict=True)]
     assert images.dtype == jnp.float32
