@@ -103,7 +103,7 @@ def connected(params: Mapping[str, Any], receiver: Outputs, sender: Outputs) -> 
 
     Args:
         params: as `init_connector` returns them.
-        receiver: stages float `[B, h, w, C]`, logits float `[..., C]`.
+        receiver: stages float `[B, h, w, C]`, or none, logits float `[..., C]`.
         sender: to whose height and width stages are resized, too.
 
     Returns:
@@ -118,7 +118,7 @@ def connected(params: Mapping[str, Any], receiver: Outputs, sender: Outputs) -> 
     logits = receiver.logits
     if "logits" in params:
         logits = _through(params["logits"], logits)
-    if "stage1" not in params:
+    if "stage1" not in params or not receiver.stages:
         return receiver._replace(logits=logits)
     stages = [
         _through(params[part], _resized(ours, theirs.shape[1:-1]))

@@ -58,6 +58,12 @@ class NamedLoss(NamedTuple):
     uses_temperature: bool = True
     options: Mapping[str, Option] = {}
 
+    @property
+    def is_per_sample(self) -> bool:
+        """Whether `per_sample` made it: the loss of a batch is the mean of its parts' losses."""
+        function = getattr(self.function, "func", self.function)  # behind options
+        return getattr(function, "is_per_sample", False)
+
 
 def per_sample(losses: SampleLoss) -> EdgeLoss:
     """The loss of an edge, from a function that gives one number a sample.
@@ -86,4 +92,5 @@ def per_sample(losses: SampleLoss) -> EdgeLoss:
         found = jnp.where((sample_weights == 0) & (found == jnp.inf), 0.0, found)
         return jnp.mean(sample_weights * found)
 
+    loss.is_per_sample = True  # type: ignore[attr-defined]
     return loss

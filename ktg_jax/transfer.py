@@ -5,7 +5,8 @@ its transfer edges carry elsewhere, each through its gate. Senders are detached,
 pass of sum_t L_t gives every node exactly the gradient of its own loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import chex
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.chunks import TokenBatch, mean_over_chunks, tokens_at_once
 from ktg_jax.connectors import connected
 from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
@@ -68,7 +70,9 @@ def edge_losses(
         float32 `[N, N]`; entry `[t, s]` is the mean of the weighted losses over *all* samples that
         count (also for `correct`: not over those alone whose sender is right). Only node t's
         outputs receive a gradient from row t. Samples that a gate weighs 0 add 0 where their loss
-        is infinite, and a cut edge sees neither its sender nor its label.
+        is infinite, and a cut edge sees neither its sender nor its label. Of tokens, losses that
+        are one number a token are computed chunk by chunk, so that memory does not grow with
+        `N x N x B x T x C`.
 
     Raises:
         InputError: an unknown loss, logits of different shapes and no connector between them, or
@@ -101,20 +105,50 @@ def edge_losses(
     if where is not None:
         sample_weights *= shares_of(where, axis_name)[None, None]
     cut, temperatures = is_cut(edges.gates), jnp.asarray(edges.temperatures, jnp.float32)
-    ends = _ends(edges, outputs, connectors)
-    total = jnp.zeros((n, n), jnp.float32)
-    for i, name in enumerate(edges.losses):
-        loss, weight = named_loss(name), jnp.asarray(edges.weights[i], jnp.float32)
-        absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
-        given = labels, sample_weights, temperatures, absent
-        if loss.on_labels:
-            found = _on_labels(loss, outputs, *given, mixed)
-        elif loss.needs_stages or edges.connectors or len(set(shapes)) > 1:
-            found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
-        else:
-            found = _by_logits(loss, outputs, *given)
-        total += jnp.where(absent, 0.0, weight * found)
-    return total
+
+    def total_of(names: Sequence[str], outputs: Sequence[Outputs], batch: TokenBatch) -> jax.Array:
+        ends = _ends(edges, outputs, connectors) if by_pairs or edges.needs_stages else []
+        total = jnp.zeros((n, n), jnp.float32)
+        for name in names:
+            i, loss = edges.losses.index(name), named_loss(name)
+            weight = jnp.asarray(edges.weights[i], jnp.float32)
+            absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
+            of_samples = jnp.moveaxis(batch.sample_weights, (-2, -1), (0, 1))
+            given = batch.labels, of_samples, temperatures, absent
+            if loss.on_labels:
+                found = _on_labels(loss, outputs, *given, batch.mixed)
+            elif by_pairs or loss.needs_stages:
+                found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
+            else:
+                found = _by_logits(loss, outputs, *given)
+            total += jnp.where(absent, 0.0, weight * found)
+        return total
+
+    by_pairs = bool(edges.connectors) or len(set(shapes)) > 1
+    batch = TokenBatch(
+        tuple(output.logits for output in outputs),
+        labels,
+        jnp.moveaxis(sample_weights, (0, 1), (-2, -1)),
+        mixed,
+    )
+    size = tokens_at_once(n, max(shapes)) if labels.ndim > 1 else 0
+    if labels.ndim == 1 or size == labels.shape[1]:
+        return total_of(edges.losses, outputs, batch)
+    of_tokens = [name for name in edges.losses if not _needs_whole(named_loss(name))]
+    whole = total_of([n for n in edges.losses if n not in of_tokens], outputs, batch)
+    chunked = partial(_of_logits, partial(total_of, of_tokens))
+    return whole + mean_over_chunks(chunked, batch, size)
+
+
+def _needs_whole(loss: NamedLoss) -> bool:
+    """Whether it must see all tokens at once."""
+    return loss.needs_stages or not loss.is_per_sample
+
+
+def _of_logits(
+    total_of: Callable[[Sequence[Outputs], TokenBatch], jax.Array], batch: TokenBatch
+) -> jax.Array:
+    return total_of([Outputs(logits) for logits in batch.logits], batch)
 
 
 def node_losses(

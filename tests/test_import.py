@@ -41,6 +41,7 @@ LAYERS = (
         "inputs",
         "gates",
         "losses",
+        "chunks",
         "means",
         "mixed",
         "distillation_losses",

@@ -16,20 +16,20 @@ DIVISOR = 255.0
 
 
 def check_floats(images: Any) -> None:
-    """Refuses arrays, traced ones too, that are not floats.
+    """Refuses arrays, traced ones too, that are neither floats nor tokens.
 
     A network takes uint8 images 0 to 255 without a word, and is wrong about them if it was trained
     on them divided by 255, as ours are.
 
     Raises:
-        InputError: integers, or anything else that is not a float.
+        InputError: integers that are no tokens, or anything else that is not a float.
 
     >>> check_floats(jnp.zeros((1, 8, 8, 1), jnp.uint8))
     Traceback (most recent call last):
     ktg_jax.errors.InputError: images: got 'uint8[1, 8, 8, 1]'; allowed: floats, as the network is \
 to see them (uint8 divided by 255)
     """
-    if not has_floats(images):
+    if not has_floats(images) and not has_tokens(images):
         found = f"{images.dtype}{list(images.shape)}"
         allowed = "floats, as the network is to see them (uint8 divided by 255)"
         raise InputError("images", found, allowed)
@@ -38,6 +38,16 @@ to see them (uint8 divided by 255)
 def has_floats(images: Any) -> bool:
     """Whether an array is of floats. What is no array is the network's own affair."""
     return not hasattr(images, "dtype") or jnp.issubdtype(images.dtype, jnp.floating)
+
+
+def has_tokens(images: Any) -> bool:
+    """Whether an array is of tokens in place of images: signed integers `[B, T]`.
+
+    >>> has_tokens(jnp.zeros((4, 7), jnp.int32)), has_tokens(jnp.zeros((4, 8, 8, 1), jnp.int32))
+    (True, False)
+    """
+    dtype = getattr(images, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.signedinteger) and images.ndim == 2
 
 
 def to_float(images: jax.Array, divisor: float = DIVISOR) -> jax.Array:

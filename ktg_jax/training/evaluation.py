@@ -46,9 +46,9 @@ def eval_step(
     Args:
         state: from `init_state` or `train_step`.
         images: float `[B, H, W, C]`, as for `node_forward`.
-        labels: int `[B]`.
-        mask: bool `[B]`, which samples count (a last batch is padded to the others' size); None:
-            all.
+        labels: int `[B]`, of tokens `[B, T]`.
+        mask: bool of the labels' shape, which samples count (a last batch is padded to the others'
+            size); None: all.
         node_fns: one a node.
         ensembles: nodes that are ensembles, `Graph.derived.ensembles`.
 
@@ -109,10 +109,10 @@ def eval_sums(
     networks = [i for i in networks if each[i] is not None]
     there = [i for i, z in enumerate(each) if z is not None]
     stacked = jnp.stack([jnp.asarray(each[i], jnp.float32) for i in there])
-    counts = jnp.ones(stacked.shape[1], jnp.float32)
+    counts = jnp.ones(stacked.shape[1:-1], jnp.float32)
     if mask is not None:
         counts = jnp.asarray(mask, jnp.float32)
-        chex.assert_shape(counts, stacked.shape[1:2])
+        chex.assert_shape(counts, stacked.shape[1:-1])
         labels = jnp.where(counts > 0, checked_labels(stacked, labels), 0)
 
     def sums(z: jax.Array) -> tuple[jax.Array, jax.Array]:

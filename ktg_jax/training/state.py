@@ -15,7 +15,7 @@ from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import Derived
 from ktg_jax.graph.graph import Graph
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
-from ktg_jax.models.pixels import has_floats
+from ktg_jax.models.pixels import has_floats, has_tokens
 from ktg_jax.models.returned import arrays, errors_of
 from ktg_jax.outputs import Outputs
 from ktg_jax.training.updates import Optimizers, init_opt_state, optimizers_of
@@ -65,7 +65,8 @@ def init_state(
         node_fns: one a node, in the graph's order.
         optimizer: an optax transformation, applied to each node apart, or one a node.
         rng: a random key.
-        sample_images: `[B, H, W, C]`, of which only the shape matters: integers count as floats.
+        sample_images: `[B, H, W, C]`, of which only the shape matters: integers count as floats; or
+            tokens, int `[B, T]`.
 
     Raises:
         InputError: the number of node functions is not the number of nodes, or a network whose
@@ -80,7 +81,7 @@ def init_state(
     """
     if len(node_fns) != len(graph.nodes):
         raise InputError("node_fns", len(node_fns), f"{len(graph.nodes)} functions, one a node")
-    if not has_floats(sample_images):
+    if not has_floats(sample_images) and not has_tokens(sample_images):
         sample_images = jnp.zeros(jnp.shape(sample_images), jnp.float32)
     variables = []
     for node, fns in zip(graph.nodes, node_fns, strict=True):

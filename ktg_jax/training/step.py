@@ -52,7 +52,7 @@ def node_forward(
         params: the node's parameters; its connectors have no part in this.
         model_state: the node's model state.
         images: float `[B, H, W, C]`, as the network is to see them: the experiments divide uint8
-            by 255.
+            by 255. Or tokens, int `[B, T]`.
         fns: the node's functions.
         frozen: run with the stored statistics and change nothing.
         with_stages: return the stages' outputs, too.
