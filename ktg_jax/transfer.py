@@ -90,6 +90,8 @@ def edge_losses(
     n, shapes = len(outputs), [output.logits.shape for output in outputs]
     if len({shape[:-1] for shape in shapes}) > 1:
         raise InputError("logits", shapes, "one batch, the same for all nodes")
+    if len(set(shapes)) > 1 and not edges.connectors and isinstance(edges.gates, jax.core.Tracer):
+        raise InputError("logits", shapes, "one shape, the same for all nodes without connectors")
     chex.assert_tree_shape_prefix([output.stages for output in outputs], shapes[0][:1])
     labels = checked_labels(outputs[0].logits, labels)
     chex.assert_rank(labels, len(shapes[0]) - 1)

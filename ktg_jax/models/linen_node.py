@@ -1,6 +1,7 @@
 """A node from a flax.linen module."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from ktg_jax.errors import InputError
 from ktg_jax.models import streams
 from ktg_jax.models.modes import Call, Mode, known_flags, said_flags, unknown_mode
-from ktg_jax.models.network import NodeFns, PyTree, stage_number
+from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import STREAM
 from ktg_jax.outputs import Outputs
 
@@ -30,6 +31,7 @@ def from_linen(
     mode: Mode | None = None,
     rngs: Sequence[str] | None = None,
     axis_name: str | None = None,
+    stages: Sequence[str] | None = None,
 ) -> NodeFns:
     """A node from a flax.linen module, called as `module(images)` -> logits, and told its mode.
 
@@ -53,18 +55,21 @@ def from_linen(
             for without asking first whether it has it.
         axis_name: a mapped axis over which batches are spread, for those who call `apply`
             themselves: each device then draws other numbers. `train_step` says it by itself.
+        stages: in place of those names, the paths of the submodules whose outputs are the stages',
+            in their order: `encoder.block_3`. None: by their names.
 
     Raises:
-        InputError: a call that needs other arguments, or a `mode` that names none of them. `init`
-            raises it, too: of a module that is told no mode, some state of which a training pass
-            leaves as it is, whose dropout does nothing in training, or which cannot be evaluated.
+        InputError: paths that are no texts, a call that needs other arguments, or a `mode` that
+            names none of them. `init` raises it, too: of a module that is told no mode, some state
+            of which a training pass leaves as it is, whose dropout does nothing in training, or
+            which cannot be evaluated.
 
     >>> fns = from_linen(nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)]))
     >>> params, state = fns.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
     >>> params["layers_1"]["kernel"].shape
     (64, 10)
     """
-    node = _LinenNode(module, mode, rngs, axis_name)
+    node = _LinenNode(module, mode, rngs, axis_name, checked_stages(stages))
     return NodeFns(node.init, node.apply, node.stages)
 
 
@@ -84,7 +89,9 @@ class _LinenNode:
         mode: Mode | None,
         rngs: Sequence[str] | None,
         axis_name: str | None,
+        stages: tuple[str, ...] | None,
     ) -> None:
+        self._stages = stages
         self._name = type(module).__name__
         self._told, self._is_told = _told_modes(module, mode)
         self._draws = None if rngs is None else bool(rngs)
@@ -111,13 +118,17 @@ class _LinenNode:
     def stages(
         self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool
     ) -> tuple[Outputs, PyTree]:
-        capture = {"capture_intermediates": _is_stage}
+        paths = self._stages
+        wanted = _is_stage if paths is None else functools.partial(_is_named, paths)
+        capture = {"capture_intermediates": wanted}
         logits, captured = self._run(params, model_state, images, train, **capture)
         outputs: dict[int, jax.Array] = {}  # in the order of the calls: a stage's last one stays
         for path, calls in flatten_dict(captured.pop("intermediates", {})).items():
-            stage = stage_number(path)
-            if stage is not None and path[-1] == "__call__":
-                outputs[stage] = calls[-1]
+            if path[-1] == "__call__":
+                stage = stage_number(path) if paths is None else paths.index(".".join(path[:-1]))
+                outputs[stage or 0] = calls[-1]
+        if paths is not None:
+            check_found(self._name, paths, [paths[stage] for stage in outputs])
         if not outputs:
             raise InputError(
                 "stages", self._name, "a module with submodules stage1_..., stage2_..."
@@ -281,6 +292,10 @@ def _is_stage(submodule: nn.Module, method: str) -> bool:
     *outer, name = submodule.path or ("",)
     inside = stage_number(outer) is not None
     return method == "__call__" and stage_number([name]) is not None and not inside
+
+
+def _is_named(paths: tuple[str, ...], submodule: nn.Module, method: str) -> bool:
+    return method == "__call__" and ".".join(submodule.path) in paths
 
 
 def _shapes(tree: Any) -> Any:

@@ -68,3 +68,29 @@ def stage_number(path: Sequence[str]) -> int | None:
         if match := re.match(r"stage(\d+)(?:_|$)", name):
             return int(match[1])
     return None
+
+
+def checked_stages(paths: Any) -> tuple[str, ...] | None:
+    """The paths of submodules that are the stages, or None.
+
+    Raises:
+        InputError: something else, none, or one that is there twice.
+
+    >>> checked_stages(["encoder.block_0", "encoder.block_1"])
+    ('encoder.block_0', 'encoder.block_1')
+    """
+    if paths is None:
+        return None
+    is_list = isinstance(paths, Sequence) and not isinstance(paths, str)
+    if not is_list or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise InputError("stages", paths, "paths of submodules, at least one, or None")
+    if len(set(paths)) < len(paths):
+        raise InputError("stages", list(paths), "each path once")
+    return tuple(paths)
+
+
+def check_found(name: str, paths: Sequence[str], found: Sequence[str]) -> None:
+    """Raises InputError where a module of this name did not call the submodules of all paths."""
+    missing = [path for path in paths if path not in found]
+    if missing:
+        raise InputError("stages", missing[0], f"the path of a submodule that {name} calls")

@@ -1,15 +1,19 @@
 """A node from a flax.nnx module."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
 from ktg_jax.models.modes import Call, known_flags, unknown_mode
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import batch_is_spread, of_this_device
+from ktg_jax.outputs import Outputs
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -17,20 +21,33 @@ if TYPE_CHECKING:
 _TELL_IT = "a module whose own train() and eval() tell it, and whose call takes images alone"
 
 
-def from_nnx(create: "Callable[..., nnx.Module]", *args: Any, **kwargs: Any) -> NodeFns:
+def from_nnx(
+    create: "Callable[..., nnx.Module]",
+    *args: Any,
+    stages: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> NodeFns:
     """A node from a flax.nnx module: `create(*args, rngs=rngs, **kwargs)` makes it.
 
     `create` is the module's class, or a function with an argument `rngs`. The module is called as
     `module(images)`, after `module.train()` or `module.eval()`; flags of other known names (see
     `from_linen`) that it or its submodules have are set, too, and those that its call takes are
     given. Its `nnx.Param` variables are the params; all others (batch statistics, random streams)
-    are the model state.
+    are the model state. In mixed precision its layers compute in the dtype that `build_model` says,
+    where they have a field `dtype` in which they were not told another.
+
+    Args:
+        create: see above.
+        *args: for it.
+        stages: paths of the submodules whose outputs are the stages', in their order: `blocks.3`.
+            None: submodules named `stage1`, `stage2`, ... are the stages, if there are any.
+        **kwargs: for it.
 
     Raises:
         InputError: `create` is a module, not what makes one: its weights could not depend on the
-            node and the seed. Or the module's call needs other arguments. `init` raises it where
-            the call has flags, none of a known name, and training leaves batch statistics as they
-            are, or dropout idle.
+            node and the seed. Or the module's call needs other arguments, or there is no submodule
+            of a path. `init` raises it where the call has flags, none of a known name, and training
+            leaves batch statistics as they are, or dropout idle.
 
     >>> from flax import nnx
     >>> fns = from_nnx(nnx.Linear, 64, 10)
@@ -42,51 +59,156 @@ def from_nnx(create: "Callable[..., nnx.Module]", *args: Any, **kwargs: Any) -> 
 
     if isinstance(create, nnx.Module):
         raise InputError("create", type(create).__name__, "a module's class or a function of rngs")
+    return _NnxNode(partial(create, *args, **kwargs), checked_stages(stages), None).functions
 
-    def split(module: "nnx.Module") -> tuple[PyTree, PyTree]:
-        # Plain arrays: an nnx.Variable remembers the trace it was made in, and may not leave it.
-        params, model_state = nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
-        return nnx.as_pure(params), nnx.as_pure(model_state)
 
-    # What does not depend on the random key: found once, without computing weights.
-    abstract: Any = nnx.eval_shape(lambda: create(*args, rngs=nnx.Rngs(0), **kwargs))
-    graphdef, name = nnx.graphdef(abstract), type(abstract).__name__
-    call = Call(abstract.__call__ if callable(abstract) else lambda images: images)
-    flags = known_flags(call.defaults)
-    call.check(name, flags(True) if flags else {}, _TELL_IT)
+def in_dtype(fns: NodeFns, dtype: Any) -> NodeFns | None:
+    """The functions of `from_nnx`, computing in another dtype; None: they are not `from_nnx`'s.
 
-    def run(module: Any, images: jax.Array, train: bool) -> jax.Array:
+    Parameters stay as they are.
+    """
+    node = getattr(fns.apply, "__self__", None)
+    return node.in_dtype(dtype) if isinstance(node, _NnxNode) else None
+
+
+class _NnxNode:
+    """See `from_nnx`."""
+
+    def __init__(
+        self,
+        create: "Callable[..., nnx.Module]",
+        stages: tuple[str, ...] | None,
+        dtype: Any,
+    ) -> None:
+        from flax import nnx
+
+        self._create, self._given, self._dtype = create, stages, dtype
+        # What does not depend on the random key: found once, without computing weights.
+        abstract: Any = nnx.eval_shape(lambda: self._made(nnx.Rngs(0)))
+        self._abstract, self._graphdef = abstract, nnx.graphdef(abstract)
+        self._name = type(abstract).__name__
+        self._call = Call(abstract.__call__ if callable(abstract) else lambda images: images)
+        self._flags = known_flags(self._call.defaults)
+        self._call.check(self._name, self._flags(True) if self._flags else {}, _TELL_IT)
+        self._stages = self._found_stages()
+
+    @property
+    def functions(self) -> NodeFns:
+        """The node's functions; equal for one node."""
+        return NodeFns(self.init, self.apply, self.stages if self._stages else None)
+
+    def in_dtype(self, dtype: Any) -> NodeFns:
+        """The same node, computing in another dtype."""
+        return _NnxNode(self._create, self._given, dtype).functions
+
+    def init(self, rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
+        from flax import nnx
+
+        module = self._made(nnx.Rngs(rng))  # which knows its shapes
+        has_flags = any(isinstance(value, bool) for value in self._call.defaults.values())
+        if self._flags is None and has_flags:
+            jax.eval_shape(self._check_mode, *_split(self._abstract), images)
+        return _split(module)
+
+    def apply(
+        self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        def logits_of(module: Any) -> jax.Array:
+            return self._run(module, images, train)
+
+        return self._passed(params, model_state, train, logits_of)
+
+    def stages(
+        self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool
+    ) -> tuple[Outputs, PyTree]:
+        from flax import nnx
+
+        def outputs_of(module: Any) -> Outputs:
+            kind = nnx.Intermediate
+            run = nnx.capture(lambda m: self._run(m, images, train), kind, method_outputs=kind)
+            logits, captured = run(module)
+            calls = {
+                ".".join(map(str, path[:-1])): values[-1]
+                for path, values in _by_path(nnx.as_pure(captured)).items()
+                if path[-1] == "__call__"
+            }
+            check_found(self._name, self._stages, tuple(calls))
+            return Outputs(logits, tuple(calls[path] for path in self._stages))
+
+        return self._passed(params, model_state, train, outputs_of)
+
+    def _made(self, rngs: "nnx.Rngs") -> "nnx.Module":
+        from flax import nnx
+
+        module = self._create(rngs=rngs)
+        for _, each in nnx.iter_modules(module) if self._dtype is not None else ():
+            if getattr(each, "dtype", self) in (None, jnp.float32):
+                each.dtype = self._dtype  # type: ignore[attr-defined]
+        return module
+
+    def _found_stages(self) -> tuple[str, ...]:
+        """The paths of the stages that were given, or else of those so named; they are there."""
+        from flax import nnx
+
+        paths = [".".join(map(str, path)) for path, _ in nnx.iter_modules(self._abstract)]
+        if self._given is not None:
+            check_found(self._name, self._given, paths)
+            return self._given
+        named = {path: stage_number([path]) for path in paths if re.fullmatch(r"stage\d+", path)}
+        return tuple(sorted(named, key=lambda path: named[path] or 0))
+
+    def _passed(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        train: bool,
+        output_of: Callable[[Any], Any],
+    ) -> tuple[Any, PyTree]:
+        """What a module of these variables puts out, and its state after that."""
+        from flax import nnx
+
+        module = nnx.merge(self._graphdef, params, model_state)
+        if not train:
+            return output_of(module), model_state
+        with _own_numbers(module):
+            output = output_of(module)
+        return output, _split(module)[1]
+
+    def _run(self, module: Any, images: jax.Array, train: bool) -> jax.Array:
         _set_mode(module, train)
-        return module(images, **(flags(train) if flags else {}))
+        logits: jax.Array = module(images, **(self._flags(train) if self._flags else {}))
+        return logits
 
-    def init(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
-        module = create(*args, rngs=nnx.Rngs(rng), **kwargs)  # which knows its shapes
-        if flags is None and any(isinstance(value, bool) for value in call.defaults.values()):
-            jax.eval_shape(check_mode, *split(abstract), images)
-        return split(module)
+    def _check_mode(self, params: PyTree, model_state: PyTree, images: jax.Array) -> None:
+        from flax import nnx
 
-    def check_mode(params: PyTree, model_state: PyTree, images: jax.Array) -> None:
-        module = nnx.merge(graphdef, params, model_state)
+        module = nnx.merge(self._graphdef, params, model_state)
         dropout = [m for _, m in nnx.iter_modules(module) if isinstance(m, nnx.Dropout) and m.rate]
         watched = {"batch statistics": nnx.BatchStat, "dropout": nnx.RngCount if dropout else ()}
         was = {kind: _leaves(module, variables) for kind, variables in watched.items()}
-        run(module, images, True)
+        self._run(module, images, True)
         for kind, variables in watched.items():
             now = _leaves(module, variables)
             if now and all(a is b for a, b in zip(was[kind], now, strict=True)):
-                raise unknown_mode(name, f"{kind} that training leaves as they are", _TELL_IT)
+                what = f"{kind} that training leaves as they are"
+                raise unknown_mode(self._name, what, _TELL_IT)
 
-    def apply(
-        params: PyTree, model_state: PyTree, images: jax.Array, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        module = nnx.merge(graphdef, params, model_state)
-        if not train:
-            return run(module, images, False), model_state
-        with _own_numbers(module):
-            logits = run(module, images, True)
-        return logits, split(module)[1]
 
-    return NodeFns(init, apply)
+def _split(module: "nnx.Module") -> tuple[PyTree, PyTree]:
+    from flax import nnx
+
+    # Plain arrays: an nnx.Variable remembers the trace it was made in, and may not leave it.
+    params, model_state = nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
+    return nnx.as_pure(params), nnx.as_pure(model_state)
+
+
+def _by_path(tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves of nested mappings, tuples among them, by their keys."""
+    if not isinstance(tree, Mapping):
+        return {(): tree}
+    return {
+        (key, *path): leaf for key, inner in tree.items() for path, leaf in _by_path(inner).items()
+    }
 
 
 def _leaves(module: Any, variables: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,8 @@ from ktg_jax.models.cnn import CNN
 from ktg_jax.models.linen_node import from_linen
 from ktg_jax.models.mobile import MobileNetV2, ShuffleNetV2
 from ktg_jax.models.modes import Mode
-from ktg_jax.models.network import NodeFns
+from ktg_jax.models.network import NodeFns, checked_stages
+from ktg_jax.models.nnx_node import in_dtype
 from ktg_jax.models.projected_resnet import IMAGENET, imagenet_resnet, small_resnet
 from ktg_jax.models.resnet import ResNet
 from ktg_jax.models.vgg import BLOCKS, VGG
@@ -50,6 +51,7 @@ class _Registered:
 
     factory: ModelFactory
     mode: Mode | None
+    stages: tuple[str, ...] | None
 
     def __call__(self, num_classes: int) -> nn.Module | NodeFns:
         return self.factory(num_classes)
@@ -58,16 +60,23 @@ class _Registered:
 _registered: dict[str, _Registered] = {}
 
 
-def register_model(name: str, factory: ModelFactory, mode: Mode | None = None) -> None:
+def register_model(
+    name: str,
+    factory: ModelFactory,
+    mode: Mode | None = None,
+    stages: Sequence[str] | None = None,
+) -> None:
     """Makes a model available by name, to graphs, to files and to the experiments.
 
     Args:
         name: letters, digits, `_`, `.` and `-`; not a built-in model's. One that was registered
             before is replaced.
         factory: `factory(num_classes)` returns a flax.linen module or a `NodeFns`. A linen module
-            with a field `dtype` can be trained in mixed precision, and one with a field
-            `axis_name` normalises its batches over all devices under `jax.pmap`.
+            with a field `dtype`, and what `from_nnx` makes, can be trained in mixed precision; a
+            linen module with a field `axis_name` normalises its batches over all devices under
+            `jax.pmap`.
         mode: how a linen module is told whether it trains, as for `from_linen`.
+        stages: paths of a linen module's stages, as for `from_linen`.
 
     Raises:
         InputError: the name is malformed or a built-in model's, or the factory cannot be called.
@@ -84,7 +93,7 @@ def register_model(name: str, factory: ModelFactory, mode: Mode | None = None) -
     if _built_in(name) is not None:
         raise InputError("name", name, "a name that no built-in model has")
     hashable = factory if isinstance(factory, Hashable) else functools.partial(factory)
-    _registered[name] = _Registered(hashable, mode)
+    _registered[name] = _Registered(hashable, mode, checked_stages(stages))
 
 
 def model_names() -> tuple[str, ...]:
@@ -150,7 +159,9 @@ def _build(
     factory = registered or _built_in(name)
     assert factory is not None  # or check_model would have raised
     # The built-in ones draw no random numbers: no need to find out.
-    how: dict[str, Any] = {"rngs": ()} if registered is None else {"mode": registered.mode}
+    how: dict[str, Any] = {"rngs": ()}
+    if registered is not None:
+        how = {"mode": registered.mode, "stages": registered.stages}
     try:
         module = factory(num_classes)
         if isinstance(module, nn.Module):
@@ -166,15 +177,16 @@ def _build(
         kind = f"a class, {module.__name__}" if isinstance(module, type) else type(module).__name__
         allowed = "one whose factory returns a flax.linen module, or NodeFns (from_nnx makes them)"
         raise InputError("model", name, f"{allowed}; it returns {kind}")
-    if isinstance(module, NodeFns) and how.get("mode") is not None:
-        raise InputError(
-            "model",
-            name,
-            "a linen module where mode= says how it is told; else ktg.from_linen takes it",
-        )
-    if isinstance(module, NodeFns) and dtype == jnp.float32:
-        return module
-    raise InputError("model", name, f"for {dtype}, a linen module with a field dtype")
+    for option in ("mode", "stages"):
+        if isinstance(module, NodeFns) and how.get(option) is not None:
+            allowed = f"a linen module where {option}= is said; else ktg.from_linen takes it"
+            raise InputError("model", name, allowed)
+    if isinstance(module, NodeFns):
+        fns = module if dtype == jnp.float32 else in_dtype(module, dtype)
+        if fns is not None:
+            return fns
+    allowed = f"for {dtype}, a linen module with a field dtype, or what ktg.from_nnx makes"
+    raise InputError("model", name, allowed)
 
 
 def _factory(name: str) -> ModelFactory | None:
