@@ -30,6 +30,7 @@ from .runs.config import (
 )
 from .runs.console import busy, make_console
 from .runs.facts import data_facts, facts_of, graph_facts, graph_files
+from .runs.frozen import FrozenRecordings
 from .runs.graphs import as_given, build_graph
 from .runs.identity import is_own
 from .runs.networks import check_networks
@@ -59,6 +60,7 @@ def train(
     console: Console,
     dataset: Dataset | None = None,
     devices: Sequence[jax.Device] | None = None,
+    frozen: FrozenRecordings | None = None,
 ) -> None:
     """Trains, or goes on training, the run that the configuration describes.
 
@@ -68,6 +70,7 @@ def train(
         dataset: that the configuration describes, where it is loaded already; without test images
             the result has none of their numbers.
         devices: to train on (default: all of this process's).
+        frozen: as for `assemble`.
 
     Raises:
         InputError: bad input, found before anything is computed or written.
@@ -99,7 +102,7 @@ def train(
 
     located = locate_pretrained(graph, config, dataset, train_alone)
     with as_given(config, pruned=True):
-        run = assemble(config, located, dataset, devices)
+        run = assemble(config, located, dataset, devices, frozen)
         fields |= facts_of(graph, dataset)
     if config.tensorboard:
         require_tensorboard()

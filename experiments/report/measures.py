@@ -37,6 +37,8 @@ class Summary:
         compiled: programs that XLA compiled.
         loaded: programs that came from the compilation cache.
         node_epochs: compute spent.
+        recorded: epochs of frozen networks that were recorded.
+        read: epochs of frozen networks that were read in place of forward passes.
         whole: node-epochs of training every graph of a complete or pruned trial whole, all its
             nodes for all epochs; failed trials are left out, though what they cost was spent.
         epochs: the epochs of a trial that is not pruned; None: not known yet.
@@ -52,6 +54,8 @@ class Summary:
     compiled: int
     loaded: int
     node_epochs: float
+    recorded: int
+    read: int
     whole: float
     epochs: int | None
     seconds: float
@@ -80,6 +84,8 @@ def summarise(study: StudyRecord) -> Summary:
         compiled=sum(trial.programs_compiled for trial in trials),
         loaded=sum(trial.programs_loaded for trial in trials),
         node_epochs=sum(trial.node_epochs for trial in trials),
+        recorded=sum(trial.recorded_epochs for trial in trials),
+        read=sum(trial.read_epochs for trial in trials),
         whole=len(drawn) * study.space.num_nodes * (epochs or 0),
         epochs=epochs,
         seconds=sum(trial.seconds for trial in trials),

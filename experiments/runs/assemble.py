@@ -30,6 +30,7 @@ from ktg_jax.training.state import GraphState, with_averages
 from ktg_jax.training.warm_start import check_input, load_weights, with_weights
 
 from .config import TrainConfig
+from .frozen import FrozenRecordings
 from .networks import node_functions, node_input, parallel_of
 from .options import MOST, Training
 from .progress import decoding_shown
@@ -117,6 +118,7 @@ def assemble(
     graph: ktg.Graph,
     dataset: Dataset,
     devices: Sequence[jax.Device] | None = None,
+    frozen: FrozenRecordings | None = None,
 ) -> Run:
     """Builds the run, on these devices (default: all of this process's).
 
@@ -125,6 +127,8 @@ def assemble(
         graph: whose networks were found fit for the data, as by `check_networks`.
         dataset: to train on.
         devices: all of one kind.
+        frozen: recordings that are read in place of frozen networks' forward passes; None: these
+            run in every step.
 
     Raises:
         InputError: weights or a prior that does not fit, a batch larger than the data, or what the
@@ -136,6 +140,9 @@ def assemble(
     state, priors = _initial_state(graph, task, init_key, dataset)
     engine = _engine(config, task, state, parallel)
     recordings = recordings_of(config, graph, dataset)
+    static = [str(graph.nodes[i].name) for i, each in recordings.items() if each.is_static]
+    if frozen is not None:
+        recordings |= frozen.of(config, graph, task, state, dataset, parallel.devices[0])
     train, val, test = (
         None if split is None else engine.load(Arrays(split.images, split.labels))
         for split in (dataset.train, dataset.val, dataset.test)
@@ -159,7 +166,7 @@ def assemble(
         batch_size=config.batch_size,
         steps_per_call=config.steps_per_call,
         summary=_summary(config, graph, dataset, engine),
-        static=[str(graph.nodes[i].name) for i, each in recordings.items() if each.is_static],
+        static=static,
     )
 
 

@@ -4,6 +4,9 @@ import errno
 import functools
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 from ktg_jax.errors import InputError
@@ -57,6 +60,15 @@ def lock_if_possible(file: IO[Any], wait: bool) -> bool:
             raise
         _warn(file.name, error.strerror)
         return True
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Within it no other process makes the same: waits for the lock of a file of this name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        lock_if_possible(file, wait=True)
+        yield
 
 
 @functools.cache

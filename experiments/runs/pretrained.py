@@ -6,8 +6,7 @@ everything that it depends on.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from .config import TrainConfig, resolved
 from .facts import data_facts
 from .graphs import PRETRAINED, build_graph, with_sources
 from .identity import identity
-from .locks import lock_if_possible
+from .locks import turn
 from .options import hash_of
 from .places import place_of
 from .workdir import Workdir
@@ -92,7 +91,7 @@ def trained_alone(
     keys = [hash_of(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
     path = place_of(cache_folder() / PRETRAINED, model, known, keys)
     if Workdir(path).result is None:
-        with _turn(path.with_name(f"{path.name}.lock")):
+        with turn(path.with_name(f"{path.name}.lock")):
             if Workdir(path).result is None:  # by who had the turn before
                 train(dataclasses.replace(alone, workdir=str(path)), dataset)
     return path
@@ -100,12 +99,3 @@ def trained_alone(
 
 _FORMER_FACTS = ("classes", "image_shape", "train", "val", "test", "train_crc32")
 """What the name was made of when there were no other checksums."""
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Waits until no other process makes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        lock_if_possible(file, wait=True)
-        yield

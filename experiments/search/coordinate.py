@@ -114,6 +114,7 @@ def search(config: SearchConfig, console: Console) -> None:
             from .ending import finish  # SciPy's tests take long to import
 
             finish(load_search(folder.path, url), folder, config, console)
+        folder.drop_recordings()
         cli.say(
             console,
             as_called(f"python -m experiments.report {quote(str(folder.path))} makes the report."),
@@ -228,6 +229,7 @@ def _run(
             storage=url,
             study=study.study_name,
             artifacts=str(folder.artifacts.absolute()),
+            recordings=str(folder.recordings.absolute()),
             deadline=deadline,
         )
 

@@ -122,7 +122,8 @@ def _train_all(
         disable=not watched,
     )
     retrained = [dataclasses.asdict(run) for run in runs]
-    orders = orders_for(config, folder.owner, retrain=retrained)
+    recordings = str(folder.recordings.absolute())
+    orders = orders_for(config, folder.owner, retrain=retrained, recordings=recordings)
     with progress, Team(orders, folder.logs) as team:
         bar = progress.add_task("", total=len(runs), completed=done)
         while team.is_at_work():

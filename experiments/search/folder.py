@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,15 @@ class SearchFolder(Folder):
     def logs(self) -> Path:
         """Where workers write what they say."""
         return self.path / "logs"
+
+    @property
+    def recordings(self) -> Path:
+        """Where workers keep what frozen networks put out, as long as the search runs."""
+        return self.path / "recordings"
+
+    def drop_recordings(self) -> None:
+        """Takes them away; a search that goes on makes them again."""
+        shutil.rmtree(self.recordings, ignore_errors=True)
 
     @property
     def retrained(self) -> Path:

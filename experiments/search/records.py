@@ -30,6 +30,8 @@ class TrialRecord:
         reason: why its training failed.
         node_epochs: compute spent on it: nodes trained times epochs, a frozen node's epoch being
             a third, and pre-training included.
+        recorded_epochs: epochs of frozen networks that were recorded for it.
+        read_epochs: epochs of frozen networks that it read in place of forward passes.
         seconds: that it took.
         programs_compiled: programs that XLA compiled for it.
         programs_loaded: programs that came from the compilation cache instead.
@@ -45,6 +47,8 @@ class TrialRecord:
     baseline: str | None = None
     reason: str | None = None
     node_epochs: float = 0.0
+    recorded_epochs: int = 0
+    read_epochs: int = 0
     seconds: float = 0.0
     programs_compiled: int = 0
     programs_loaded: int = 0

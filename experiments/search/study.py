@@ -203,7 +203,10 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     )
 
 
-_COSTS = ("node_epochs", "seconds", "programs_compiled", "programs_loaded")
+_COSTS = (
+    *("node_epochs", "recorded_epochs", "read_epochs"),
+    *("seconds", "programs_compiled", "programs_loaded"),
+)
 
 
 def begin_trial(trial: optuna.Trial, graph: ktg.Graph, worker: str) -> None:

@@ -30,6 +30,7 @@ class Orders:
         storage: URL, password included.
         study: name of the study.
         artifacts: folder for the pictures of graphs; empty: no pictures.
+        recordings: folder for what frozen networks put out; empty: they run in every trial.
         deadline: seconds of `time.time` after which no trial begins.
         began: seconds of `time.time` when the command began, whichever worker this is.
         retrain: instead of trials, the runs to make, as fields of `TrainConfig`.
@@ -41,6 +42,7 @@ class Orders:
     storage: str = ""
     study: str = ""
     artifacts: str = ""
+    recordings: str = ""
     deadline: float | None = None
     began: float = field(default_factory=time.time)
     retrain: list[dict[str, Any]] | None = None

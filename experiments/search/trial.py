@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 
@@ -15,6 +16,7 @@ from ktg_jax.training.state import GraphState
 from ..runs.assemble import Run, assemble
 from ..runs.config import TrainConfig
 from ..runs.console import make_console
+from ..runs.frozen import FrozenRecordings
 from ..runs.graphs import with_pretrained
 from ..runs.networks import check_networks
 from ..runs.pretrained import locate_pretrained
@@ -31,17 +33,29 @@ class Trainer:
         config: the configuration of the training; its graph does not count.
         dataset: with validation images.
         device: to train on.
+        recordings: folder for what frozen networks put out, which is recorded once, in trainings
+            with the seed of the configuration; None: they run in every training.
 
     Attributes:
         node_epochs: compute spent by the last `epochs`: nodes times epochs, a frozen node's a
-            third.
+            third, and nothing where it is read.
+        recorded_epochs: epochs of frozen networks that were recorded for it.
+        read_epochs: epochs of frozen networks that were read in place of forward passes.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, device: jax.Device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: jax.Device,
+        recordings: Path | None = None,
+    ) -> None:
         self._config = config
         self._dataset = dataset
         self._device = device
+        self._recordings = recordings
         self.node_epochs = 0.0
+        self.recorded_epochs = self.read_epochs = 0
 
     def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
         """Trains the graph, as far as it matters for its target, as one asks for epochs.
@@ -60,13 +74,19 @@ class Trainer:
             InputError: the graph's models do not fit the data.
         """
         self.node_epochs = 0.0
+        self.recorded_epochs = self.read_epochs = 0
         config = dataclasses.replace(self._config, seed=seed)
         graph = with_pretrained(graph.pruned())
         check_networks(config, graph, self._dataset, [self._device])
         located = locate_pretrained(graph, config, self._dataset, self._train_alone)
-        run = assemble(config, located, self._dataset, [self._device])
-        frozen = len(graph.frozen)
-        cost = len(graph.nodes) - frozen + _FROZEN_COST * frozen
+        frozen = self._frozen(seed)
+        run = assemble(config, located, self._dataset, [self._device], frozen)
+        read = frozen.read // config.epochs if frozen is not None else 0
+        if frozen is not None:
+            self.recorded_epochs = frozen.recorded
+            self.node_epochs += _FROZEN_COST * frozen.recorded
+        live = len(graph.frozen) - read
+        cost = len(graph.nodes) - len(graph.frozen) + _FROZEN_COST * live
         epochs = train_epochs(
             run.state,
             run.step,
@@ -78,7 +98,14 @@ class Trainer:
         evaluate = self._target_evaluator(run)
         for record, state in epochs:
             self.node_epochs += cost
+            self.read_epochs += read
             yield record["epoch"], evaluate(state)
+
+    def _frozen(self, seed: int) -> FrozenRecordings | None:
+        """Where frozen networks are recorded; None: nobody else would read it."""
+        if self._recordings is None or seed != self._config.seed:
+            return None
+        return FrozenRecordings(self._recordings)
 
     def _train_alone(self, config: TrainConfig, dataset: Dataset) -> None:
         train(config, make_console(), dataset, [self._device])

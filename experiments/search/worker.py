@@ -76,10 +76,11 @@ def main() -> None:
     devices = jax.local_devices()
     device = devices[orders.index % len(devices)]
     if orders.retrain is not None:
-        retrain(orders.retrain, device)
+        retrain(orders.retrain, device, Path(orders.recordings))
         return
     dataset = load(config, with_test=False)
-    trainer = Trainer(config.training(), dataset, device)
+    recordings = Path(orders.recordings) if orders.recordings else None
+    trainer = Trainer(config.training(), dataset, device, recordings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with explained_outage(orders.storage):
@@ -177,6 +178,8 @@ class Worker:
             return self._train(trial, graph, seed)
         finally:
             trial.set_user_attr("node_epochs", round(self._trainer.node_epochs, 3))
+            trial.set_user_attr("recorded_epochs", self._trainer.recorded_epochs)
+            trial.set_user_attr("read_epochs", self._trainer.read_epochs)
             trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
             trial.set_user_attr("programs_compiled", self._programs.compiled - before[0])
             trial.set_user_attr("programs_loaded", self._programs.loaded - before[1])

@@ -280,6 +280,20 @@ def test_the_page_says_what_the_record_holds(tmp_path: Path) -> None:
     assert page.count("svg") == 3 + 3  # three distinct complete graphs, three figures
 
 
+def test_the_page_says_what_recordings_saved(tmp_path: Path) -> None:
+    study = small_study()
+    heard = complete(8, HEARING, 0.7, recorded_epochs=4, read_epochs=4)
+    again = complete(9, HEARING, 0.7, read_epochs=4)
+    study = replace(study, trials=[*study.trials, heard, again])
+    summary = summarise(study)
+    assert (summary.recorded, summary.read) == (4, 8)
+    page = Parsed(write_report(study, tmp_path / "a.html"))
+    assert "recorded once, for 4 epochs in all, and read for 8 epochs of trials" in page.text
+    assert "4 epochs of forward passes saved" in page.text
+    plain = Parsed(write_report(small_study(), tmp_path / "b.html"))
+    assert "recorded once" not in plain.text
+
+
 def test_pictures_of_tested_graphs_show_all_nodes(tmp_path: Path) -> None:
     path = write_report(ended_study(), tmp_path / "report.html")
     figures = re.findall("<figure>(.*?)</figure>", path.read_text(encoding="utf-8"), re.DOTALL)

@@ -53,6 +53,7 @@ class PretendedTrainer(Trainer):
     def __init__(self, values: Values) -> None:
         self._values = values
         self.node_epochs = 0.0
+        self.recorded_epochs = self.read_epochs = 0
         self.trained: list[tuple[ktg.Graph, int]] = []
 
     def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
