@@ -5,6 +5,7 @@ cores, and take turns. They start from the same weights; unless they agree on th
 timed. Each result is said and written as soon as it is there.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ from experiments.runs import cli
 from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 from ktg_jax.errors import InputError
+from ktg_jax.models.projected_resnet import IMAGENET
 
 CASES = (
     "resnet32",
@@ -108,10 +110,24 @@ def measure(options: StepOptions, console: Console) -> dict[str, Any]:
     return content
 
 
+def _is_of_baseline(model: str) -> bool:
+    """Whether PyTorch's network of that name is the same.
+
+    >>> [_is_of_baseline(model) for model in ("resnet32", "wrn28_2", "resnet8x4", "resnet50")]
+    [True, True, False, False]
+    """
+    found = re.fullmatch(r"resnet(\d+)|wrn(\d+)_\d+", model)
+    return (
+        found is not None
+        and int(found[1] or found[2]) % 6 == (2 if found[1] else 4)
+        and (model not in IMAGENET)
+    )
+
+
 def _tasks(options: StepOptions, models: tuple[str, ...], threads: int) -> list[Task]:
     """The implementations of a case, the baseline first."""
     for model in models:
-        if not model.startswith(("resnet", "wrn")):
+        if not _is_of_baseline(model):
             raise InputError("cases", model, "resnet<6n+2> and wrn<6n+4>_<width>, as the baseline")
     wanted = options.implementations
     if not wanted:

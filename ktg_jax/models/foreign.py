@@ -55,7 +55,8 @@ def load_state_dict(
     Raises:
         InputError: no safetensors file, such as a pickle (with the lines that convert it), an
             unknown model or layout, tensors that are left over or missing, or of another shape:
-            the first ten are named; or numbers that are not finite floats.
+            the first ten are named; names beside a layout; numbers that are not finite floats,
+            or variances below 0.
 
     >>> import tempfile
     >>> fns = build_model("resnet8", num_classes=10)
@@ -66,10 +67,12 @@ def load_state_dict(
     >>> params["classifier"]["kernel"].shape
     (64, 10)
     """
+    if names is not None and layout != AUTO:
+        raise InputError("names", dict(names), f"None beside the layout {layout}")
     tensors, texts = _state_dict(path)
     check_model(model)
     known = _sizes(tensors, names)
-    classes = num_classes or known.get("classes")
+    classes = known.get("classes") if num_classes is None else num_classes
     if classes is None:
         allowed = f"the number of logits: no classifier in {path} says it"
         raise InputError("num_classes", None, allowed)
@@ -111,7 +114,7 @@ def save_state_dict(
 
     Raises:
         InputError: another suffix, an unknown layout, one that has no name for a part of the
-            network, or a file that cannot be written.
+            network, parameters of another model, or a file that cannot be written.
 
     >>> import tempfile
     >>> from safetensors.numpy import load_file
@@ -127,6 +130,7 @@ def save_state_dict(
     taken = _known(layout)
     network, _ = without_connectors(params)
     arrays = _flat(flatten(network), flatten(without_stream(model_state)))
+    _check_parts(model, arrays)
     missing = [p for p in arrays if taken.key(p) is None]
     if missing:
         raise InputError("layout", layout, f"one that names every part of a {model} ({missing[0]})")
@@ -189,8 +193,12 @@ def _state_dict(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]
     for key, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError("weights", str(path), f"floats alone ({key} is {array.dtype})")
-        if not np.isfinite(array.astype(np.float32)).all():
+        with np.errstate(over="ignore"):  # of float64, which is infinite then
+            values = array.astype(np.float32)
+        if not np.isfinite(values).all():
             raise InputError("weights", str(path), f"finite numbers alone ({key} has others)")
+        if key.endswith("running_var") and values.min(initial=0) < 0:
+            raise InputError("weights", str(path), f"variances of at least 0 ({key} has others)")
     return tensors, texts
 
 
@@ -324,6 +332,19 @@ def _check_arrays(
     if wrong:
         allowed = f"the shapes of a {model} ({_some(wrong, separator='; ')})"
         raise InputError("weights", str(path), allowed)
+
+
+def _check_parts(model: str, arrays: Mapping[str, Any]) -> None:
+    """Raises InputError where the arrays are not those of a model, by their paths."""
+    sizes = {"classifier.kernel": 1, "stem_conv.kernel": 3}
+    classes, channels = (np.shape(arrays[p])[-1] if p in arrays else n for p, n in sizes.items())
+    if "stem_conv.kernel" in arrays:
+        channels = np.shape(arrays["stem_conv.kernel"])[-2]
+    expected = _flat(*_template(model, classes, (32, 32, channels)))
+    for p in (*expected, *arrays):
+        if p not in arrays or p not in expected:
+            found = "missing" if p in expected else "left over"
+            raise InputError("params", f"{p} {found}", f"the parts of a {model}")
 
 
 def _some(items: Sequence[str], most: int = _MOST_NAMED, separator: str = ", ") -> str:

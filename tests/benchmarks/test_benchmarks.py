@@ -273,6 +273,8 @@ def test_the_loop_and_the_start_are_timed(tmp_path: Path) -> None:
     [
         ("--cases resnet8+resnt8", "error: cases: got 'resnet8+resnt8'; allowed: models joined"),
         ("--cases cnn", "error: cases: got 'cnn'; allowed: resnet<6n+2> and"),
+        ("--cases resnet8x4", "error: cases: got 'resnet8x4'; allowed: resnet<6n+2> and"),
+        ("--cases resnet50", "error: cases: got 'resnet50'; allowed: resnet<6n+2> and"),
         ("--implementations magic", "error: implementations: got 'magic'; allowed: torch, "),
         ("--implementations torch", "error: implementations: got ['torch']; allowed: also xla"),
         ("--threads 0", "error: threads: got 0; allowed: 1 to "),

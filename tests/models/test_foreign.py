@@ -233,6 +233,8 @@ def change(file: Path, **changed: np.ndarray | None) -> None:
         ("resnet8", {"fc.bias": np.ones(6, np.float32)}, r"fc.bias gives \[6\], not \[7\]"),
         ("resnet8", {"fc.bias": np.ones(7, np.int32)}, r"floats alone \(fc.bias is int32\)"),
         ("resnet8", {"bn1.bias": np.full(16, np.nan, np.float32)}, r"finite numbers alone \(bn1"),
+        ("resnet8", {"bn1.bias": np.full(16, 1e300)}, r"finite numbers alone \(bn1"),
+        ("resnet8", {"bn1.running_var": -np.ones(16, np.float32)}, r"at least 0 \(bn1.running_var"),
         ("resnet9", {}, r"model: got 'resnet9'"),
         ("cnn", {}, r"weights: .*missing: "),
     ],
@@ -270,6 +272,20 @@ def test_other_bad_input_is_refused(tmp_path: Path) -> None:
         load_state_dict(file, "resnet8")
     with pytest.raises(InputError, match=r"weights: .*a whole .safetensors file"):
         load_state_dict(tmp_path / "no.safetensors", "resnet8")
+
+
+def test_a_number_of_classes_names_and_parts_are_what_they_say(tmp_path: Path) -> None:
+    file = tmp_path / "node.safetensors"
+    params, state = written(file)
+    with pytest.raises(InputError, match="num_classes: got 0"):
+        load_state_dict(file, "resnet8", num_classes=0)
+    with pytest.raises(InputError, match=r"names: .*None beside the layout ktg"):
+        load_state_dict(file, "resnet8", "ktg", names={"fc.bias": "classifier.bias"})
+    with pytest.raises(InputError, match=r"params: got 'stage1_block2\S+ missing'"):
+        save_state_dict(tmp_path / "a.safetensors", params, state, "resnet14")
+    with pytest.raises(InputError, match=r"params: got 'final_norm.bias missing'"):
+        save_state_dict(tmp_path / "a.safetensors", params, state, "wrn10_1")
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
