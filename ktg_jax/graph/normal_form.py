@@ -43,8 +43,9 @@ def sum_of(edges: Iterable[Edge], temperature: float, on_label: bool) -> Sum:
 def edges_of(total: Sum) -> tuple[Edge, ...]:
     """The fewest edges that carry a sum, in an order of their own; none for the empty sum.
 
-    >>> edges_of({("kl", 2.0): {"through": 1.0}, ("attention", None): {"through": 5.0}})
-    (Edge(gate='through', loss={'attention': 5.0, 'kl': 1.0}, weight=1.0, temperature=2.0),)
+    >>> (edge,) = edges_of({("kl", 2.0): {"through": 1.0}, ("attention", None): {"through": 5.0}})
+    >>> edge.gate, edge.losses, edge.temperature
+    ('through', {'attention': 5.0, 'kl': 1.0}, 2.0)
     """
     groups: dict[tuple[str, float | None], dict[str, float]] = defaultdict(dict)
     with_temperature = {(g, atom[1]) for atom, by_gate in total.items() for g in by_gate if atom[1]}

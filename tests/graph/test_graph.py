@@ -236,7 +236,7 @@ OPTIONAL = "(and temperature)"
         (
             '{"nodes": [{"model": "cnn", "width": 2}], "gates": []}',
             "nodes[0].width",
-            "an object with model (and average, ensemble, input, name, outputs, prior, ",
+            "an object with model (and average, classes, clip, ensemble, input, learning_rate, name, ",
         ),
         ('{"nodes": [{"model": "cnn"}], "gates": [["open"]]}', "gates[0][0]", GATE_NAMES),
         (

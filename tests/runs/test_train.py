@@ -188,8 +188,8 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(
 
 
 def test_a_model_that_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"got 'dropping'; allowed: for bfloat16"):
-        train(tmp_path / "run", mixed_precision=True, models=("tiny", "dropping"))
+    with pytest.raises(InputError, match=r"got 'staged'; allowed: for bfloat16"):
+        train(tmp_path / "run", mixed_precision=True, models=("tiny", "staged"))
     assert list(tmp_path.iterdir()) == []
 
 
