@@ -236,7 +236,7 @@ OPTIONAL = "(and temperature)"
         (
             '{"nodes": [{"model": "cnn", "width": 2}], "gates": []}',
             "nodes[0].width",
-            "an object with model (and average, classes, clip, ensemble, input, learning_rate, name, ",
+            "an object with model (and average, classes, clip, ensemble, input, learning_rate, ",
         ),
         ('{"nodes": [{"model": "cnn"}], "gates": [["open"]]}', "gates[0][0]", GATE_NAMES),
         (
