@@ -19,8 +19,9 @@ from ktg_jax.chunks import TokenBatch, mean_over_chunks, tokens_at_once
 from ktg_jax.connectors import connected
 from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
-from ktg_jax.gates import CUTOFF, gate_functions, gate_names, gate_weights, is_cut
-from ktg_jax.losses import checked_labels, is_correct
+from ktg_jax.gated_weights import gated_weights
+from ktg_jax.gates import CUTOFF, is_cut
+from ktg_jax.losses import checked_labels
 from ktg_jax.means import shares_of
 from ktg_jax.mixed import Mixed, checked_mixed
 from ktg_jax.named_losses import NamedLoss, named_loss
@@ -86,16 +87,9 @@ def edge_losses(
     True
     """
     edges = edge_arrays(gates, temperature, losses, weights)
-    outputs = all_outputs(logits)
-    n, shapes = len(outputs), [output.logits.shape for output in outputs]
-    if len({shape[:-1] for shape in shapes}) > 1:
-        raise InputError("logits", shapes, "one batch, the same for all nodes")
-    if len(set(shapes)) > 1 and not edges.connectors and isinstance(edges.gates, jax.core.Tracer):
-        raise InputError("logits", shapes, "one shape, the same for all nodes without connectors")
-    chex.assert_tree_shape_prefix([output.stages for output in outputs], shapes[0][:1])
+    outputs = _checked_outputs(logits, edges)
     labels = checked_labels(outputs[0].logits, labels)
-    chex.assert_rank(labels, len(shapes[0]) - 1)
-    chex.assert_shape(edges.gates, (n, n, *jnp.shape(edges.gates)[2:]))
+    chex.assert_rank(labels, outputs[0].logits.ndim - 1)
     if where is not None:
         where = jnp.asarray(where, bool)
         chex.assert_equal_shape([where, labels])
@@ -103,54 +97,81 @@ def edge_losses(
         labels = jnp.where(where, labels, 0)
     if mixed is not None:
         mixed = checked_mixed(mixed, outputs[0].logits, labels, where)
-    sample_weights = _sample_weights(edges, outputs, labels, progress)
+    sample_weights = gated_weights(edges, outputs, labels, progress)
     if where is not None:
         sample_weights *= shares_of(where, axis_name)[None, None]
-    cut, temperatures = is_cut(edges.gates), jnp.asarray(edges.temperatures, jnp.float32)
-
-    def total_of(names: Sequence[str], outputs: Sequence[Outputs], batch: TokenBatch) -> jax.Array:
-        ends = _ends(edges, outputs, connectors) if by_pairs or edges.needs_stages else []
-        total = jnp.zeros((n, n), jnp.float32)
-        for name in names:
-            i, loss = edges.losses.index(name), named_loss(name)
-            weight = jnp.asarray(edges.weights[i], jnp.float32)
-            absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
-            of_samples = jnp.moveaxis(batch.sample_weights, (-2, -1), (0, 1))
-            given = batch.labels, of_samples, temperatures, absent
-            if loss.on_labels:
-                found = _on_labels(loss, outputs, *given, batch.mixed)
-            elif by_pairs or loss.needs_stages:
-                found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
-            else:
-                found = _by_logits(loss, outputs, *given)
-            total += jnp.where(absent, 0.0, weight * found)
-        return total
-
-    by_pairs = bool(edges.connectors) or len(set(shapes)) > 1
     batch = TokenBatch(
         tuple(output.logits for output in outputs),
         labels,
         jnp.moveaxis(sample_weights, (0, 1), (-2, -1)),
         mixed,
     )
-    size = tokens_at_once(n, max(shapes)) if labels.ndim > 1 else 0
-    if labels.ndim == 1 or size == labels.shape[1]:
-        return total_of(edges.losses, outputs, batch)
-    of_tokens = [name for name in edges.losses if not _needs_whole(named_loss(name))]
-    whole = total_of([n for n in edges.losses if n not in of_tokens], outputs, batch)
-    chunked = partial(_of_logits, partial(total_of, of_tokens))
-    return whole + mean_over_chunks(chunked, batch, size)
+    return _in_chunks(partial(_total, edges, connectors), edges, outputs, batch)
 
 
-def _needs_whole(loss: NamedLoss) -> bool:
-    """Whether it must see all tokens at once."""
-    return loss.needs_stages or not loss.is_per_sample
+def _checked_outputs(logits: Logits, edges: EdgeArrays) -> tuple[Outputs, ...]:
+    """One output a node; they are of one batch, and of one shape where nothing joins others."""
+    outputs = all_outputs(logits)
+    n, shapes = len(outputs), [output.logits.shape for output in outputs]
+    if len({shape[:-1] for shape in shapes}) > 1:
+        raise InputError("logits", shapes, "one batch, the same for all nodes")
+    if len(set(shapes)) > 1 and not edges.connectors and isinstance(edges.gates, jax.core.Tracer):
+        raise InputError("logits", shapes, "one shape, the same for all nodes without connectors")
+    chex.assert_tree_shape_prefix([output.stages for output in outputs], shapes[0][:1])
+    chex.assert_shape(edges.gates, (n, n, *jnp.shape(edges.gates)[2:]))
+    return outputs
 
 
-def _of_logits(
-    total_of: Callable[[Sequence[Outputs], TokenBatch], jax.Array], batch: TokenBatch
+def _in_chunks(
+    total_of: Callable[..., jax.Array],
+    edges: EdgeArrays,
+    outputs: Sequence[Outputs],
+    batch: TokenBatch,
 ) -> jax.Array:
-    return total_of([Outputs(logits) for logits in batch.logits], batch)
+    """The total of all losses; of those that are one number a token, some tokens at a time."""
+    everything = range(len(edges.losses))
+    if batch.labels.ndim == 1:
+        return total_of(everything, outputs, batch)
+    size = tokens_at_once(len(outputs), max(z.shape for z in batch.logits))
+    if size == batch.labels.shape[1]:
+        return total_of(everything, outputs, batch)
+    named = [named_loss(name) for name in edges.losses]
+    of_tokens = [i for i in everything if named[i].is_per_sample and not named[i].needs_stages]
+
+    def of_chunk(chunk: TokenBatch) -> jax.Array:
+        return total_of(of_tokens, [Outputs(z) for z in chunk.logits], chunk)
+
+    whole = total_of([i for i in everything if i not in of_tokens], outputs, batch)
+    return whole + mean_over_chunks(of_chunk, batch, size)
+
+
+def _total(
+    edges: EdgeArrays,
+    connectors: Sequence[Mapping[str, Any]] | None,
+    which: Sequence[int],
+    outputs: Sequence[Outputs],
+    batch: TokenBatch,
+) -> jax.Array:
+    """What these of the losses add up to on each edge, `[N, N]`."""
+    n, cut = len(outputs), is_cut(edges.gates)
+    temperatures = jnp.asarray(edges.temperatures, jnp.float32)
+    sample_weights = jnp.moveaxis(batch.sample_weights, (-2, -1), (0, 1))
+    differ = len({output.logits.shape for output in outputs}) > 1
+    by_pairs = differ or bool(edges.connectors)
+    ends = _ends(edges, outputs, connectors) if by_pairs or edges.needs_stages else []
+    total = jnp.zeros((n, n), jnp.float32)
+    for i in which:
+        loss, weight = named_loss(edges.losses[i]), jnp.asarray(edges.weights[i], jnp.float32)
+        absent = cut | (weight == 0) | (jnp.eye(n, dtype=bool) != loss.on_labels)
+        given = batch.labels, sample_weights, temperatures, absent
+        if loss.on_labels:
+            found = _on_labels(loss, outputs, *given, batch.mixed)
+        elif by_pairs or loss.needs_stages:
+            found = _by_pairs(loss, ends, *given, _known_absent(edges, i))
+        else:
+            found = _by_logits(loss, outputs, *given)
+        total += jnp.where(absent, 0.0, weight * found)
+    return total
 
 
 def node_losses(
@@ -194,52 +215,6 @@ def graph_loss(
     [[[0.5, -0.5]]]
     """
     return jnp.sum(node_losses(logits, labels, gates, progress, temperature, **options))
-
-
-def _sample_weights(
-    edges: EdgeArrays,
-    outputs: Sequence[Outputs],
-    labels: jax.Array,
-    progress: ArrayLike,
-) -> jax.Array:
-    """What each gate gives each sample, `[N, N, ...]`."""
-    n = len(outputs)
-    classes = outputs[0].logits.shape[-1]
-    right = jnp.stack(
-        [
-            is_correct(z, labels) if z.shape[-1] == classes else jnp.zeros(labels.shape, bool)
-            for z, *_ in outputs
-        ]
-    )
-    weights = gate_weights(edges.gates, progress, right.reshape(n, -1))
-    weights = weights.reshape(n, n, *labels.shape)
-    if edges.functions:
-        weights = _with_gate_functions(weights, edges, outputs, right, progress)
-    return weights
-
-
-def _with_gate_functions(
-    weights: jax.Array,
-    edges: EdgeArrays,
-    outputs: Sequence[Outputs],
-    right: jax.Array,
-    progress: ArrayLike,
-) -> jax.Array:
-    """The weights, those of registered functions filled in."""
-    codes = jnp.asarray(edges.gates)
-    for name in edges.functions:
-        gate, code = gate_functions()[name], gate_names().index(name)
-        rows = []
-        for t, receiver in enumerate(outputs):
-            row = []
-            for s, sender in enumerate(outputs):
-                sender_right = jnp.ones_like(right[s]) if s == t else right[s]
-                given = (progress, right[t], sender_right, detached(receiver), detached(sender))
-                row.append(jnp.broadcast_to(jax.lax.stop_gradient(gate(*given)), right.shape[1:]))
-            rows.append(jnp.stack(row))
-        is_this = (codes == code).reshape(*codes.shape, *(1,) * (right.ndim - 1))
-        weights = jnp.where(is_this, jnp.stack(rows).astype(jnp.float32), weights)
-    return weights
 
 
 # A cut edge sees zeros in place of both its ends: 0 times the loss of a sender that has diverged

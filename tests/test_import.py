@@ -53,6 +53,7 @@ LAYERS = (
         "built_in_losses",
         "named_losses",
         "edge_arrays",
+        "gated_weights",
         "transfer",
     ),
     ("graph",),
