@@ -149,6 +149,11 @@ def without_connectors(params: Any) -> tuple[Any, dict[str, Any]]:
     return {name: value for name, value in params.items() if name != KEY}, params[KEY]
 
 
+def network_arrays(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a node's arrays by their paths, those of its network."""
+    return {path: array for path, array in flat.items() if not path.startswith(f"{KEY}.")}
+
+
 def _parts(where: str, receiver: Outputs, sender: Outputs) -> dict[str, tuple[Any, Any]]:
     """The outputs of both ends, by the name of what leads from one to the other."""
     if where == "logits":

@@ -14,6 +14,7 @@ from ktg_jax.connectors import without_connectors
 from ktg_jax.errors import InputError
 from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
 from ktg_jax.io.trees import FlatTree, by_path, digest, flatten, unflatten
+from ktg_jax.models.foreign_checks import check_arrays, check_keys, some
 from ktg_jax.models.layouts import LAYOUTS, Layout, renumbered, without_prefix
 from ktg_jax.models.network import PyTree
 from ktg_jax.models.pickles import refuse_pickle
@@ -22,7 +23,6 @@ from ktg_jax.models.streams import without_stream
 
 AUTO = "auto"
 _STATISTICS = "batch_stats."
-_MOST_NAMED = 10
 
 
 def load_state_dict(
@@ -85,9 +85,9 @@ def load_state_dict(
         keys = {p: taken.key(p) for p in paths}
     else:
         taken, keys = None, _by_names(names, tensors, paths, path)
-    _check_keys(path, model, tensors, keys)
+    check_keys(path, model, tensors, keys)
     arrays = {p: _turned(tensors[str(key)]) for p, key in keys.items()}
-    _check_arrays(path, model, arrays, paths, keys)
+    check_arrays(path, model, arrays, paths, keys)
     if taken is not None and taken.pads_both_sides:
         arrays = renumbered(arrays, inverse=False)
     return _unflattened(arrays, template, str(path))
@@ -268,7 +268,7 @@ def _layout_of(
     if not keys[nearest.name] & set(tensors):
         known = "; ".join(f"{each.name}: {each.about}" for each in LAYOUTS.values())
         allowed = f"a {model} in one of the layouts {known}; or names= says our path of each key"
-        raise InputError("weights", str(path), f"{allowed} (keys: {_some(sorted(tensors))})")
+        raise InputError("weights", str(path), f"{allowed} (keys: {some(sorted(tensors))})")
     if nearest.name == "repdistiller" and not any(".shortcut." in p for p in paths):
         allowed = (
             "repdistiller (shortcuts pad new channels on both sides of the old) or pytorch (behind "
@@ -290,48 +290,13 @@ def _by_names(
     for key, whole in plain.items():
         ours = names[whole]
         if ours not in paths:
-            raise InputError(f"names[{whole!r}]", ours, f"one of {_some(list(paths))}")
+            raise InputError(f"names[{whole!r}]", ours, f"one of {some(list(paths))}")
         if keys[ours] is not None:
             raise InputError(f"names[{whole!r}]", ours, f"a path that {keys[ours]} does not have")
         if key not in tensors:
-            raise InputError("names", whole, f"keys of {path}: {_some(sorted(tensors))}")
+            raise InputError("names", whole, f"keys of {path}: {some(sorted(tensors))}")
         keys[ours] = key
     return keys
-
-
-def _check_keys(
-    path: str | os.PathLike[str], model: str, tensors: FlatTree, keys: Mapping[str, str | None]
-) -> None:
-    """Raises InputError where something is missing or left over on either side."""
-    missing = [f"{key or 'nothing'} for {ours}" for ours, key in keys.items() if key not in tensors]
-    left = sorted(set(tensors) - set(keys.values()))
-    if not missing and not left:
-        return
-    most = _MOST_NAMED // 2 if missing and left else _MOST_NAMED
-    found = {"missing": missing, "left over": left}
-    parts = [f"{what}: {_some(items, most)}" for what, items in found.items() if items]
-    hint = ""
-    if any("downsample" in key or "shortcut" in key for key in left):
-        hint = "; its shortcuts are projections, as in resnet<6n+2>x<factor>"
-    raise InputError("weights", str(path), f"the parts of a {model} ({'; '.join(parts)}{hint})")
-
-
-def _check_arrays(
-    path: str | os.PathLike[str],
-    model: str,
-    arrays: FlatTree,
-    paths: Mapping[str, Any],
-    keys: Mapping[str, str | None],
-) -> None:
-    """Raises InputError where arrays have other shapes than the network's."""
-    wrong = [
-        f"{keys[p]} gives {list(array.shape)}, not {list(paths[p].shape)}"
-        for p, array in arrays.items()
-        if array.shape != tuple(paths[p].shape)
-    ]
-    if wrong:
-        allowed = f"the shapes of a {model} ({_some(wrong, separator='; ')})"
-        raise InputError("weights", str(path), allowed)
 
 
 def _check_parts(model: str, arrays: Mapping[str, Any]) -> None:
@@ -345,11 +310,6 @@ def _check_parts(model: str, arrays: Mapping[str, Any]) -> None:
         if p not in arrays or p not in expected:
             found = "missing" if p in expected else "left over"
             raise InputError("params", f"{p} {found}", f"the parts of a {model}")
-
-
-def _some(items: Sequence[str], most: int = _MOST_NAMED, separator: str = ", ") -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
 
 
 def _turned(array: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ktg_jax.connectors import KEY
+from ktg_jax.connectors import network_arrays
 from ktg_jax.errors import RunError
 from ktg_jax.io.plain_path import PlainFolder
 from ktg_jax.io.trees import FlatTree, digest, flatten, unflatten
@@ -218,16 +218,13 @@ def read_nodes(
     for each in reversed(checkpoint_epochs(folder)) if epoch is None else [epoch]:
         try:
             nodes = _read(plain, each, ("nodes",))["nodes"]
-            return each, {name: _network(node) for name, node in nodes.items()}
+            return each, {
+                name: {**node, "params": network_arrays(node["params"])}
+                for name, node in nodes.items()
+            }
         except RunError as error:
             reasons.append(str(error))
     raise RunError("; ".join(reasons) or f"{folder} holds no checkpoint")
-
-
-def _network(node: dict[str, FlatTree]) -> dict[str, FlatTree]:
-    """What is stored of a node, without its connectors."""
-    own = {path: a for path, a in node["params"].items() if not path.startswith(f"{KEY}.")}
-    return {**node, "params": own}
 
 
 class _Kept(policies.PreservationPolicy):
