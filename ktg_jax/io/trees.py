@@ -1,7 +1,7 @@
 """Pytrees as flat dicts of host arrays, for files: `{"stage1_block1.conv1.kernel": array, ...}`."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import numpy as np
 from ktg_jax.errors import InputError
 
 FlatTree = dict[str, np.ndarray]
+
+_MOST_NAMED = 10
 
 
 def flatten(tree: Any) -> FlatTree:
@@ -48,19 +50,36 @@ def unflatten(template: Any, flat: Mapping[str, np.ndarray], field: str) -> Any:
         field: what the error calls `flat`.
 
     Raises:
-        InputError: a path that only one of them has, or another shape; names the first such path.
+        InputError: paths that only one of them has, or other shapes; names up to ten.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(path): leaf for path, leaf in paths}
-    for name in (*expected, *flat):
-        if name not in flat:
-            raise InputError(field, f"no {name}", "the model's own parameters, all of them")
-        if name not in expected:
-            raise InputError(field, name, "the model's own parameters, no others")
-        shape = _plain_shape(expected[name])
-        if tuple(np.shape(flat[name])) != shape:
-            raise InputError(f"{field} {name}", np.shape(flat[name]), f"shape {shape}")
+    missing = [name for name in expected if name not in flat]
+    others = [name for name in flat if name not in expected]
+    if missing:
+        left = f" (left over: {some(others, _MOST_NAMED // 2)})" if others else ""
+        most = _MOST_NAMED // 2 if others else _MOST_NAMED
+        allowed = f"the model's own parameters, all of them{left}"
+        raise InputError(field, f"no {some(missing, most)}", allowed)
+    if others:
+        raise InputError(field, some(others), "the model's own parameters, no others")
+    shapes = {name: _plain_shape(leaf) for name, leaf in expected.items()}
+    wrong = [name for name in expected if tuple(np.shape(flat[name])) != shapes[name]]
+    if wrong:
+        first, *more = wrong
+        too = f"; others that differ: {some(more, _MOST_NAMED - 1)}" if more else ""
+        raise InputError(f"{field} {first}", np.shape(flat[first]), f"shape {shapes[first]}{too}")
     return jax.tree.unflatten(treedef, [_like(leaf, flat[name]) for name, leaf in expected.items()])
+
+
+def some(names: Sequence[str], most: int = _MOST_NAMED, separator: str = ", ") -> str:
+    """The first of some names, and how many more there are.
+
+    >>> some(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def digest(flat: Mapping[str, np.ndarray]) -> int:

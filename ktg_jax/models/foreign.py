@@ -13,8 +13,8 @@ import numpy as np
 from ktg_jax.connectors import without_connectors
 from ktg_jax.errors import InputError
 from ktg_jax.io.tensors import read_tensors, read_texts, write_tensors
-from ktg_jax.io.trees import FlatTree, by_path, digest, flatten, unflatten
-from ktg_jax.models.foreign_checks import check_arrays, check_keys, some
+from ktg_jax.io.trees import FlatTree, by_path, digest, flatten, some, unflatten
+from ktg_jax.models.foreign_checks import check_arrays, check_keys
 from ktg_jax.models.layouts import LAYOUTS, Layout, renumbered, without_prefix
 from ktg_jax.models.network import PyTree
 from ktg_jax.models.pickles import refuse_pickle

@@ -1,11 +1,11 @@
 """Whether the tensors of a state dict are the parts of a network, and what differs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ktg_jax.errors import InputError
-from ktg_jax.io.trees import FlatTree
+from ktg_jax.io.trees import FlatTree, some
 
 _MOST_NAMED = 10
 
@@ -43,13 +43,3 @@ def check_arrays(
     if wrong:
         allowed = f"the shapes of a {model} ({some(wrong, separator='; ')})"
         raise InputError("weights", str(path), allowed)
-
-
-def some(items: Sequence[str], most: int = _MOST_NAMED, separator: str = ", ") -> str:
-    """The first of the items, and how many more there are.
-
-    >>> some(["a", "b", "c"], most=2)
-    'a, b and 1 more'
-    """
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
