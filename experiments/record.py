@@ -13,8 +13,6 @@ from rich.console import Console
 
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
-from ktg_jax.inputs import Input
-from ktg_jax.io.trees import digest, flatten
 from ktg_jax.models import check_model
 from ktg_jax.models.pickles import refuse_pickle
 from ktg_jax.recording import Header, RecordingWriter
@@ -30,7 +28,7 @@ from .runs.facts import data_facts, without_test
 from .runs.options import MOST, MOST_SEED, Training, at_least, check_training, import_modules
 from .runs.process import check_platform, prepare
 from .runs.progress import counted
-from .runs.recordings import batches_of
+from .runs.recordings import batches_of, source_of
 from .runs.trained import Trained, trained_file, trained_run
 from .runs.workdir import Workdir
 
@@ -165,7 +163,8 @@ def record(config: RecordConfig, console: Console) -> None:
     )
     batches = batches_of(training, dataset)
     stream = BatchStream(dataset.train.images, dataset.train.labels, batches, config.data_seed)
-    header = _header(config, training, stream, dataset.num_classes, _told(trained, index))
+    source = source_of(trained.models[index], network, trained.inputs[index])
+    header = _header(config, training, stream, dataset.num_classes, source)
     writer = RecordingWriter(_folder_of(config), header)
     if writer.is_complete:
         cli.say(console, f"{config.out} is complete; nothing to do.")
@@ -290,14 +289,6 @@ def _header(
     if steps > MOST:
         raise InputError("epochs", training.epochs, f"so many that there are at most {MOST} steps")
     return Header("batches", facts, rows=steps, source=source, **form)
-
-
-def _told(trained: Trained, index: int) -> dict[str, Any]:
-    """What the outputs are of."""
-    weights = flatten([trained.state.params[index], trained.state.model_state[index]])
-    wanted = trained.inputs[index]
-    told = {"model": trained.models[index], "weights_crc32": digest(weights)}
-    return told | ({} if wanted == Input() else {"input": wanted.to_json()})
 
 
 def _needs(config: RecordConfig, training: Training) -> str:

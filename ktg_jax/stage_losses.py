@@ -2,7 +2,7 @@
 
 Attention transfer (Zagoruyko & Komodakis, ICLR 2017) compares where two networks look, of whatever
 width; feature transfer what they see, of one shape. Both are posterior knowledge, as logits are:
-a transfer edge may carry them beside or in place of the divergence (`EdgeWeights`).
+a transfer edge may carry them beside or in place of the divergence (`ktg_jax.Edge`).
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +53,8 @@ def feature_transfer_loss(student_stages: Stages, teacher_stages: Stages) -> jax
     """What the student sees at each position, as against what the teacher sees there.
 
     The squared distance of stage outputs, each sample's divided by its L2 norm: mean over samples,
-    summed over stages. Hints (FitNets, Romero et al., 2015) without their scale, and without a
-    layer between: the shapes must agree, through a teacher that projects its stages, say.
+    summed over stages. Hints (FitNets, Romero et al., 2015) without their scale. The shapes must
+    agree, by a connector of the edge or by a teacher that projects its stages, if need be.
 
     Args:
         student_stages: a float `[B, h, w, C]` for each stage.

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,3 +23,14 @@ os.environ.setdefault("KTG_HEARTBEAT", "1")  # of searches: nobody waits long fo
 if threading.current_thread() is threading.main_thread():
     # In the background of a shell Ctrl-C is ignored, and would be by the commands that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where all searches of a module keep what they compiled and pre-trained."""
+    from runs import own_cache  # which imports the experiments
+
+    home = own_cache(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KTG_CACHE_DIR", str(home))
+        yield home

@@ -55,6 +55,7 @@ class Run:
         steps_per_call: updates a call of the step.
         summary: what this is, in a line.
         static: the names of nodes whose recording has one output an image.
+        read: how many frozen networks are read from recordings in place of running.
     """
 
     graph: ktg.Graph
@@ -70,6 +71,7 @@ class Run:
     steps_per_call: int
     summary: str
     static: Sequence[str] = ()
+    read: int = 0
 
     @property
     def evaluate_val(self) -> Callable[[GraphState], Means] | None:
@@ -140,9 +142,8 @@ def assemble(
     state, priors = _initial_state(graph, task, init_key, dataset)
     engine = _engine(config, task, state, parallel)
     recordings = recordings_of(config, graph, dataset)
-    static = [str(graph.nodes[i].name) for i, each in recordings.items() if each.is_static]
-    if frozen is not None:
-        recordings |= frozen.of(config, graph, task, state, dataset, parallel.devices[0])
+    given = config, graph, task, state, dataset, parallel.devices[0]
+    read = {} if frozen is None else frozen.of(*given)
     train, val, test = (
         None if split is None else engine.load(Arrays(split.images, split.labels))
         for split in (dataset.train, dataset.val, dataset.test)
@@ -157,7 +158,7 @@ def assemble(
             graph.edge_arrays,
             data_key(seed_of_data(config)),
             priors,
-            recordings,
+            recordings | read,
         ),
         val=val,
         test=test,
@@ -166,7 +167,8 @@ def assemble(
         batch_size=config.batch_size,
         steps_per_call=config.steps_per_call,
         summary=_summary(config, graph, dataset, engine),
-        static=static,
+        static=[str(graph.nodes[i].name) for i, each in recordings.items() if each.is_static],
+        read=len(read),
     )
 
 

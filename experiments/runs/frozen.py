@@ -4,15 +4,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 
 import ktg_jax as ktg
-from ktg_jax.connectors import CONNECTORS
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.inputs import Input
-from ktg_jax.io.trees import digest, flatten
 from ktg_jax.named_losses import named_loss
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.engines import Task
@@ -24,7 +21,7 @@ from .config import TrainConfig
 from .locks import turn
 from .networks import node_input
 from .options import hash_of
-from .recordings import seed_of_data
+from .recordings import seed_of_data, source_of
 
 MOST_BYTES = 2**30
 """The largest recording that is made unasked."""
@@ -43,8 +40,7 @@ class FrozenRecordings:
         worthwhile: which of a graph's frozen nodes are recorded; the others run live.
 
     Attributes:
-        recorded: how many epochs of networks were recorded through this object.
-        read: how many epochs of networks were read in place of forward passes.
+        recorded: how many epochs of networks were recorded by the last `of`.
     """
 
     def __init__(
@@ -52,7 +48,6 @@ class FrozenRecordings:
     ) -> None:
         self._folder, self._worthwhile = folder, worthwhile
         self.recorded = 0
-        self.read = 0
 
     def of(
         self,
@@ -65,9 +60,10 @@ class FrozenRecordings:
     ) -> dict[int, Recording]:
         """The recordings of the graph's frozen networks, by the nodes' indices; made if need be.
 
-        A network is left out that shows its stages, that nobody hears, whose recording would be
-        larger than `MOST_BYTES`, or which cannot be written.
+        A network is left out that shows its stages, or whose recording would be larger than
+        `MOST_BYTES` or cannot be written.
         """
+        self.recorded = 0
         stream = BatchStream(
             dataset.train.images, dataset.train.labels, task.batches, seed_of_data(config)
         )
@@ -75,14 +71,12 @@ class FrozenRecordings:
         for i in recordable(graph):
             if not self._worthwhile(graph.nodes[i]):
                 continue
-            weights = digest(flatten([state.params[i], state.model_state[i]]))
-            source = {"model": graph.model_of(i), "weights_crc32": weights}
+            network = Network(task.node_fns[i], state.params[i], state.model_state[i])
             wanted = node_input(i, graph.nodes[i], dataset) or Input()
-            source |= {} if wanted == Input() else {"input": wanted.to_json()}
+            source = source_of(graph.model_of(i), network, wanted)
             source |= {"dtype": "bfloat16"} if config.mixed_precision else {}
             classes = dataset.num_classes
             header = Header("batches", stream.facts, task.total_steps, classes, source=source)
-            network = Network(task.node_fns[i], state.params[i], state.model_state[i])
             with suppress(OSError, ktg.InputError, ktg.RunError), jax.default_device(device):
                 recording = self._made(header, network, stream, config.epochs)
                 if recording is not None:
@@ -104,7 +98,6 @@ class FrozenRecordings:
                     for logits in record_batches(network, stream, range(writer.rows, header.rows)):
                         writer.add(logits)
                 self.recorded += epochs
-        self.read += epochs
         return Recording(path)
 
     def _has_room(self, header: Header, path: Path) -> bool:
@@ -123,7 +116,4 @@ def recordable(graph: ktg.Graph) -> tuple[int, ...]:
 
 
 def _sees_stages(edge: ktg.Edge) -> bool:
-    by = [] if edge.connector is None else edge.connector.split("+")
-    on_stages: list[Any] = [CONNECTORS[kind][0] == "stages" for kind in by]
-    losses = [named_loss(name).needs_stages for name in edge.losses]
-    return edge.carries and any(on_stages + losses)
+    return edge.carries and any(named_loss(name).needs_stages for name in edge.losses)

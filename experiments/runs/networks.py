@@ -95,16 +95,17 @@ def check_networks(
             wanted = node_input(i, node, dataset)
             models = {f"nodes[{i}].model": node.model}
             check_models(config, models, dataset, devices, wanted, classes_of(node, dataset))
+    is_plain = all(node.classes is None and node.trainable is None for node in graph.nodes)
+    if is_plain and not graph.connectors and not graph.edge_arrays.needs_stages:
+        return
     node_fns = node_functions(config, graph, dataset, parallel_of(config, devices))
-    check_trainable(graph, node_fns, dataset.image_shape)
-    others = any(node.classes is not None for node in graph.nodes)
-    if graph.edge_arrays.needs_stages or graph.connectors or others:
-        images = jnp.zeros((1, *dataset.image_shape))
-        losses = functools.partial(_losses, graph, node_fns, dataset.num_classes)
-        jax.eval_shape(losses, jax.random.key(0), images)
+    _check_trainable(graph, node_fns, dataset.image_shape)
+    images = jnp.zeros((1, *dataset.image_shape))
+    losses = functools.partial(_losses, graph, node_fns, dataset.num_classes)
+    jax.eval_shape(losses, jax.random.key(0), images)
 
 
-def check_trainable(
+def _check_trainable(
     graph: ktg.Graph, node_fns: Sequence[ktg.NodeFns], image_shape: Sequence[int]
 ) -> None:
     """Raises InputError where a node's patterns of trainable parameters match none of them."""

@@ -1,11 +1,16 @@
 """The batches of a training, and the recordings that its graph names, checked against them."""
 
+from typing import Any
+
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, part_of
+from ktg_jax.inputs import Input
+from ktg_jax.io.trees import digest, flatten
 from ktg_jax.recording import Recording
 from ktg_jax.training.batches import Batches, steps_per_epoch
 from ktg_jax.training.host_batches import BatchStream
+from ktg_jax.training.record import Network
 
 from .config import TrainConfig
 from .options import Training
@@ -31,6 +36,13 @@ def batches_of(training: Training, dataset: Dataset) -> Batches:
 def seed_of_data(config: TrainConfig) -> int:
     """The seed of data order and augmentation."""
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def source_of(model: str, network: Network, wanted: Input) -> dict[str, Any]:
+    """What a recording is of: the network, by its model, its weights and how it sees images."""
+    weights = digest(flatten([network.params, network.model_state]))
+    source = {"model": model, "weights_crc32": weights}
+    return source | ({} if wanted == Input() else {"input": wanted.to_json()})
 
 
 def recordings_of(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> dict[int, Recording]:

@@ -103,10 +103,8 @@ def held() -> Iterator[None]:
         yield
     finally:
         _holds -= 1
-        number = None
-        if not _holds:
+        if not _holds and _waiting is not None:
             number, _waiting = _waiting, None
-        if number is not None:
             raise Stopped(number.name)
 
 

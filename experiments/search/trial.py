@@ -81,11 +81,9 @@ class Trainer:
         located = locate_pretrained(graph, config, self._dataset, self._train_alone)
         frozen = self._frozen(seed)
         run = assemble(config, located, self._dataset, [self._device], frozen)
-        read = frozen.read // config.epochs if frozen is not None else 0
-        if frozen is not None:
-            self.recorded_epochs = frozen.recorded
-            self.node_epochs += _FROZEN_COST * frozen.recorded
-        live = len(graph.frozen) - read
+        self.recorded_epochs = 0 if frozen is None else frozen.recorded
+        self.node_epochs += _FROZEN_COST * self.recorded_epochs
+        live = len(graph.frozen) - run.read
         cost = len(graph.nodes) - len(graph.frozen) + _FROZEN_COST * live
         epochs = train_epochs(
             run.state,
@@ -98,7 +96,7 @@ class Trainer:
         evaluate = self._target_evaluator(run)
         for record, state in epochs:
             self.node_epochs += cost
-            self.read_epochs += read
+            self.read_epochs += run.read
             yield record["epoch"], evaluate(state)
 
     def _frozen(self, seed: int) -> FrozenRecordings | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,11 +155,7 @@ class Graph:
         >>> graph.carrying({"kl": 1.0, "attention": 1000.0}).edges[0][1].losses
         {'kl': 1.0, 'attention': 1000.0}
         """
-        edges = tuple(
-            tuple(e if s == t else dataclasses.replace(e, loss=loss) for s, e in enumerate(row))
-            for t, row in enumerate(self.edges)
-        )
-        return dataclasses.replace(self, edges=edges)
+        return self._with_losses(lambda edge, on_label: edge.loss if on_label else loss)
 
     def smoothed(self, smoothing: float) -> "Graph":
         """This graph, its label edges with smoothed labels where they carry the cross-entropy.
@@ -170,12 +166,15 @@ class Graph:
         >>> Graph(["cnn"], [["through"]]).smoothed(0.1).edges[0][0].losses
         {'smoothed_cross_entropy': 1.0}
         """
-        loss = f"smoothed_cross_entropy(smoothing={smoothing})"
+        smoothed = f"smoothed_cross_entropy(smoothing={smoothing})"
+        return self._with_losses(
+            lambda edge, on_label: smoothed if on_label and edge.loss == LABEL_LOSS else edge.loss
+        )
+
+    def _with_losses(self, loss_of: Callable[[Edge, bool], str | Mapping[str, float]]) -> "Graph":
+        """The graph whose edges carry what is said for each, and whether it is a label edge."""
         edges = tuple(
-            tuple(
-                dataclasses.replace(e, loss=loss) if s == t and e.loss == LABEL_LOSS else e
-                for s, e in enumerate(row)
-            )
+            tuple(dataclasses.replace(e, loss=loss_of(e, s == t)) for s, e in enumerate(row))
             for t, row in enumerate(self.edges)
         )
         return dataclasses.replace(self, edges=edges)

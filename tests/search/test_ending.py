@@ -10,7 +10,7 @@ import pytest
 import tiny_models  # noqa: F401  (registers its models)
 from data_files import random_images
 from PIL import Image
-from runs import Ended, end_of, in_process, options, own_cache, start
+from runs import Ended, end_of, in_process, options, start
 from searches import small_search
 
 import experiments.search.command
@@ -19,19 +19,9 @@ from experiments.search.folder import load_search
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("home"),
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all searches of this module keep what they compiled and pre-trained."""
-    return own_cache(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KTG_CACHE_DIR", str(home))
 
 
 def run(config: SearchConfig) -> Ended:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
 from rich.console import Console
-from runs import own_cache
 from searches import small_search
 
 import ktg_jax as ktg
@@ -23,21 +22,10 @@ from experiments.train import train
 from ktg_jax import Edge, Graph, Node
 from ktg_jax.training.warm_start import load_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 TAUGHT = Graph(["tiny", "tiny", "staged"],
                [["through", "linear", "correct"], ["cutoff"] * 3, ["cutoff"] * 3])  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where pre-trained networks are kept."""
-    return own_cache(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KTG_CACHE_DIR", str(home))
 
 
 def trainer(tmp_path: Path, recordings: Path | None, **changes: Any) -> Trainer:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
-from runs import Ended, end_of, in_process, options, own_cache, start
+from runs import Ended, end_of, in_process, options, start
 from searches import small_search
 
 import experiments.evaluate
@@ -32,21 +32,11 @@ from ktg_jax.errors import InputError
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("home"),
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
 
 SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all searches of this module keep what they compiled and pre-trained."""
-    return own_cache(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KTG_CACHE_DIR", str(home))
 
 
 def begin(config: SearchConfig) -> subprocess.Popen[str]:
@@ -92,9 +82,7 @@ def ended(workdir: Path) -> list[TrialRecord]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[Path, Ended]:
     workdir = tmp_path_factory.mktemp("searches") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KTG_CACHE_DIR", str(home))
-        return workdir, run(small_search(workdir, trials=8))
+    return workdir, run(small_search(workdir, trials=8))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
 from postgres import PostgresServer
-from runs import Ended, end_of, options, own_cache, start
+from runs import Ended, end_of, options, start
 from searches import small_search
 
 from experiments.search.config import SearchConfig
@@ -22,6 +22,7 @@ from experiments.search.study import State, is_counted
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("home"),
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
 
@@ -32,15 +33,6 @@ LONG: dict[str, Any] = {"epochs": 40, "pruner": "none", "train_limit": 1000}
 
 Trials = list[optuna.trial.FrozenTrial]
 Begin = Callable[[SearchConfig], subprocess.Popen[str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _at_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What all searches of this module compile and pre-train is kept, beside native operations."""
-    home = own_cache(tmp_path_factory.mktemp("home"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KTG_CACHE_DIR", str(home))
-        yield
 
 
 def search_with(storage: str, workdir: Path, **changes: Any) -> SearchConfig:

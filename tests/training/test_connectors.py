@@ -1,7 +1,6 @@
 """Connectors: what they compute, who trains them, and what becomes of them."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from engines import How, fused, per_node, trained
 from runs import assert_same_end, in_process, metrics, options, saved_state, small
 
 import ktg_jax as ktg
 from experiments import evaluate, train
-from ktg_jax import Edge, Graph, GraphState, InputError, Node, Outputs, Parallel
+from ktg_jax import Edge, Graph, GraphState, InputError, Node, Outputs
 from ktg_jax.connectors import KEY, connected, init_connector, without_connectors
 from ktg_jax.stage_losses import feature_losses
-from ktg_jax.training.batches import Arrays, Batches, data_key
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Task
 
 HINT: dict[str, Any] = {"gate": "through", "loss": {"features": 2.0, "kl": 1.0}}
 FIELDS: dict[str, Any] = {
@@ -163,27 +163,14 @@ def test_a_step_trains_each_with_the_loss_of_its_edge() -> None:
     chex.assert_trees_all_close(new.params[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def fused(steps: int = 1) -> Callable[..., tuple[Engine, int]]:
-    return lambda task, state: (FusedEngine(task, Parallel()), steps)
-
-
-def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:
-    return PerNodeEngine(task, state, jax.local_devices()), 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [per_node, fused(2)], ids=["per node", "two a call"])
-def test_all_engines_train_alike(how: Callable[..., tuple[Engine, int]]) -> None:
-    def trained(how: Callable[..., tuple[Engine, int]]) -> tuple[GraphState, Any]:
-        task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4)
-        engine, count = how(task, initial())
-        data, state = engine.load(Arrays(IMAGES, LABELS)), engine.place(initial())
-        step = engine.make_step(data, GRAPH.edge_arrays, data_key(0))
-        for _ in range(0, 4, count):
-            state, _ = step(state, count)
-        return jax.device_get(state), engine.evaluate(state, data)
-
-    (expected, means), (found, others) = trained(fused()), trained(how)
+def test_all_engines_train_alike(how: How) -> None:
+    task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4)
+    data = Arrays(IMAGES, LABELS)
+    (expected, means), (found, others) = (
+        trained(each, task, GRAPH, initial(), data) for each in (fused(), how)
+    )
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(others, means, rtol=1e-4)
     assert np.isnan(means["accuracy"]).tolist() == [False, False, True]

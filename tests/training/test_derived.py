@@ -1,7 +1,6 @@
 """Ensembles and averages: what they put out, what they teach, and that both engines agree."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import How, fused, per_node, trained
 from runs import (
     assert_same_end,
     in_process,
@@ -24,11 +24,11 @@ from tiny_models import Tiny
 
 import ktg_jax as ktg
 from experiments import evaluate, train
-from ktg_jax import Graph, GraphState, InputError, Node, Parallel
+from ktg_jax import Graph, GraphState, InputError, Node
 from ktg_jax.models.network import NO_NETWORK
-from ktg_jax.training.batches import Arrays, Batches, data_key
+from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.derived import combined, moved
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.engines import Task
 from ktg_jax.training.evaluation import eval_step
 
 CUT = ["cutoff"] * 4
@@ -115,28 +115,14 @@ def test_both_are_evaluated() -> None:
 # --- engines
 
 
-def fused(steps: int = 1) -> Callable[..., tuple[Engine, int]]:
-    return lambda task, state: (FusedEngine(task, Parallel()), steps)
-
-
-def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:
-    return PerNodeEngine(task, state, jax.local_devices()), 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [per_node, fused(2)], ids=["per node", "two a call"])
-def test_all_engines_train_alike(how: Callable[..., tuple[Engine, int]]) -> None:
-    def trained(how: Callable[..., tuple[Engine, int]]) -> tuple[GraphState, Any]:
-        task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4, GRAPH.derived)
-        state = initial()
-        engine, count = how(task, state)
-        data, state = engine.load(Arrays(IMAGES, LABELS)), engine.place(state)
-        step = engine.make_step(data, GRAPH.edge_arrays, data_key(0))
-        for _ in range(0, 4, count):
-            state, _ = step(state, count)
-        return jax.device_get(state), engine.evaluate(state, data)
-
-    (expected, means), (found, others) = trained(fused()), trained(how)
+def test_all_engines_train_alike(how: How) -> None:
+    task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4, GRAPH.derived)
+    data = Arrays(IMAGES, LABELS)
+    (expected, means), (found, others) = (
+        trained(each, task, GRAPH, initial(), data) for each in (fused(), how)
+    )
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(others, means, rtol=1e-4)
     assert not np.isnan(means["accuracy"]).any()

@@ -1,7 +1,6 @@
 """How each node is updated: its optimiser, rate, decay and clipping, and which parameters learn."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from engines import How, fused, per_node, trained
 from runs import assert_same_end, in_process, options, saved_state, small
 from tiny_models import Tiny
 
 import ktg_jax as ktg
 from experiments import train
-from ktg_jax import Graph, GraphState, InputError, Parallel
+from ktg_jax import Graph, GraphState, InputError
 from ktg_jax.io.trees import flatten
-from ktg_jax.training.batches import Arrays, Batches, data_key
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.batches import Arrays, Batches
+from ktg_jax.training.engines import Task
 from ktg_jax.training.optimizers import adamw, clipped, trainable
 
 TARGET: dict[str, Any] = {"name": "target", "model": "tiny", "optimizer": "adamw",
@@ -108,27 +108,14 @@ def test_as_many_optimizers_as_nodes_or_one() -> None:
 # --- engines
 
 
-def fused(steps: int = 1) -> Callable[..., tuple[Engine, int]]:
-    return lambda task, state: (FusedEngine(task, Parallel()), steps)
-
-
-def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:
-    return PerNodeEngine(task, state, jax.local_devices()), 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [per_node, fused(2)], ids=["per node", "two a call"])
-def test_all_engines_train_alike(how: Callable[..., tuple[Engine, int]]) -> None:
-    def trained(how: Callable[..., tuple[Engine, int]]) -> GraphState:
-        task = Task((TINY, TINY), OPTIMIZERS, Batches(16, 8, 1, True), (8, 8, 1), 4)
-        engine, count = how(task, initial())
-        data, state = engine.load(Arrays(IMAGES, LABELS)), engine.place(initial())
-        step = engine.make_step(data, GRAPH.edge_arrays, data_key(0))
-        for _ in range(0, 4, count):
-            state, _ = step(state, count)
-        return jax.device_get(state)
-
-    expected, found = trained(fused()), trained(how)
+def test_all_engines_train_alike(how: How) -> None:
+    task = Task((TINY, TINY), OPTIMIZERS, Batches(16, 8, 1, True), (8, 8, 1), 4)
+    data = Arrays(IMAGES, LABELS)
+    (expected, _), (found, _) = (
+        trained(each, task, GRAPH, initial(), data) for each in (fused(), how)
+    )
     given = meant(found.params[0]), meant(expected.params[0])
     chex.assert_trees_all_close(*given, rtol=1e-3, atol=1e-4)
     chex.assert_trees_all_close(found.params[1], expected.params[1], rtol=1e-4, atol=1e-5)

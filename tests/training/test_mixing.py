@@ -1,7 +1,6 @@
 """Mixup, CutMix and smoothed labels: pixels and labels by hand, hosts and devices, and runs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import How, fused, per_node, trained
 from runs import assert_same_end, in_process, options, small
 from tiny_models import Tiny
 
@@ -19,7 +19,7 @@ from experiments.runs.config import TrainConfig
 from experiments.runs.graphs import build_graph
 from ktg_jax import GraphState, InputError, Mixed, Parallel
 from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, labels_of, take_batch
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.engines import Task
 from ktg_jax.training.mixing import Mix, blended, own_share, plan_mix
 
 RNG = np.random.default_rng(0)
@@ -136,37 +136,22 @@ def test_a_host_makes_the_batches_of_the_device(kinds: dict[str, float]) -> None
     assert not {"mixup", "cutmix"} & set(plain.facts)
 
 
-def fused(strategy: Any = "jit", steps: int = 1) -> Callable[..., tuple[Engine, int]]:
-    return lambda task, state: (FusedEngine(task, Parallel(strategy)), steps)
-
-
-def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:
-    return PerNodeEngine(task, state, jax.local_devices()), 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "axis_name"),
-    [(per_node, None), (fused(steps=2), None), (fused("pmap"), Parallel("pmap").axis_name)],
+    [(per_node, None), (fused(2), None), (fused(strategy="pmap"), Parallel("pmap").axis_name)],
     ids=["per node", "two a call", "pmap"],
 )
-def test_all_engines_train_alike(
-    how: Callable[..., tuple[Engine, int]], axis_name: str | None
-) -> None:
+def test_all_engines_train_alike(how: How, axis_name: str | None) -> None:
     graph = ktg.graphs.mutual(["tiny", "tiny"])
 
-    def trained(how: Callable[..., tuple[Engine, int]], axis_name: str | None = None) -> GraphState:
+    def updated(how: How, axis_name: str | None) -> GraphState:
         fns = (ktg.from_linen(Tiny(5, axis_name=axis_name)),) * 2
         task = Task(fns, ktg.sgd(0.1), Batches(16, 8, 1, True, 1.0, 1.0), (8, 6, 1), 4)
         state = ktg.init_state(graph, fns, ktg.sgd(0.1), jax.random.key(0), jnp.zeros((1, 8, 6, 1)))
-        engine, count = how(task, state)
-        data, state = engine.load(Arrays(IMAGES, LABELS)), engine.place(state)
-        step = engine.make_step(data, graph.edge_arrays, data_key(0))
-        for _ in range(0, 4, count):
-            state, _ = step(state, count)
-        return jax.device_get(state)
+        return trained(how, task, graph, state, Arrays(IMAGES, LABELS))[0]
 
-    expected, found = trained(fused()), trained(how, axis_name)
+    expected, found = updated(fused(), None), updated(how, axis_name)
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
 
 

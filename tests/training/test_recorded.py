@@ -1,6 +1,5 @@
 """Recorded nodes in the step: the same training as with the network itself, in both engines."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import How, fused, per_node
 from tiny_models import Tiny
 
 import ktg_jax as ktg
-from ktg_jax import Graph, GraphState, InputError, Node, Parallel
+from ktg_jax import Graph, GraphState, InputError, Node
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, data_key, take_batch
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.engines import Task
 from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.record import Network, record_batches, record_images
@@ -59,14 +59,6 @@ def recording(folder: Path, kind: str = "batches") -> Recording:
     return Recording(folder)
 
 
-def fused(steps: int = 1, **how: Any) -> Callable[..., tuple[Engine, int]]:
-    return lambda task, state: (FusedEngine(task, Parallel(**how)), steps)
-
-
-def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:
-    return PerNodeEngine(task, state, jax.local_devices()), 1
-
-
 ENGINES = {
     "fused": fused(),
     "fused, three a call": fused(3),
@@ -76,7 +68,7 @@ ENGINES = {
 
 
 def trained(
-    how: Callable[..., tuple[Engine, int]],
+    how: How,
     graph: Graph,
     state: GraphState,
     fns: ktg.NodeFns,
@@ -99,9 +91,7 @@ def trained(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ENGINES.values(), ids=ENGINES)
-def test_a_recorded_teacher_teaches_as_the_live_one_does(
-    tmp_path: Path, how: Callable[..., tuple[Engine, int]]
-) -> None:
+def test_a_recorded_teacher_teaches_as_the_live_one_does(tmp_path: Path, how: How) -> None:
     recorded = {1: recording(tmp_path / "new")}
     state = initial(TAUGHT, TINY, NO_NETWORK)
     chex.assert_trees_all_equal(state.params[0], LIVE_STATE.params[0])
@@ -114,9 +104,7 @@ def test_a_recorded_teacher_teaches_as_the_live_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ENGINES.values(), ids=ENGINES)
-def test_a_static_one_teaches_what_the_images_as_they_are_would(
-    tmp_path: Path, how: Callable[..., tuple[Engine, int]]
-) -> None:
+def test_a_static_one_teaches_what_the_images_as_they_are_would(tmp_path: Path, how: How) -> None:
     plain = BATCHES._replace(max_offset=0, flip=False)
     recorded = {1: recording(tmp_path / "new", "images")}
     state = initial(TAUGHT, TINY, NO_NETWORK)
