@@ -83,31 +83,15 @@ def per_node_step(
     """
     home = placement[0]
     how = StepOptions(**options)
-    frozen, optimizers = state.frozen, how.optimizers
+    optimizers = how.optimizers
     priors = checked_priors(how.priors, state)
     check_states(state.opt_state, state.params, optimizers)
     edges = edge_arrays(gates, how.temperature)
-    with_stages, convolution = edges.needs_stages, cpu_convolution().name
+    with_stages = edges.needs_stages
     recorded = checked_recorded(how, state, labels, with_stages)
-    outputs: list[Any] = []
-    pullbacks: list[Any] = []
-    model_state = list(state.model_state)
-    for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
-        if i in recorded or i in how.ensembles:
-            outputs.append(jax.device_put(recorded.get(i), home))
-            pullbacks.append(None)
-            continue
-        inputs = state.params[i], state.model_state[i], images[device]
-        with errors_of(f"node {i}"):
-            if i in frozen:
-                output, pullback = _frozen_forward(fns, with_stages, convolution)(*inputs), None
-            else:
-                forward = _forward_with_pullback(fns, with_stages, convolution)
-                output, pullback, model_state[i] = forward(*inputs)
-            check_for_labels(output.logits if with_stages else output, labels)
-        outputs.append(jax.device_put(output, home))
-        pullbacks.append(pullback)
-
+    outputs, pullbacks, model_state = _forwards(
+        state, images, labels, how, recorded, placement, with_stages
+    )
     if how.ensembles:
         outputs = _with_ensembles(outputs, how.derived.ensembles)
     connectors = [without_connectors(each)[1] for each in state.params]
@@ -144,6 +128,41 @@ def per_node_step(
         metrics |= _distance_metrics(distances)
     new_step = _next(state.step)
     return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
+
+
+def _forwards(
+    state: GraphState,
+    images: Mapping[jax.Device, jax.Array],
+    labels: jax.Array,
+    how: StepOptions,
+    recorded: Mapping[int, Any],
+    placement: Placement,
+    with_stages: bool,
+) -> tuple[list[Any], list[Any], list[PyTree]]:
+    """What each node puts out, on the first node's device; its pullback, and its model state.
+
+    A node that does not learn has None for a pullback, and an ensemble for what it puts out.
+    """
+    home, frozen, convolution = placement[0], state.frozen, cpu_convolution().name
+    outputs: list[Any] = []
+    pullbacks: list[Any] = []
+    model_state = list(state.model_state)
+    for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
+        if i in recorded or i in how.ensembles:
+            outputs.append(jax.device_put(recorded.get(i), home))
+            pullbacks.append(None)
+            continue
+        inputs = state.params[i], state.model_state[i], images[device]
+        with errors_of(f"node {i}"):
+            if i in frozen:
+                output, pullback = _frozen_forward(fns, with_stages, convolution)(*inputs), None
+            else:
+                forward = _forward_with_pullback(fns, with_stages, convolution)
+                output, pullback, model_state[i] = forward(*inputs)
+            check_for_labels(output.logits if with_stages else output, labels)
+        outputs.append(jax.device_put(output, home))
+        pullbacks.append(pullback)
+    return outputs, pullbacks, model_state
 
 
 def per_node_eval(
