@@ -48,7 +48,7 @@ from ktg_jax.priors import (
 )
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.relational_losses import contrastive_loss, correlation_loss, similarity_loss
-from ktg_jax.space import SearchSpace
+from ktg_jax.space.space import SearchSpace
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 from ktg_jax.training.batches import Batches
 from ktg_jax.training.evaluation import eval_step

@@ -13,7 +13,8 @@ import numpy as np
 from ktg_jax.checks import is_whole
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
-from ktg_jax.space import SearchSpace, draw
+from ktg_jax.space.draws import drawn, repaired
+from ktg_jax.space.space import SearchSpace
 
 from .extra import optuna
 
@@ -71,9 +72,10 @@ class GraphSampler(optuna.samplers.BaseSampler):
     Parameters that a trial was enqueued with stay; the rest is drawn so that the graph is valid.
     """
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int, draw: str = "uniform") -> None:
         self._space = space
         self._seed = seed
+        self._how = draw
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial
@@ -90,9 +92,9 @@ class GraphSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         """A graph's parameters, those that the search space asks for."""
         rng = np.random.default_rng([self._seed, trial.number])
-        drawn = self._draw(study, trial, search_space, rng)
+        made = self._draw(study, trial, search_space, rng)
         given = trial.params | trial.system_attrs.get("fixed_params", {})
-        parameters = _with_a_heard_edge(self._space, drawn, given, rng)
+        parameters = repaired(self._space, made, given, rng)
         return {name: parameters[name] for name in search_space}
 
     def sample_independent(
@@ -115,7 +117,7 @@ class GraphSampler(optuna.samplers.BaseSampler):
         search_space: Distributions,
         rng: np.random.Generator,
     ) -> dict[str, Any]:
-        return self._space.parameters(self._space.sample(rng))
+        return drawn(self._space, rng, self._how)
 
 
 class TPEGraphSampler(GraphSampler):
@@ -144,20 +146,6 @@ class TPEGraphSampler(GraphSampler):
 
 
 _SAMPLERS: dict[str, type[GraphSampler]] = {"random": GraphSampler, "tpe": TPEGraphSampler}
-
-
-def _with_a_heard_edge(
-    space: SearchSpace,
-    parameters: dict[str, Any],
-    given: dict[str, Any],
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """The parameters and the given ones, the target's free gates redrawn until it hears someone."""
-    parameters = parameters | {name: given[name] for name in parameters if name in given}
-    free = dict.fromkeys((name for name in space.target_row() if name not in given), space.gates)
-    while free and not space.hears(parameters):
-        parameters |= draw(free, rng)
-    return parameters
 
 
 def _legacy_seed(rng: np.random.Generator) -> int:

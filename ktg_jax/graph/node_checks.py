@@ -54,15 +54,21 @@ def checked_nodes(nodes: Iterable[Node | str]) -> tuple[Node, ...]:
     check_number_of_nodes(len(nodes))
     named: dict[str, Node] = {}
     for i, given in enumerate(nodes):
-        node = _with_checked_prior(f"nodes[{i}]", _checked_node(f"nodes[{i}]", given))
-        name = f"{node.model}-{i}" if node.name is None else node.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-            allowed = f"letters, digits, '_', '.' and '-', at most {_LONGEST_NAME}"
-            raise InputError(f"nodes[{i}].name", name, allowed)
-        if name in named:
-            raise InputError(f"nodes[{i}].name", name, "a name that no other node has")
-        named[name] = dataclasses.replace(node, name=name)
+        node = checked_node(f"nodes[{i}]", given, i)
+        if node.name in named:
+            raise InputError(f"nodes[{i}].name", node.name, "a name that no other node has")
+        named[str(node.name)] = node
     return tuple(named.values())
+
+
+def checked_node(where: str, given: Any, index: int) -> Node:
+    """The node, checked by itself; one without a name is named by its model and the index."""
+    node = _with_checked_prior(where, _checked_node(where, given))
+    name = f"{node.model}-{index}" if node.name is None else node.name
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        allowed = f"letters, digits, '_', '.' and '-', at most {_LONGEST_NAME}"
+        raise InputError(f"{where}.name", name, allowed)
+    return dataclasses.replace(node, name=name)
 
 
 def check_number_of_nodes(number: int) -> None:

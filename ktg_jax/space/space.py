@@ -1,5 +1,6 @@
 """The space of graphs that a search draws from, as in the search of KTG's authors."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from ktg_jax.graph.graph import Graph
 from ktg_jax.graph.node import Node
 from ktg_jax.graph.node_checks import MOST_NODES
 from ktg_jax.models import check_model
+from ktg_jax.space import draws, size
+from ktg_jax.space.parts import gate_name, kind_name
+from ktg_jax.space.teachers import checked_teachers, same_network
 
 _OF_EDGES: dict[str, tuple[Any, ...]] = {
     "losses": (TRANSFER_LOSS,),
@@ -39,11 +43,12 @@ _LARGEST = 7
 class SearchSpace:
     """All valid graphs of so many nodes: the target's model is given, all else is chosen.
 
-    Each other node's model is one of the candidates; each of the N^2 edges, label edges included,
-    has one of the gates; all transfer edges share one of the temperatures, unless each has one of
-    its own; each carries one of the losses, times one of the weights. A graph is valid where at
-    least one gate of the target is not cutoff. The papers' spaces have the first four gates, and
-    edges that carry the divergence.
+    Each other node's model is one of the candidates, or the node is one of the teachers, which are
+    trained already and never learn; each of the N^2 edges, label edges included, has one of the
+    gates; all transfer edges share one of the temperatures, unless each has one of its own; each
+    carries one of the losses, times one of the weights. A graph is valid where at least one gate
+    of the target is not cutoff, and all gates of a teacher are. The papers' spaces have the first
+    four gates, edges that carry the divergence, and no teachers.
 
     Attributes:
         num_nodes: N, the target included.
@@ -56,11 +61,13 @@ class SearchSpace:
         weights: the weights of transfer edges, one an edge.
         edge_temperatures: the temperatures of transfer edges, one an edge, in place of one a graph;
             none: that one.
+        teachers: nodes with weights or outputs, each with a name that no candidate has.
         allow_large: (not kept) accepts more than 7 nodes, up to 100.
 
     Raises:
         InputError: fewer than 1 or more than 7 nodes, an unknown model or gate, something twice,
-            a temperature that no graph may have, or a space without a valid graph.
+            a temperature that no graph may have, teachers where no gate is cutoff, a node that is
+            no teacher, or a space without a valid graph.
 
     >>> space = SearchSpace(3, "resnet32", ("resnet32", "resnet110", "wrn28_2"))
     >>> space.size(), space.size(up_to_equivalence=True)
@@ -78,6 +85,7 @@ class SearchSpace:
     losses: tuple[str | Mapping[str, float], ...] = (TRANSFER_LOSS,)
     weights: tuple[float, ...] = (1.0,)
     edge_temperatures: tuple[float, ...] = ()
+    teachers: tuple[Node, ...] = ()
     allow_large: InitVar[bool] = False
 
     def __post_init__(self, allow_large: bool) -> None:
@@ -87,9 +95,11 @@ class SearchSpace:
         set_field(self, "candidates", distinct("candidates", self.candidates))
         for i, model in enumerate(self.candidates):
             check_model(model, f"candidates[{i}]")
-        if self.num_nodes > 1 and not self.candidates:
-            raise InputError("candidates", [], "at least one model for the nodes beside the target")
         set_field(self, "gates", checked_gates(self.gates))
+        set_field(self, "teachers", checked_teachers(self.teachers, self.candidates, self.gates))
+        if self.num_nodes > 1 and not (self.candidates or self.teachers):
+            allowed = "at least one model or teacher for the nodes beside the target"
+            raise InputError("candidates", [], allowed)
         for field, least in (("temperatures", 1), ("edge_temperatures", 0)):
             set_field(self, field, checked_temperatures(field, getattr(self, field), least))
         set_field(self, "weights", checked_weights(self.weights))
@@ -98,23 +108,28 @@ class SearchSpace:
             allowed = "(1.0,): each edge has a temperature of its own"
             raise InputError("temperatures", list(self.temperatures), allowed)
 
-    def sample(self, rng: np.random.Generator) -> Graph:
-        """Draws a graph, each valid one with the same probability.
+    def sample(self, rng: np.random.Generator, draw: str = "uniform") -> Graph:
+        """Draws a graph.
 
         Args:
             rng: a NumPy generator, which is advanced.
+            draw: `uniform`: each valid graph of a space without teachers with the same probability,
+                as the papers draw; with teachers, first each node's model, then the gates that it
+                may have. `roles`: first what each node beside the target is (absent, learning or
+                frozen), then its model, then the gates between those that are there; so a frozen
+                teacher is as likely as a partner.
 
         Raises:
-            InputError: `rng` is not such a generator.
+            InputError: `rng` is not such a generator, or another way to draw.
+
+        >>> space = SearchSpace(3, "cnn", ("cnn",))
+        >>> graphs = [space.sample(np.random.default_rng(seed), "roles") for seed in range(100)]
+        >>> any(i in graph.frozen for graph in graphs for i in graph.needed_nodes())
+        True
         """
         if not isinstance(rng, np.random.Generator):
             raise InputError("rng", rng, "a numpy.random.Generator")
-        parameters = draw(self.choices(), rng)
-        # Rows are independent, so rejecting the target's alone rejects no valid graph's part.
-        target_row = dict.fromkeys(self.target_row(), self.gates)
-        while not self.hears(parameters):
-            parameters |= draw(target_row, rng)
-        return self.graph(parameters)
+        return self.graph(draws.drawn(self, rng, draw))
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """What is chosen, by name: `node1.model`, `gate.<receiver>.<sender>` and `temperature`.
@@ -125,8 +140,8 @@ class SearchSpace:
         nodes = range(self.num_nodes)
         pairs = [(t, s) for t in nodes for s in nodes if t != s]
         return {
-            **{f"node{i}.model": self.candidates for i in nodes[1:]},
-            **{_gate_name(t, s): self.gates for t in nodes for s in nodes},
+            **{kind_name(i): self.kinds for i in nodes[1:]},
+            **{gate_name(t, s): self.gates for t in nodes for s in nodes},
             **{
                 f"{what}.{t}.{s}": allowed
                 for what, allowed in self._edge_choices().items()
@@ -145,7 +160,7 @@ class SearchSpace:
         return {what: allowed for what, allowed in of_edge.items() if len(allowed) > 1}
 
     def _edge(self, parameters: Mapping[str, Any], receiver: int, sender: int) -> Edge | str:
-        gate = parameters[_gate_name(receiver, sender)]
+        gate = parameters[gate_name(receiver, sender)]
         if receiver == sender:
             return gate
         pair = f"{receiver}.{sender}"
@@ -181,13 +196,14 @@ class SearchSpace:
                     parameters |= {f"{what}.{t}.{s}": found[what] for what in chosen}
         return parameters
 
-    def target_row(self) -> tuple[str, ...]:
-        """The names of the target's gates."""
-        return tuple(_gate_name(0, sender) for sender in range(self.num_nodes))
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a node beside the target may be: the candidates, and the teachers' names."""
+        return (*self.candidates, *(str(teacher.name) for teacher in self.teachers))
 
-    def hears(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether the target hears anybody, the label included; else the graph is not valid."""
-        return any(parameters[name] != "cutoff" for name in self.target_row())
+    def is_teacher(self, kind: str) -> bool:
+        """Whether a choice of `kinds` is a teacher."""
+        return kind not in self.candidates
 
     def parameters(self, graph: Graph) -> dict[str, Any]:
         """The choices that make a graph; `graph` is the inverse, but for the nodes' names.
@@ -197,17 +213,12 @@ class SearchSpace:
         """
         if len(graph.nodes) != self.num_nodes:
             raise InputError("nodes", len(graph.nodes), f"{self.num_nodes} nodes, as in the space")
-        if graph.nodes[0].model != self.target:
+        if self._kind(0, graph.nodes[0]) != self.target:
             raise InputError("nodes[0].model", graph.nodes[0].model, f"the target, {self.target}")
-        for i, node in enumerate(graph.nodes):
-            for field in ("weights", "prior", "projection"):
-                if getattr(node, field) is not None:
-                    allowed = f"no {field} in the space"
-                    raise InputError(f"nodes[{i}].{field}", getattr(node, field), allowed)
         parameters = {
-            **{f"node{i}.model": node.model for i, node in enumerate(graph.nodes) if i > 0},
+            **{kind_name(i): self._kind(i, node) for i, node in enumerate(graph.nodes) if i > 0},
             **{
-                _gate_name(receiver, sender): gate
+                gate_name(receiver, sender): gate
                 for receiver, row in enumerate(graph.gates)
                 for sender, gate in enumerate(row)
             },
@@ -217,17 +228,36 @@ class SearchSpace:
         self._check(parameters)
         return parameters
 
+    def _kind(self, index: int, node: Node) -> str:
+        """Which of `kinds` a node is, or the name of a model that is none of them."""
+        for teacher in self.teachers:
+            if same_network(node, teacher):
+                return str(teacher.name)
+        for field in ("weights", "prior", "projection", "outputs"):
+            if getattr(node, field) is not None:
+                allowed = f"no {field} in the space"
+                raise InputError(f"nodes[{index}].{field}", getattr(node, field), allowed)
+        return node.model
+
+    def _node(self, index: int, kind: str) -> Node:
+        for teacher in self.teachers:
+            if kind == teacher.name:
+                return dataclasses.replace(teacher, name=f"{kind}-{index}")
+        return Node(kind)
+
     def graph(self, parameters: Mapping[str, Any]) -> Graph:
-        """The graph of these choices, its nodes without names of their own and without weights.
+        """The graph of these choices; nodes are named by what they are and their index.
+
+        Only teachers have weights.
 
         Raises:
             InputError: a choice is missing, unknown or not of this space, or the graph is invalid.
         """
         self._check(parameters)
         nodes = range(self.num_nodes)
-        others = (parameters[f"node{i}.model"] for i in nodes[1:])
+        others = (self._node(i, parameters[kind_name(i)]) for i in nodes[1:])
         return Graph(
-            nodes=(Node(self.target), *(Node(model) for model in others)),
+            nodes=(Node(self.target), *others),
             gates=tuple(tuple(self._edge(parameters, t, s) for s in nodes) for t in nodes),
             temperature=parameters["temperature"],
         )
@@ -239,23 +269,23 @@ class SearchSpace:
             up_to_equivalence: counts graphs with the same `Graph.canonical` once.
 
         Raises:
-            InputError: equivalent graphs of more than 3 nodes or with a choice of what edges
-                carry, which it cannot count.
+            InputError: equivalent graphs of more than 3 nodes, with teachers or with a choice of
+                what edges carry, which it cannot count.
         """
-        if up_to_equivalence:
-            return self._num_classes()
-        num_gates = len(self.gates)
-        target_rows = num_gates**self.num_nodes - ("cutoff" in self.gates)
-        other_rows = num_gates ** (self.num_nodes * (self.num_nodes - 1))
-        models = len(self.candidates) ** (self.num_nodes - 1)
-        of_edge = math.prod(len(allowed) for allowed in self._edge_choices().values())
-        edges = of_edge ** (self.num_nodes * (self.num_nodes - 1))
-        return target_rows * other_rows * models * edges * len(self.temperatures)
+        if not up_to_equivalence:
+            of_edge = math.prod(len(allowed) for allowed in self._edge_choices().values())
+            return size.valid(self, of_edge)
+        for field, papers in _OF_EDGES.items():
+            if getattr(self, field) != papers:
+                allowed = f"{papers}, to count equivalent graphs"
+                raise InputError(field, getattr(self, field), allowed)
+        return size.classes(self)
 
     def describe(self) -> dict[str, Any]:
         """The space as what JSON can hold, by field: kept with a study, compared with the next.
 
-        What is chosen for edges beside their gates is left out where it is the papers'.
+        What is chosen for edges beside their gates is left out where it is the papers', as are
+        teachers where there are none.
 
         >>> SearchSpace(1, "cnn", (), ("through", "linear")).describe() == {
         ...     "num_nodes": 1, "target": "cnn", "candidates": [], "gates": ["through", "linear"],
@@ -270,7 +300,9 @@ class SearchSpace:
             "temperatures": list(self.temperatures),
         }
         of_edges = {field: getattr(self, field) for field in _OF_EDGES}
-        return plain | {f: list(value) for f, value in of_edges.items() if value != _OF_EDGES[f]}
+        plain |= {f: list(value) for f, value in of_edges.items() if value != _OF_EDGES[f]}
+        teachers = [teacher.to_dict() for teacher in self.teachers]
+        return plain | ({"teachers": teachers} if teachers else {})
 
     def differing(self, description: Mapping[str, Any]) -> tuple[str, ...]:
         """The fields in which another space's description differs; the order of choices counts.
@@ -294,51 +326,17 @@ class SearchSpace:
         for name in parameters:
             if name not in choices:
                 raise InputError("parameters", name, ", ".join(choices))
-
-    def _num_classes(self) -> int:
-        """Counts canonical graphs by the number of nodes that they keep.
-
-        Any graph of fewer nodes, all of them needed, is what is left of one of N nodes if edges
-        can be cut; if not, all nodes are always needed. Numbering the nodes beside the target
-        matters only for two of them: the graphs that a swap leaves alone are counted twice, and
-        then all are halved (Burnside's lemma). Two frozen nodes of one model are one network, which
-        the target hears through the sum of two gates; one sum is a gate itself.
-        """
-        if self.num_nodes > 3:
-            raise InputError("num_nodes", self.num_nodes, "1 to 3, to count equivalent graphs")
-        for field, papers in _OF_EDGES.items():
-            if getattr(self, field) != papers:
-                allowed = f"{papers}, to count equivalent graphs"
-                raise InputError(field, getattr(self, field), allowed)
-        models, temperatures = len(self.candidates), len(self.temperatures)
-        gates, cut = len(self.gates), int("cutoff" in self.gates)
-        open_gates = gates - cut
-        # On a label edge correct is through.
-        labels = len({"through" if gate == "correct" else gate for gate in self.gates})
-        one = labels - cut
-        two = models * labels**2 * open_gates * gates
-        # The target hears both others, or one of them, which hears the other.
-        wirings = open_gates**2 * gates**4 + 2 * cut * open_gates**2 * gates**3
-        numbered = models**2 * labels**3 * wirings
-        unmoved_by_swap = models * labels**2 * open_gates * gates**2
-        three = (numbered + unmoved_by_swap) // 2
-        if cut and {"linear", "negative_linear", "through"} <= set(self.gates):
-            three -= models * labels
-        kept = [one, temperatures * two, temperatures * three][: self.num_nodes]
-        return sum(kept) if cut else kept[-1]
-
-
-def draw(choices: Mapping[str, tuple[Any, ...]], rng: np.random.Generator) -> dict[str, Any]:
-    """Makes each choice uniformly and independently."""
-    return {name: allowed[rng.integers(len(allowed))] for name, allowed in choices.items()}
+        for i in range(1, self.num_nodes):
+            kind = parameters[kind_name(i)]
+            heard = (gate_name(i, sender) for sender in range(self.num_nodes))
+            taught = [name for name in heard if parameters[name] != "cutoff"]
+            if taught and self.is_teacher(kind):
+                expected = f"cutoff: {kind} is a teacher and never learns"
+                raise InputError(taught[0], parameters[taught[0]], expected)
 
 
 def _written(loss: str | Mapping[str, float]) -> str:
     return loss if isinstance(loss, str) else json.dumps(dict(loss), sort_keys=True)
-
-
-def _gate_name(receiver: int, sender: int) -> str:
-    return f"gate.{receiver}.{sender}"
 
 
 def _check_num_nodes(num_nodes: Any, allow_large: bool) -> None:

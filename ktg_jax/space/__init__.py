@@ -1,0 +1,1 @@
+"""The graphs that a search chooses from: what they may be, how many there are, and drawing them."""
