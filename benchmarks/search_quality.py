@@ -24,9 +24,10 @@ from experiments.runs.assemble import load
 from experiments.search.config import Pruner, SearchConfig, resolved
 from experiments.search.database import sqlite_url
 from experiments.search.extra import optuna
+from experiments.search.race import key_of
 from experiments.search.records import TrialRecord
 from experiments.search.storage import Turn, open_storage
-from experiments.search.study import begin_study, graph_key, records
+from experiments.search.study import begin_study, records
 from experiments.search.team import Orders
 from experiments.search.trial import Trainer
 from experiments.search.worker import Worker
@@ -85,7 +86,7 @@ class SharedTrainer(Trainer):
 
     def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
         """As of `Trainer`, the seed apart."""
-        graph, key = graph.canonical(), graph_key(graph)
+        graph, key = graph.canonical(), key_of(graph)
         needed = {graph.nodes[i].model for i in graph.frozen}
         spent = float(len(needed - self._paid) * self._epochs_alone)
         self._paid |= needed

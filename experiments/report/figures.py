@@ -15,7 +15,7 @@ from ktg_jax.draw import GATE_COLOURS, draw_graph, style
 from ktg_jax.mpl import Axes, Figure, Line2D, LineCollection, MaxNLocator
 
 from ..search.records import StudyRecord, TrialRecord
-from .measures import GateCounts, compute_curve
+from .measures import GateCounts, best_baselines, compute_curve
 
 _WIDTH = 9.0  # inches
 _MOST_POINTS = 100  # of a curve: more cannot be told apart in so wide a figure
@@ -29,8 +29,9 @@ _STATE_LOOKS: dict[str, dict[str, Any]] = {
 }
 _END_MARKERS = {"pruned": "x", "failed": "X"}
 _BASELINE_COLOUR = "#7B4FA3"
-_BASELINE_LOOKS: dict[str, tuple[str, str]] = {  # its marker and its line
+_BASELINE_LOOKS: dict[str, tuple[str, Any]] = {  # its marker and its line
     "independent": ("^", ":"),
+    "control": ("v", (0, (1, 4))),
     "mutual": ("s", "--"),
     "distillation": ("D", "-."),
 }
@@ -82,16 +83,17 @@ def curves_picture(study: StudyRecord) -> Picture | None:
                 tooltips[f"curves-{state}"] = [_described(trial) for trial in same]
                 marker = _END_MARKERS.get(state, "")
                 handles.append(Line2D([], [], **look, marker=marker, label=state))
-        for trial in trials:
-            if trial.baseline in _BASELINE_LOOKS and trial.state == "complete":
-                handles.append(_highlight(ax, trial, _baseline_line(trial.baseline)))
-        for trial in filter(points, study.best(1)):
-            handles.append(_highlight(ax, trial, _BEST, f"best: trial {trial.number}"))
+        for kind, trial in best_baselines(study.trials).items():
+            if points(trial):
+                handles.append(_highlight(ax, trial, _baseline_line(kind)))
+        for trial in (standing.trial for standing in study.best(1)):
+            if points(trial):
+                handles.append(_highlight(ax, trial, _BEST, f"best: trial {trial.number}"))
         ax.set(xlabel="epoch", ylabel="validation accuracy of the target (%)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.margins(x=0.02)
         figure.legend(handles=handles, loc="outside right upper")
-        return Picture(_svg_of(figure), tooltips)
+        return Picture(svg_of(figure), tooltips)
 
 
 def points(trial: TrialRecord) -> list[tuple[int, float]]:
@@ -133,7 +135,7 @@ def gates_picture(best: GateCounts, drawn: GateCounts) -> Picture:
             if gate in occurring
         ]
         figure.legend(handles=handles, ncols=len(handles), loc="outside lower center")
-        return Picture(_svg_of(figure), tooltips)
+        return Picture(svg_of(figure), tooltips)
 
 
 def compute_picture(study: StudyRecord) -> Picture | None:
@@ -148,21 +150,21 @@ def compute_picture(study: StudyRecord) -> Picture | None:
         ax = figure.add_subplot()
         ax.step(spent, best, where="post", **_BEST, label="best so far", gid="best-so-far")
         ax.lines[-1].set_zorder(3)  # above the baselines' lines, below their marks
-        for point in curve:
-            name, value = point.trial.baseline, point.trial.value
-            if name in _BASELINE_LOOKS and value is not None and point.trial.duplicate_of is None:
-                line = _baseline_line(name)
-                ax.plot([point.node_epochs, spent[-1]], [100 * value] * 2, **line)
-                mark = {**line, "marker": _BASELINE_LOOKS[name][0], "markersize": 6, "zorder": 4}
-                ax.plot(point.node_epochs, 100 * value, **mark, label=name, gid=f"baseline-{name}")
+        at = {point.trial.number: point.node_epochs for point in curve}
+        for kind, trial in best_baselines(study.trials).items():
+            line, value = _baseline_line(kind), 100 * (trial.value or 0.0)
+            ax.plot([at[trial.number], spent[-1]], [value] * 2, **line)
+            mark = {**line, "marker": _BASELINE_LOOKS[kind][0], "markersize": 6, "zorder": 4}
+            ax.plot(at[trial.number], value, **mark, label=kind, gid=f"baseline-{kind}")
         if len(curve) == 1:
             ax.plot(spent, best, "o", color="black")
         ax.set(xlabel="node-epochs spent", ylabel="best validation accuracy (%)")
         figure.legend(loc="outside right upper")
-        return Picture(_svg_of(figure))
+        return Picture(svg_of(figure))
 
 
-def _svg_of(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """The text of a figure's SVG file, the same for the same figure."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
@@ -195,8 +197,8 @@ def _highlight(
     return line
 
 
-def _baseline_line(name: str | None) -> dict[str, Any]:
-    line = _BASELINE_LOOKS[str(name)][1]
+def _baseline_line(kind: str) -> dict[str, Any]:
+    line = _BASELINE_LOOKS[kind][1]
     return {"color": _BASELINE_COLOUR, "linewidth": 1.3, "linestyle": line}
 
 

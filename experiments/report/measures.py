@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import ktg_jax as ktg
 
+from ..search.baselines import kind_of_baseline
 from ..search.display import count
-from ..search.records import StudyRecord, TrialRecord
+from ..search.records import Standing, StudyRecord, TrialRecord
 
 EDGE_KINDS = (
     "label to target",
@@ -32,7 +33,7 @@ class Summary:
         interrupted: attempts that were stopped from outside and are run again.
         duplicates: trials that have an earlier one's values and were not trained.
         repeated: trials whose graph is equivalent to an earlier one's, trained with another seed.
-        best: the complete trial of the highest value.
+        best: the best graph, of the race where there was one.
         trained: trials that were trained, whole or in part.
         compiled: programs that XLA compiled.
         loaded: programs that came from the compilation cache.
@@ -49,7 +50,7 @@ class Summary:
     interrupted: int
     duplicates: int
     repeated: int
-    best: TrialRecord | None
+    best: Standing | None
     trained: int
     compiled: int
     loaded: int
@@ -104,17 +105,33 @@ def best_tenth(study: StudyRecord) -> tuple[list[ktg.Graph], list[ktg.Graph]]:
     """The graphs of the best tenth of the drawn ones, and all drawn ones.
 
     Graphs count as they were drawn. Equivalent ones count once, also those that were trained
-    twice; interrupted trials, which are run again, and the baselines, which nobody drew, do not
-    count. Only complete trials can be among the best, which are at least one if there is one.
+    twice; interrupted trials, which are run again, and what nobody drew, the baselines and the
+    race, do not count. Only complete trials can be among the best, which are at least one if there
+    is one.
     """
     drawn: dict[ktg.Graph, ktg.Graph] = {}
     for trial in study.trials:
-        is_own = trial.duplicate_of is None and trial.baseline is None
+        is_own = trial.duplicate_of is None and trial.baseline is None and trial.race is None
         if trial.graph is not None and is_own and not trial.is_interrupted:
             drawn.setdefault(trial.graph.canonical(), trial.graph)
-    ranked = [trial for trial in study.best(len(study.trials)) if trial.baseline is None]
-    best = [trial.graph for trial in ranked[: math.ceil(len(drawn) / 10)]]
-    return [graph for graph in best if graph is not None], list(drawn.values())
+    ranked = [best for best in study.best(len(study.trials)) if best.trial.baseline is None]
+    best = [standing.graph for standing in ranked[: math.ceil(len(drawn) / 10)]]
+    return best, list(drawn.values())
+
+
+def best_baselines(trials: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+    """Of each kind of designed graph the complete trial of the highest value, the first of several.
+
+    Kinds are in the order of their first trials.
+    """
+    found: dict[str, TrialRecord] = {}
+    for trial in trials:
+        if trial.baseline is None or trial.value is None or trial.duplicate_of is not None:
+            continue
+        kind = kind_of_baseline(trial.baseline)
+        if kind not in found or trial.value > (found[kind].value or 0.0):
+            found[kind] = trial
+    return found
 
 
 def count_gates(graphs: Sequence[ktg.Graph]) -> GateCounts:

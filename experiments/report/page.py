@@ -15,7 +15,7 @@ from ktg_jax.io.files import write_text
 from ..runs.command_line import as_called
 from ..runs.options import Training
 from ..runs.texts import per_cent, points
-from ..search.records import StudyRecord, TrialRecord
+from ..search.records import Standing, StudyRecord, TrialRecord
 from ..search.tables import entry_label
 from .extra import Markup, jinja2
 from .figures import (
@@ -25,6 +25,7 @@ from .figures import (
     gates_picture,
     graph_picture,
 )
+from .findings import GROUPS, effects_of, effects_picture, race_picture, runners
 from .measures import best_tenth, count_gates, summarise
 from .svg import inline
 
@@ -97,14 +98,22 @@ def _content(study: StudyRecord) -> dict[str, Any]:
     """What the template shows."""
     best, drawn = best_tenth(study)
     gates = gates_picture(count_gates(best), count_gates(drawn)) if best else None
-    best_trial = next(iter(study.best(1)), None)
+    best_trial = next((best.trial for best in study.best(1)), None)
+    effects = effects_of(study)
     return {
         "study": study,
         "summary": summarise(study),
         "results": _results(study),
-        "best_graphs": [_best_graph(study, trial) for trial in study.best(NUM_DRAWN)],
+        "best_graphs": [_best_graph(study, best) for best in study.best(NUM_DRAWN)],
         "curves": _inlined(curves_picture(study), "curves", "Learning curves of all trials"),
         "gates": _inlined(gates, "gates", "Share of each gate on each kind of edge"),
+        "effects": effects,
+        "effect_groups": GROUPS,
+        "effects_picture": _inlined(
+            effects_picture(effects), "effects", "Effects of gates and senders on the target"
+        ),
+        "runners": runners(study),
+        "race_picture": _inlined(race_picture(study.race), "race", "The race over seeds"),
         "num_best": len(best),
         "num_drawn": len(drawn),
         "compute": _inlined(
@@ -120,21 +129,21 @@ def _content(study: StudyRecord) -> dict[str, Any]:
     }
 
 
-def _best_graph(study: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+def _best_graph(study: StudyRecord, best: Standing) -> dict[str, Any]:
     """A card of the gallery: the graph without the nodes that cannot influence its target.
 
     Where it was trained again, each node has its test accuracy, else the target that of the search.
     """
-    assert trial.graph is not None
-    assert trial.value is not None  # for it is complete
-    graph = trial.graph.pruned()
+    graph, trial = best.graph.pruned(), best.trial
     tested = study.tested.get(trial.number)
-    accuracies = tested or {str(graph.nodes[0].name): trial.value}
+    accuracies = tested or {str(graph.nodes[0].name): best.value}
     name = f"Graph of trial {trial.number}"
     return {
         "trial": trial,
+        "value": best.value,
+        "seeds": best.seeds,
         "graph": graph,
-        "left_out": len(trial.graph.nodes) - len(graph.nodes),
+        "left_out": len(best.graph.nodes) - len(graph.nodes),
         "is_tested": tested is not None,
         "picture": _inlined(graph_picture(graph, accuracies), f"graph-{trial.number}", name),
         "is_wide": len(graph.nodes) > 5,

@@ -12,8 +12,7 @@ import optax
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.data.sources import load_dataset
-from ktg_jax.errors import InputError, part_of
-from ktg_jax.inputs import Input
+from ktg_jax.errors import InputError
 from ktg_jax.training import optimizers
 from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
 from ktg_jax.training.engines import (
@@ -27,11 +26,11 @@ from ktg_jax.training.engines import (
 from ktg_jax.training.evaluation import Means
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.state import GraphState, with_averages
-from ktg_jax.training.warm_start import check_input, load_weights, with_weights
+from ktg_jax.training.warm_start import with_weights
 
 from .config import TrainConfig
 from .frozen import FrozenRecordings
-from .networks import node_functions, node_input, parallel_of
+from .networks import node_functions, node_weights, parallel_of
 from .options import MOST, Training
 from .progress import decoding_shown
 from .recordings import batches_of, recordings_of, seed_of_data
@@ -203,13 +202,7 @@ def _initial_state(
     state = ktg.init_state(graph, task.node_fns, task.optimizer, key, sample)
     for i, node in enumerate(graph.nodes):
         if node.weights:
-            wanted = node_input(i, node, dataset) or Input()
-            height, width, channels = task.image_shape
-            shape = (wanted.size or height, wanted.size or width, channels)
-            with part_of(f"nodes[{i}].weights"):
-                weights = load_weights(node.weights, node.model, shape)
-            check_input(i, weights, wanted)
-            state = with_weights(state, i, weights)
+            state = with_weights(state, i, node_weights(i, node, dataset))
     state, priors = ktg.with_priors(state, graph)
     return with_averages(state, graph.derived), priors
 

@@ -12,13 +12,17 @@ from ktg_jax.connectors import without_connectors
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, part_of
 from ktg_jax.inputs import OF_DATA, Input, checked_input, resolved_input
+from ktg_jax.io.trees import unflatten
 from ktg_jax.models import check_network
 from ktg_jax.models.input import check_channels, statistics, with_input
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.models.returned import errors_of
+from ktg_jax.models.streams import without_stream
+from ktg_jax.models.weights import NodeWeights
 from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.evaluation import evaluation_batch_size
 from ktg_jax.training.optimizers import trainable
+from ktg_jax.training.warm_start import check_input, load_weights
 
 from .config import TrainConfig
 from .graphs import PRETRAINED
@@ -72,6 +76,38 @@ def node_input(index: int, node: ktg.Node, dataset: Dataset) -> Input | None:
     wanted = resolved_input(given, statistics(dataset.train.images) if given == OF_DATA else None)
     check_channels(field, wanted, dataset.image_shape[-1])
     return wanted
+
+
+def node_weights(index: int, node: ktg.Node, dataset: Dataset) -> NodeWeights:
+    """The weights that a node names.
+
+    Raises:
+        InputError: they cannot be read, or are of a network that wants its images otherwise.
+    """
+    wanted = node_input(index, node, dataset) or Input()
+    height, width, channels = dataset.image_shape
+    shape = (wanted.size or height, wanted.size or width, channels)
+    with part_of(f"nodes[{index}].weights"):
+        weights = load_weights(str(node.weights), node.model, shape)
+    check_input(index, weights, wanted)
+    return weights
+
+
+def check_weights(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> None:
+    """Raises InputError unless the weights that nodes name are those of their models; reads them.
+
+    Networks that are trained alone first are not there yet.
+    """
+    node_fns = node_functions(config, graph, dataset, parallel_of(config, None))
+    images = jnp.zeros((1, *dataset.image_shape))
+    for i, (node, fns) in enumerate(zip(graph.nodes, node_fns, strict=True)):
+        if node.weights in (None, "", PRETRAINED):
+            continue
+        weights = node_weights(i, node, dataset)
+        params, model_state = jax.eval_shape(fns.init, jax.random.key(0), images)
+        where = f"nodes[{i}].weights of {weights.source} (a {weights.model})"
+        unflatten(params, weights.params, where)
+        unflatten(without_stream(model_state), weights.model_state, where)
 
 
 def check_networks(

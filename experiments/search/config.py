@@ -12,6 +12,7 @@ from urllib.parse import quote
 import ktg_jax as ktg
 from ktg_jax.data.sources import has_val_images
 from ktg_jax.errors import InputError
+from ktg_jax.graph.node_checks import node_from_json
 from ktg_jax.io.json_input import decoded
 
 from ..runs.command_line import Command
@@ -33,6 +34,7 @@ from ..runs.places import place_of
 
 MOST_WORKERS = 1000
 Pruner = Literal["asha", "patient", "hyperband", "none"]
+Sampler = Literal["effects", "random", "tpe"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,35 @@ class _SpaceOptions:
     edge_temperatures: Annotated[tuple[float, ...], "X"] = ()
     """Temperatures that each transfer edge has one of, in place of --temperatures; else one a
     graph."""
+    teachers: Annotated[tuple[str, ...], "FILE"] = ()
+    """Networks that are trained already, any of which a node may be instead: folders of runs (DIR
+    or DIR:NODE), .safetensors files, folders of recordings, or nodes as JSON."""
+    teacher_models: Annotated[tuple[str, ...], "MODEL"] = ()
+    """The teachers' models, one each; none: the file says it, or shows it."""
+    teacher_inputs: Annotated[tuple[str, ...], "INPUT"] = ()
+    """How the teachers want their images, one for all or one each: as --inputs of
+    experiments.train; none: as the file says, or 0 to 1."""
     imports: Annotated[tuple[str, ...], "MODULE"] = ()
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
-    trials: int = 30
-    """Trials in all, the baselines, pruned and equivalent ones included."""
+    trials: int = 50
+    """Trainings in all: the baselines, pruned and equivalent trials and the race included."""
     timeout: float | None = None
     """Seconds after which no further trial begins; else there is no end to them."""
     workers: int = 2
     """Processes that train, each on its share of the cores, or on one accelerator."""
-    sampler: Literal["random", "tpe"] = "random"
-    """How graphs are drawn: uniformly, or by a tree-structured Parzen estimator."""
-    pruner: Pruner = "asha"
+    sampler: Sampler = "effects"
+    """How graphs are chosen: by the effects of their parts in the trials so far (Thompson sampling
+    on a linear model), at random, or by a tree-structured Parzen estimator."""
+    draw: Literal["roles", "uniform"] = "roles"
+    """How new graphs are drawn: first what each node is (absent, learning, frozen), then gates; or
+    each gate uniformly, as in the papers."""
+    trial_seeds: int = 3
+    """Trials take turns in so many seeds of initial weights, --seed and those after it."""
+    race: int = 4
+    """So many of the best graphs race at the end of the trials: they get further seeds, and the
+    better half goes on until one is left. 0: none."""
+    pruner: Pruner = "none"
     """How trials are stopped early: asha (rungs at epochs 1, 2, 4, ...), patient (the same from
     --patience of the training on), hyperband, or none."""
     min_epochs: int = 1
@@ -76,7 +95,7 @@ class _SpaceOptions:
     duplicates: Literal["reuse", "retrain"] = "reuse"
     """Equivalent graphs: use the earlier trial's values, or train again with another seed."""
     baselines: bool = True
-    """Begin with independent, mutual and distillation."""
+    """Begin with the designed graphs: independent, mutual and every distillation."""
 
 
 GROUPS = {
@@ -116,9 +135,12 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
     retrain_top: int = 2
     """How many of the best graphs are trained again in the end; 0: none, and no test set."""
     retrain_seeds: int = 3
-    """With how many seeds, --seed and those after it; graphs are paired by seed."""
+    """With how many seeds, the first ones after those of the trials; graphs are paired by seed."""
     retrain_epochs: int | None = None
     """Epochs of that training; else --epochs."""
+    retrain_order: Literal["each", "one"] = "each"
+    """Whether each seed has an order of the images of its own, or all have one: then frozen
+    networks are recorded once for all seeds."""
 
     workdir: str | None = None
     """Folder of the search; else runs/search-DATA-HASH, the same for the same options, or
@@ -142,6 +164,7 @@ class SearchConfig(Training, _SpaceOptions):  # the fields of the last come firs
             losses=tuple(map(_loss, self.losses)),
             weights=self.loss_weights,
             edge_temperatures=self.edge_temperatures,
+            teachers=tuple(map(teacher_node, self.teachers)),
             allow_large=True,
         )
 
@@ -156,10 +179,13 @@ def check(config: SearchConfig) -> ktg.SearchSpace:
     check_training(config)
     at_least(config, 1, "trials", "min_epochs", "retrain_epochs")
     at_least(config, 1, "workers", most=MOST_WORKERS)
-    at_least(config, 0, "retrain_top")
+    at_least(config, 1, "trial_seeds", most=MOST_SEEDS)
+    at_least(config, 0, "race", "retrain_top")
+    if config.race == 1:
+        raise InputError("race", 1, "0, or at least 2 graphs")
     if config.retrain_top:
         at_least(config, 1, "retrain_seeds", most=MOST_SEEDS)
-    check_seeds(config.seed, max(config.trials, config.retrain_seeds))
+    check_seeds(config.seed, config.trials + config.trial_seeds + config.retrain_seeds)
     if config.min_epochs > config.epochs:
         raise InputError("min_epochs", config.min_epochs, f"1 to epochs ({config.epochs})")
     if not 0 <= config.patience <= 1:
@@ -177,6 +203,11 @@ def check(config: SearchConfig) -> ktg.SearchSpace:
         raise InputError(f"{known}{dot}{rest}", error.value, error.allowed) from None
 
 
+def teacher_node(text: str) -> ktg.Node:
+    """A node as JSON, which the teachers are once their files were read."""
+    return node_from_json("teachers", decoded("teachers", text))
+
+
 def _loss(text: str) -> str | Mapping[str, float]:
     """A loss of the options: its name, or several as JSON."""
     return decoded("losses", text) if text.lstrip().startswith("{") else text
@@ -188,7 +219,12 @@ def resolved(config: SearchConfig, space: ktg.SearchSpace) -> dict[str, Any]:
     del training["data_dir"]
     how = ("imports", "sampler", "pruner", "min_epochs", "patience", "duplicates", "baselines")
     fields = {"space": space.describe(), "training": training}
-    return json.loads(json.dumps(fields | {name: getattr(config, name) for name in how}))
+    fields |= {name: getattr(config, name) for name in how}
+    # What came later is left out where it says what all searches were before.
+    later = {"draw": "uniform", "trial_seeds": 1, "race": 0}
+    found = {name: getattr(config, name) for name in later}
+    fields |= {name: value for name, value in found.items() if value != later[name]}
+    return json.loads(json.dumps(fields))
 
 
 def default_name(config: SearchConfig, fields: Mapping[str, Any]) -> str:

@@ -7,69 +7,96 @@ from ktg_jax.errors import InputError
 
 from ..comparison import Contender
 from ..runs.graphs import with_pretrained
-from .records import TrialRecord
+from .baselines import CONTROL, DESIGNED, DISTILLATION, INDEPENDENT, MUTUAL, kind_of_baseline
+from .records import Standing
 
 
-def contenders(best: Sequence[TrialRecord]) -> list[Contender]:
+def contenders(
+    best: Sequence[Standing], gates: Sequence[str] = (), designed: Sequence[Standing] = ()
+) -> list[Contender]:
     """The found graphs, then the baselines that each is compared with.
 
     Found graphs are pruned to the nodes that can influence the target. A found graph's baselines
     are the target alone, and the mutual learning and the distillation of *its own nodes*, by the
     names (and with them the initial weights) and at the temperature of the found graph, so that
     only gates differ. Its own nodes are those left after pruning, or all as drawn if only the
-    target is left; a space of one node has only the independent baseline.
+    target is left; a space of one node has only the independent baseline. Teachers that were given
+    do not learn: where no other node is left, mutual learning is that of the search. Further ones
+    are the target alone with a `linear` label edge, a control (that gate is partly a schedule of
+    the rate of learning), and the best of the designed graphs that the search has tried.
 
     Equivalent graphs are trained once. A baseline of several found graphs is named after the best
     of them. One that a found graph is equivalent to is left out: the found graph `stands_for` it,
     also in the comparisons of the others, and is not compared with itself.
 
     Args:
-        best: complete trials of one study, best first, none equivalent to another.
+        best: of one study, best first, none equivalent to another.
+        gates: of its space; with `linear` among them there is the control.
+        designed: its designed graphs, best first.
 
     Raises:
-        InputError: no trials, one without a graph, equivalent graphs, or different targets.
+        InputError: no graphs, equivalent graphs, or different targets.
     """
-    drawn = _graphs(best)
-    found = [with_pretrained(graph.pruned()) for graph in drawn]
-    names = {g.canonical(): f"found-{t.number}" for t, g in zip(best, found, strict=True)}
+    _check(best)
+    found = [_trainable(standing.graph) for standing in best]
+    numbers = [standing.trial.number for standing in best]
+    names = {g.canonical(): f"found-{n}" for g, n in zip(found, numbers, strict=True)}
     if len(names) < len(found):
-        raise InputError("best", [t.number for t in best], "trials of graphs not equivalent")
+        raise InputError("best", numbers, "trials of graphs not equivalent")
+    further: dict[str, ktg.Graph] = {}
+    if "linear" in gates:
+        further[CONTROL] = ktg.Graph((best[0].graph.nodes[0],), (("linear",),))
+    if designed:
+        further[DESIGNED] = _trainable(designed[0].graph)
+    mutual = [_trainable(s.graph) for s in designed if _kind(s) == MUTUAL][:1]
     listed, added = [], []
-    for trial, whole, graph in zip(best, drawn, found, strict=True):
-        own, roles = f"found-{trial.number}", {}
-        for kind, baseline in _baselines(whole).items():
+    for standing, graph in zip(best, found, strict=True):
+        own, roles = f"found-{standing.trial.number}", {}
+        of_own = _baselines(standing.graph)
+        if MUTUAL not in of_own and mutual:
+            of_own[MUTUAL] = mutual[0]
+        for kind, baseline in (of_own | further).items():
             key = baseline.canonical()
             if key not in names:
-                names[key] = kind if kind == "independent" else f"{kind}-{trial.number}"
+                is_shared = kind in (INDEPENDENT, CONTROL, DESIGNED)
+                names[key] = kind if is_shared else f"{kind}-{standing.trial.number}"
                 added.append(Contender(names[key], kind, baseline))
             roles[kind] = names[key]
-        against = tuple(name for name in roles.values() if name != own)
+        against = tuple(dict.fromkeys(name for name in roles.values() if name != own))
         itself = next((kind for kind, name in roles.items() if name == own), None)
-        listed.append(Contender(own, "found", graph, trial.number, trial.value, against, itself))
+        trial = standing.trial.number, standing.value
+        listed.append(Contender(own, "found", graph, *trial, against, itself))
     return listed + added
 
 
-def _graphs(best: Sequence[TrialRecord]) -> list[ktg.Graph]:
-    """The trials' graphs, checked."""
-    graphs = [trial.graph for trial in best if trial.graph is not None]
-    if not graphs or len(graphs) < len(best):
-        numbers = [trial.number for trial in best if trial.graph is None]
-        raise InputError("best", numbers, "at least one trial, and each with its graph")
-    targets = [graph.nodes[0] for graph in graphs]
+def _kind(standing: Standing) -> str:
+    return kind_of_baseline(standing.trial.baseline or "")
+
+
+def _trainable(graph: ktg.Graph) -> ktg.Graph:
+    return with_pretrained(graph.pruned())
+
+
+def _check(best: Sequence[Standing]) -> None:
+    """Raises InputError for no graphs, or several targets."""
+    if not best:
+        raise InputError("best", [], "at least one trial")
+    targets = [standing.graph.nodes[0] for standing in best]
     if len(set(targets)) > 1:
         names = [target.name for target in targets]
         raise InputError("best", names, "graphs of one and the same target")
-    return graphs
 
 
 def _baselines(drawn: ktg.Graph) -> dict[str, ktg.Graph]:
-    """The baselines of a found graph, by kind."""
+    """The baselines of a found graph's own nodes, by kind."""
     pruned = drawn.pruned()
     target, *others = pruned.nodes if len(pruned.nodes) > 1 else drawn.nodes
-    baselines = {"independent": ktg.graphs.independent([target])}
+    baselines = {INDEPENDENT: ktg.graphs.independent([target])}
     if others:
         temperature = drawn.temperature
-        baselines["mutual"] = ktg.graphs.mutual([target, *others], temperature)
+        learning = [node for node in others if not (node.weights or node.outputs)]
+        if learning:
+            baselines[MUTUAL] = ktg.graphs.mutual([target, *learning], temperature)
         distillation = ktg.graphs.distillation(target, others, temperature)
-        baselines["distillation"] = with_pretrained(distillation)
+        baselines[DISTILLATION] = with_pretrained(distillation)
     return baselines

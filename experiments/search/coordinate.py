@@ -27,6 +27,7 @@ from ..runs.identity import is_own
 from ..runs.networks import check_models, check_networks
 from ..runs.options import import_modules
 from ..runs.process import check_platform
+from .baselines import check_baselines
 from .config import (
     SearchConfig,
     check,
@@ -40,11 +41,12 @@ from .database import (
     sqlite_file,
     without_password,
 )
-from .display import SearchDisplay, count
+from .display import SearchDisplay, count, told
 from .extra import optuna
 from .folder import SearchFolder, load_search
 from .graph_files import GraphFiles
 from .pictures import Pictures
+from .race import Race
 from .records import TrialRecord
 from .storage import Storage, Turn, open_storage
 from .study import (
@@ -53,9 +55,11 @@ from .study import (
     check_study,
     is_counted,
     note_death,
+    race_of,
     records,
     run_all_again,
 )
+from .teachers import check_teachers, with_teachers
 from .team import Team, orders_for
 
 _POLL_SECONDS = 1.0
@@ -74,18 +78,24 @@ def search(config: SearchConfig, console: Console) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     import_modules(config.imports)
     check_platform()
+    config, said = with_teachers(config)
     space = check(config)
+    check_baselines(config, space)
+    for line in said:
+        cli.say(console, line)
     with busy(console, "Preparing convolutions"):
         ktg.cpu_convolution()
     fields = resolved(config, space)
-    dataset = None
-    if config.workdir is None and is_own(config.data):
-        dataset = _loaded(config)  # for the folder's name
-        fields |= {"data_facts": without_test(data_facts(dataset))}
+    dataset: Dataset | None = None
+    facts: dict[str, Any] = {}
+    if config.workdir is None and (is_own(config.data) or config.teachers):
+        dataset, facts = _loaded(config)  # for the folder's name
+        fields |= facts
     folder = SearchFolder(config.workdir or default_workdir(config, fields))
     folder.check(fields)
-    dataset = dataset or _loaded(config)
-    setting = fields | {"data_facts": without_test(data_facts(dataset))}
+    if dataset is None:
+        dataset, facts = _loaded(config)
+    setting = fields | facts
     name = config.study or folder.study or default_name(config, setting)
 
     url = folder.own_storage if config.storage is None else absolute(config.storage)
@@ -121,8 +131,11 @@ def search(config: SearchConfig, console: Console) -> None:
         )
 
 
-def _loaded(config: SearchConfig) -> Dataset:
-    """The data, without its test images, found fit for the trials and the fair ending."""
+def _loaded(config: SearchConfig) -> tuple[Dataset, dict[str, Any]]:
+    """The data, without its test images, found fit for the trials and the fair ending.
+
+    With it the checksums of all that the search rests on.
+    """
     dataset = load(config, with_test=False)
     check_steps(config, dataset)
     if config.retrain_epochs is not None:
@@ -134,7 +147,9 @@ def _loaded(config: SearchConfig) -> Dataset:
     if config.retrain_top and not has_test_images(config.data):
         allowed = "0, for the data has no test images"
         raise InputError("retrain_top", config.retrain_top, allowed)
-    return dataset
+    training, retrained = config.training(), config.retrain_top > 0
+    facts = check_teachers(training, config.space(), dataset, retrained)
+    return dataset, facts | {"data_facts": without_test(data_facts(dataset))}
 
 
 def _check_losses(config: SearchConfig, dataset: Dataset) -> None:
@@ -215,11 +230,11 @@ def _run(
 ) -> None:
     """Runs trials until there are as many as asked for, or time is up."""
     watched = _Watched(study)
-    trials, known = watched.read()
+    trials, known, race = watched.read()
     display = SearchDisplay(config.trials, config.epochs, console)
     display.update(known)
     graphs = GraphFiles(folder.path)
-    graphs.write(known)
+    graphs.write(known, race)
     pictures = Pictures(storage, folder.artifacts, folder.owner, console)
     if sum(map(is_counted, trials)) < config.trials:
         deadline = None if config.timeout is None else time.time() + config.timeout
@@ -244,9 +259,9 @@ def _run(
                     # long as the interrupt is handled, which writes to it.
                     with signals.held():
                         at_work = team.is_at_work()
-                        trials, known = watched.read()
-                        display.update(known)
-                        graphs.write(known)
+                        trials, known, race = watched.read()
+                        display.update(known, race)
+                        graphs.write(known, race)
                         pictures.draw_one(trials)
                     if not at_work:
                         break
@@ -256,13 +271,15 @@ def _run(
             with suppress(InputError), explained_outage(url), Turn(url, study.study_name):
                 run_all_again(study, folder.owner)
             raise
-    trials, known = watched.read()
-    graphs.write(known)
+    trials, known, race = watched.read()
+    graphs.write(known, race)
     pictures.draw_all(trials)
     counts = count(known)
     counts.pop("running")
     numbers = ", ".join(f"{number} {state}" for state, number in counts.items())
     cli.say(console, f"Trials: {numbers}.")
+    if race is not None and race.ranking:
+        cli.say(console, told(race))
 
 
 class _Watched:
@@ -272,13 +289,14 @@ class _Watched:
         self._study = study
         self._ended: dict[int, TrialRecord] = {}
 
-    def read(self) -> tuple[Trials, list[TrialRecord]]:
-        """All trials, and what is known of those that do not wait."""
+    def read(self) -> tuple[Trials, list[TrialRecord], Race | None]:
+        """All trials, what is known of those that do not wait, and how the race stands."""
         trials = self._study.get_trials(deepcopy=False)
         new = records([trial for trial in trials if trial.number not in self._ended])
         known = self._ended | {record.number: record for record in new}
         self._ended = {t.number: known[t.number] for t in trials if t.state.is_finished()}
-        return trials, [known[number] for number in sorted(known)]
+        listed = [known[number] for number in sorted(known)]
+        return trials, listed, race_of(self._study, listed)
 
 
 def _check_space_left(folder: SearchFolder) -> None:

@@ -12,7 +12,8 @@ from ..runs import cli
 from ..runs.console import Table, Verbatim, is_watched, text_column
 from ..runs.progress import Countdown
 from ..runs.texts import per_cent
-from .records import STATES, TrialRecord
+from .race import Race
+from .records import STATES, Standing, TrialRecord, standings
 
 
 class SearchDisplay:
@@ -29,6 +30,7 @@ class SearchDisplay:
         self._epochs = epochs
         self._console = console
         self._records: Sequence[TrialRecord] = ()
+        self._race: Race | None = None
         self._said: set[int] | None = None
         self._countdown = Countdown(trials)
         self._is_watched = is_watched(console)
@@ -55,9 +57,9 @@ class SearchDisplay:
         if self._is_watched:
             self._live.stop()
 
-    def update(self, records: Sequence[TrialRecord]) -> None:
-        """Takes note of how the trials stand, and says which ended since."""
-        self._records = records
+    def update(self, records: Sequence[TrialRecord], race: Race | None = None) -> None:
+        """Takes note of how the trials and the race stand, and says which trials ended since."""
+        self._records, self._race = records, race
         ended = {trial.number: trial for trial in records if _is_ended(trial)}
         if self._said is None:
             self._said = set(ended)
@@ -79,8 +81,8 @@ class SearchDisplay:
                 value = per_cent(trial.curve[epoch] if epoch else None, " %")
                 graph = short(trial.graph.pruned())
                 running.add_row(str(trial.number), graph, f"{epoch}/{self._epochs}", value)
-        best = best_so_far(self._records)
-        text = "-" if best is None else _line(best)
+        best = next(iter(standings(self._records, self._race)), None)
+        text = "-" if best is None else _told_standing(best)
         return Group(self._bar, counts, running, Verbatim(f"best: {text}"))
 
 
@@ -98,10 +100,21 @@ def count(records: Sequence[TrialRecord]) -> dict[str, int]:
     return numbers | {"equivalent": sum(trial.equivalent is not None for trial in counted)}
 
 
-def best_so_far(records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The complete trial of the highest value, the first of several."""
-    complete = [trial for trial in records if trial.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+def told(race: Race) -> str:
+    """How a race went, in a line: the rounds, and the mean accuracy of the best of each."""
+    rounds = [
+        f"{len(each.means)} graphs with {len(each.seeds)} seeds each "
+        f"(the best {per_cent(max(each.means.values()), ' %')})"
+        for each in race.rounds
+    ]
+    winner = race.entrants[race.ranking[0][0]].graph
+    return f"Race: {', then '.join(rounds)}: {short(winner.pruned())} is ahead."
+
+
+def _told_standing(best: Standing) -> str:
+    of = "" if best.seeds == 1 else f", mean of {best.seeds} seeds"
+    value = f"{per_cent(best.value, ' %')}{of}"
+    return f"trial {best.trial.number}: {value}; {short(best.graph.pruned())}"
 
 
 def short(graph: ktg.Graph) -> str:
@@ -128,7 +141,9 @@ def _is_ended(trial: TrialRecord) -> bool:
 def _line(trial: TrialRecord) -> str:
     graph = "" if trial.graph is None else f"; {short(trial.graph.pruned())}"
     name = f"trial {trial.number}" + (f" ({trial.baseline})" if trial.baseline else "")
-    if trial.equivalent is not None:
+    if trial.race is not None:
+        name += f" (race, round {trial.race}, seed {trial.seed})"
+    elif trial.equivalent is not None:
         name += f" (equivalent to trial {trial.equivalent})"
     last = max(trial.curve, default=0)
     reached = per_cent(trial.curve[last], " %") if last else ""

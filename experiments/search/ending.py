@@ -28,7 +28,7 @@ from .contenders import contenders
 from .folder import SearchFolder
 from .records import StudyRecord
 from .retraining import is_done
-from .tables import markdown, table
+from .tables import markdown, tables
 from .team import Team, orders_for
 
 _POLL_SECONDS = 0.3
@@ -49,10 +49,12 @@ def finish(
     if not best:
         cli.say(console, "No trial was completed: there is nothing to train again.")
         return None
-    listed = contenders(best)
-    seeds = [config.seed + i for i in range(config.retrain_seeds)]
+    designed = [each for each in study.best(len(study.trials)) if each.trial.baseline is not None]
+    listed = contenders(best, study.space.gates, designed)
+    first = first_fresh_seed(study, config.seed)
+    seeds = [first + i for i in range(config.retrain_seeds)]
     runs = {
-        contender.name: [_run(contender, seed, folder, config) for seed in seeds]
+        contender.name: [_run(contender, seed, first, folder, config) for seed in seeds]
         for contender in listed
     }
     _train_all([run for of_seeds in runs.values() for run in of_seeds], folder, config, console)
@@ -62,12 +64,18 @@ def finish(
         entry["runs"] = [Path(str(run.workdir)).name for run in runs[entry["name"]]]
     write_text(folder.path / "results.md", markdown(results))
     folder.write("results.json", results)
-    console.print(table(results))
+    for each in tables(results):
+        console.print(each)
     return results
 
 
+def first_fresh_seed(study: StudyRecord, first: int) -> int:
+    """The first seed after those of the trials; `first` where these were all trained with that."""
+    return max((t.seed + 1 for t in study.trials if t.seed is not None), default=first)
+
+
 def _run(
-    contender: Contender, seed: int, folder: SearchFolder, config: SearchConfig
+    contender: Contender, seed: int, first: int, folder: SearchFolder, config: SearchConfig
 ) -> TrainConfig:
     """The training of a contender with one seed.
 
@@ -81,7 +89,9 @@ def _run(
     graph = here / "graph.json"
     contender.graph.save(graph)
     epochs = config.retrain_epochs or config.epochs
-    run = config.training(graph=str(graph), seed=seed, epochs=epochs, val_fraction=0.0)
+    order = None if config.retrain_order == "each" else first
+    changed = {"seed": seed, "data_seed": order, "epochs": epochs, "val_fraction": 0.0}
+    run = config.training(graph=str(graph), **changed)
     fields = resolved(run, build_graph(run))
     workdir = Workdir(here / f"seed-{seed}")
     is_its_own = _holds(workdir, fields) if workdir.exists else epochs == config.epochs

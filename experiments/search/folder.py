@@ -210,7 +210,7 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
     """
     from .extra import optuna
     from .storage import open_to_read
-    from .study import records
+    from .study import race_of, records
 
     folder = SearchFolder(path)
     if not is_search(path):
@@ -223,16 +223,18 @@ def load_search(path: str | os.PathLike[str], storage: str | None = None) -> Stu
         raise InputError("study_dir", str(path), f"a search whose storage has {about['study']}")
     study = optuna.load_study(study_name=about["study"], storage=opened)
     import_modules(tuple(config["imports"]))  # which may register models of the space
+    trials = records(study.get_trials(deepcopy=False))
     return StudyRecord(
         path=Path(path),
         name=about["study"],
         config=config | {"versions": folder.read("config.json")["versions"]},
         command=shlex.join(about["command"]),
         space=_space(folder),
-        trials=records(study.get_trials(deepcopy=False)),
+        trials=trials,
         results=folder.results,
         tested=folder.tested(),
         data_dir=folder.data_dir,
+        race=race_of(study, trials),
     )
 
 

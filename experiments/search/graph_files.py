@@ -6,7 +6,8 @@ from pathlib import Path
 import ktg_jax as ktg
 
 from ..runs.graphs import BEST_GRAPH, GRAPHS, with_pretrained
-from .records import TrialRecord
+from .race import Race
+from .records import TrialRecord, standings
 
 
 class GraphFiles:
@@ -21,13 +22,14 @@ class GraphFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._written: set[int] = set()
-        self._best: TrialRecord | None = None
+        self._best: ktg.Graph | None = None
 
-    def write(self, trials: Sequence[TrialRecord]) -> None:
+    def write(self, trials: Sequence[TrialRecord], race: Race | None = None) -> None:
         """Writes what is not written yet.
 
         Args:
             trials: all that are known of; a trial's graph stays what it is.
+            race: which of them are best, as far as it goes.
 
         Raises:
             OSError: a file cannot be written.
@@ -35,11 +37,10 @@ class GraphFiles:
         for trial in trials:
             if trial.graph is not None and trial.number not in self._written:
                 self._write_trial(trial.number, trial.graph)
-        best = max((t for t in trials if t.value is not None), key=_rank, default=None)
-        if best is not None and best != self._best:
-            assert best.graph is not None
+        best = next(iter(standings(trials, race)), None)
+        if best is not None and best.graph != self._best:
             _trainable(best.graph).save(self._folder / BEST_GRAPH)
-            self._best = best
+            self._best = best.graph
 
     def _write_trial(self, number: int, graph: ktg.Graph) -> None:
         path = self._folder / GRAPHS / f"{number}.json"
@@ -51,8 +52,3 @@ class GraphFiles:
 
 def _trainable(graph: ktg.Graph) -> ktg.Graph:
     return with_pretrained(graph.pruned())
-
-
-def _rank(trial: TrialRecord) -> tuple[float, int]:
-    """The order of trials: by value, the first of equal ones being the best."""
-    return trial.value or 0.0, -trial.number

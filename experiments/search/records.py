@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import ktg_jax as ktg
+
+from .race import Race, key_of
 
 STATES = ("complete", "pruned", "failed", "running")
 
@@ -26,7 +30,9 @@ class TrialRecord:
         duplicate_of: number of the equivalent trial whose values it has; None: it was trained.
         equivalent_to: number of the first equivalent trial, where it was trained nevertheless, with
             another seed.
-        baseline: `independent`, `mutual` or `distillation`, where it was enqueued as that.
+        baseline: the name of the designed graph that it was enqueued as.
+        seed: of its initial weights; None: that of the search, in one from before there were more.
+        race: the round of a race that it is a training of, from 1; None: of none.
         reason: why its training failed.
         node_epochs: compute spent on it: nodes trained times epochs, a frozen node's epoch being
             a third, and pre-training included.
@@ -45,6 +51,8 @@ class TrialRecord:
     duplicate_of: int | None = None
     equivalent_to: int | None = None
     baseline: str | None = None
+    seed: int | None = None
+    race: int | None = None
     reason: str | None = None
     node_epochs: float = 0.0
     recorded_epochs: int = 0
@@ -79,6 +87,7 @@ class StudyRecord:
         tested: for the trials whose graph was trained again in the fair ending: the accuracy of
             each node on the test images, by its name, mean over the seeds.
         data_dir: where its data was.
+        race: its newest race, as it stands; None: there was none.
     """
 
     path: Path
@@ -90,12 +99,69 @@ class StudyRecord:
     results: Mapping[str, Any] | None = None
     tested: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     data_dir: str | None = None
+    race: Race | None = None
 
-    def best(self, count: int) -> list[TrialRecord]:
-        """The complete trials of the highest values, equivalent graphs once, best first."""
-        complete = [t for t in self.trials if t.state == "complete" and t.duplicate_of is None]
-        best: dict[ktg.Graph, TrialRecord] = {}
-        for trial in sorted(complete, key=lambda t: (-(t.value or 0.0), t.number)):
-            assert trial.graph is not None
-            best.setdefault(trial.graph.canonical(), trial)
-        return list(best.values())[:count]
+    def best(self, count: int) -> list["Standing"]:
+        """The first of `standings`."""
+        return standings(self.trials, self.race)[:count]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How good a graph is found to be.
+
+    Attributes:
+        trial: the first complete trial of it, or of a graph equivalent to it.
+        value: the target's validation accuracy, mean over its seeds: those of the race's last round
+            that it took part in, or else all that it was trained with.
+        seeds: how many.
+    """
+
+    trial: TrialRecord
+    value: float
+    seeds: int
+
+    @property
+    def graph(self) -> ktg.Graph:
+        """Its graph, as drawn."""
+        assert self.trial.graph is not None  # for it is complete
+        return self.trial.graph
+
+
+def standings(trials: Sequence[TrialRecord], race: Race | None = None) -> list[Standing]:
+    """The graphs of complete trials, best first, equivalent ones once.
+
+    Those of the race come first, in its order: one score of many picks luck.
+    """
+    of_graph: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
+        if trial.value is not None and trial.duplicate_of is None and trial.graph is not None:
+            of_graph.setdefault(key_of(trial.graph), []).append(trial)
+    found = {key: _standing(some) for key, some in of_graph.items()}
+    ordered = sorted(found, key=lambda key: (-found[key].value, found[key].trial.number))
+    if race is not None:
+        raced = []
+        for i, value, seeds in race.ranking:
+            key = key_of(race.entrants[i].graph)
+            if key in found:  # else all its trainings failed
+                found[key] = Standing(found[key].trial, value, seeds)
+                raced.append(key)
+        ordered = raced + [key for key in ordered if key not in raced]
+    return [found[key] for key in ordered]
+
+
+def _standing(trials: Sequence[TrialRecord]) -> Standing:
+    values = [trial.value for trial in trials if trial.value is not None]
+    return Standing(trials[0], float(np.mean(values)), len(values))
+
+
+def values_of(trials: Sequence[TrialRecord]) -> dict[str, dict[int, float]]:
+    """The accuracy of each graph with each seed, as `race` takes it; of what failed it is 0."""
+    values: dict[str, dict[int, float]] = {}
+    for trial in trials:
+        if trial.graph is None or trial.seed is None or trial.duplicate_of is not None:
+            continue
+        has_failed = trial.state == "failed" and not trial.is_interrupted
+        if trial.value is not None or has_failed:
+            values.setdefault(key_of(trial.graph), {})[trial.seed] = trial.value or 0.0
+    return values

@@ -18,6 +18,7 @@ from ..runs.folder import FolderBusyError
 from ..runs.frozen import FrozenRecordings, recordable
 from ..runs.graphs import build_graph
 from ..runs.options import with_tuples
+from ..runs.recordings import seed_of_data
 from ..train import train
 
 _POLL_SECONDS = 0.3
@@ -39,7 +40,9 @@ def retrain(runs: Sequence[dict[str, Any]], device: jax.Device, recordings: Path
     heard = Counter(key for config in configs for key in _heard(config))
     while left := [config for config in configs if not is_done(config)]:
         for config in left:
-            frozen = FrozenRecordings(recordings, partial(_is_heard_again, heard, config.seed))
+            frozen = FrozenRecordings(
+                recordings, partial(_is_heard_again, heard, seed_of_data(config))
+            )
             try:
                 train(config, make_console(), dataset, [device], frozen)
             except FolderBusyError:
@@ -49,7 +52,7 @@ def retrain(runs: Sequence[dict[str, Any]], device: jax.Device, recordings: Path
 def _heard(config: TrainConfig) -> set[tuple[int, str]]:
     """The frozen networks of a run, each with the seed of its batches."""
     graph = build_graph(config)
-    return {(config.seed, _kind(graph.nodes[i])) for i in recordable(graph)}
+    return {(seed_of_data(config), _kind(graph.nodes[i])) for i in recordable(graph)}
 
 
 def _is_heard_again(heard: Mapping[tuple[int, str], int], seed: int, node: ktg.Node) -> bool:

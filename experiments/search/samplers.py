@@ -6,6 +6,7 @@ share a study and a seed never draw by the same numbers, and together draw what 
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,24 @@ import numpy as np
 from ktg_jax.checks import is_whole
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
-from ktg_jax.space.draws import drawn, repaired
+from ktg_jax.space.draws import drawn, mutated, repaired
 from ktg_jax.space.space import SearchSpace
 
+from .effects import EffectsModel
 from .extra import optuna
 
 Distributions = dict[str, optuna.distributions.BaseDistribution]
 
 
-def make_sampler(name: str, space: SearchSpace, seed: int) -> "GraphSampler":
+def make_sampler(name: str, space: SearchSpace, seed: int, draw: str = "uniform") -> "GraphSampler":
     """A sampler by name.
 
     Args:
-        name: `random` (the papers': uniform over the valid graphs) or `tpe`.
+        name: `effects` (Thompson sampling on the effects of gates), `random` or `tpe`.
         space: what the study's trials choose from, by `suggest_graph`.
         seed: 0 or above.
+        draw: how graphs are drawn by which no trial is followed, as of `SearchSpace.sample`; the
+            papers draw uniformly.
 
     Raises:
         InputError: no such sampler, or a bad seed.
@@ -40,7 +44,7 @@ def make_sampler(name: str, space: SearchSpace, seed: int) -> "GraphSampler":
         raise InputError("sampler", name, ", ".join(_SAMPLERS))
     if not is_whole(seed):
         raise InputError("seed", seed, "an integer, 0 or above")
-    return _SAMPLERS[name](space, seed)
+    return _SAMPLERS[name](space, seed, draw)
 
 
 def suggest_graph(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Graph:
@@ -67,7 +71,7 @@ def suggest_graph(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Graph:
 
 
 class GraphSampler(optuna.samplers.BaseSampler):
-    """Draws all of a graph's parameters together: uniformly over the space's valid graphs.
+    """Draws all of a graph's parameters together, so that it is valid, whatever was drawn before.
 
     Parameters that a trial was enqueued with stay; the rest is drawn so that the graph is valid.
     """
@@ -91,9 +95,11 @@ class GraphSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: Distributions
     ) -> dict[str, Any]:
         """A graph's parameters, those that the search space asks for."""
+        given = trial.params | trial.system_attrs.get("fixed_params", {})
+        if given.keys() >= search_space.keys():
+            return {name: given[name] for name in search_space}
         rng = np.random.default_rng([self._seed, trial.number])
         made = self._draw(study, trial, search_space, rng)
-        given = trial.params | trial.system_attrs.get("fixed_params", {})
         parameters = repaired(self._space, made, given, rng)
         return {name: parameters[name] for name in search_space}
 
@@ -123,9 +129,9 @@ class GraphSampler(optuna.samplers.BaseSampler):
 class TPEGraphSampler(GraphSampler):
     """Optuna's tree-structured Parzen estimator, over all parameters jointly.
 
-    Its first 10 graphs are uniform. What other workers are at counts as bad (`constant_liar`), so
-    that they do not all try the same. Where the target would hear nobody, its gates are drawn anew,
-    uniformly among the valid rows.
+    Its first 10 graphs are drawn as by `GraphSampler`. What other workers are at counts as bad
+    (`constant_liar`), so that they do not all try the same. Where the target would hear nobody, its
+    gates are drawn anew, uniformly among the valid rows.
     """
 
     def _draw(
@@ -145,7 +151,78 @@ class TPEGraphSampler(GraphSampler):
         return uniform | tpe.sample_relative(study, trial, search_space)
 
 
-_SAMPLERS: dict[str, type[GraphSampler]] = {"random": GraphSampler, "tpe": TPEGraphSampler}
+class EffectsSampler(GraphSampler):
+    """Thompson sampling on a linear model of the effects of what is in a graph (`EffectsModel`).
+
+    Effects are drawn from what the complete trials leave possible; of many new graphs and of small
+    changes of the best ones, the one that would then be best is trained. Graphs that are
+    equivalent to one that was tried are passed over.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int, draw: str = "uniform") -> None:
+        super().__init__(space, seed, draw)
+        self._keys: dict[int, str] = {}
+
+    def _draw(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: Distributions,
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        names = self._space.choices().keys()
+        trials = [t for t in study.get_trials(deepcopy=False) if t.params.keys() == names]
+        complete = [t for t in trials if t.value is not None]
+        if len(complete) < _LEAST:
+            return super()._draw(study, trial, search_space, rng)
+        model = model_of(self._space, complete)
+        pool = pool_of(self._space, complete, rng, self._how)
+        graphs = [self._space.graph(parameters) for parameters in pool]
+        order = np.argsort(-model.thompson(graphs, rng), kind="stable")
+        tried = {self._key(t) for t in trials}
+        new = (i for i in order if graphs[i].canonical().to_json() not in tried)
+        return pool[next(new, order[0])]
+
+    def _key(self, trial: optuna.trial.FrozenTrial) -> str:
+        """The same for trials of equivalent graphs."""
+        if trial.number not in self._keys:
+            graph = self._space.graph(trial.params)
+            self._keys[trial.number] = graph.canonical().to_json()
+        return self._keys[trial.number]
+
+
+def model_of(space: SearchSpace, complete: Sequence[optuna.trial.FrozenTrial]) -> EffectsModel:
+    """The effects, as complete trials tell."""
+    return EffectsModel(
+        [space.graph(trial.params) for trial in complete],
+        [trial.user_attrs.get("seed", 0) for trial in complete],
+        [float(trial.value) for trial in complete if trial.value is not None],
+    )
+
+
+def pool_of(
+    space: SearchSpace,
+    complete: Sequence[optuna.trial.FrozenTrial],
+    rng: np.random.Generator,
+    draw: str,
+) -> list[dict[str, Any]]:
+    """Parameters of new graphs, and of small changes of the best ones."""
+    best = sorted(complete, key=lambda t: (-(t.value or 0.0), t.number))[:_MUTATED]
+    pool = [drawn(space, rng, draw) for _ in range(_NEW)]
+    return pool + [mutated(space, t.params, rng) for t in best for _ in range(_CHANGES)]
+
+
+_LEAST = 3
+"""Complete trials from which effects can be told at all."""
+
+_NEW, _MUTATED, _CHANGES = 200, 8, 12
+"""How many new graphs are scored, and how many changes of each of how many of the best."""
+
+_SAMPLERS: dict[str, type[GraphSampler]] = {
+    "effects": EffectsSampler,
+    "random": GraphSampler,
+    "tpe": TPEGraphSampler,
+}
 
 
 def _legacy_seed(rng: np.random.Generator) -> int:

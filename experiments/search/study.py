@@ -9,10 +9,12 @@ import ktg_jax as ktg
 from ktg_jax.errors import InputError
 
 from ..runs.identity import differences
+from .baselines import baselines
 from .config import SearchConfig
 from .extra import optuna
 from .pruners import make_pruner
-from .records import TrialRecord
+from .race import Entrant, Race, key_of, race
+from .records import TrialRecord, values_of
 from .samplers import make_sampler
 from .storage import Storage, enqueue_again
 
@@ -21,6 +23,9 @@ Trials = Sequence[optuna.trial.FrozenTrial]
 
 SETTING = "setting"
 """Attribute of the study: what determines it."""
+
+RACE = "race-"
+"""Attributes of the study: who takes part in the race of so many trials, `race-50`."""
 
 MOST_KILLED = 3
 """Workers that die in the midst of one trial; then it is the trial that kills them."""
@@ -47,10 +52,9 @@ def begin_study(
     if found is None:
         # What was enqueued by a process that died before it could say so is not enqueued again.
         enqueued = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
-        for kind, graph in baselines(space).items() if config.baselines else ():
-            if kind not in enqueued:
-                attributes = {"baseline": kind}
-                study.enqueue_trial(space.parameters(graph), user_attrs=attributes)
+        for name, parameters in baselines(space).items() if config.baselines else ():
+            if name not in enqueued:
+                study.enqueue_trial(parameters, user_attrs={"baseline": name})
         study.set_user_attr(SETTING, dict(setting))
     else:
         check_setting(name, found, setting)
@@ -67,7 +71,7 @@ def open_study(
     return optuna.load_study(
         study_name=name,
         storage=storage,
-        sampler=make_sampler(config.sampler, space, config.seed),
+        sampler=make_sampler(config.sampler, space, config.seed, config.draw),
         pruner=make_pruner(config.pruner, config.epochs, config.min_epochs, config.patience),
     )
 
@@ -88,31 +92,28 @@ def check_setting(name: str, found: Mapping[str, Any], setting: Mapping[str, Any
         raise InputError("study", name, f"a study of the same search (differing: {differing})")
 
 
-def baselines(space: ktg.SearchSpace) -> dict[str, ktg.Graph]:
-    """The methods designed by hand, as far as their gates are those of the space.
-
-    Their edges carry the first of the space's losses, at the first weight and temperature.
-    """
-    others = [space.candidates[i % len(space.candidates)] for i in range(space.num_nodes - 1)]
-    models = [space.target, *others]
-    graphs = {"independent": ktg.graphs.independent(models)}
-    if others:
-        graphs["mutual"] = ktg.graphs.mutual(models)
-        graphs["distillation"] = ktg.graphs.distillation(models[0], models[1:])
+def races(study: optuna.Study) -> dict[int, list[Entrant]]:
+    """Who takes part in the races, by the number of trials that each is of."""
     return {
-        kind: space.graph(_choices(space, graph))
-        for kind, graph in graphs.items()
-        if {gate for row in graph.gates for gate in row} <= set(space.gates)
+        int(name.removeprefix(RACE)): [Entrant.from_json(fields) for fields in listed]
+        for name, listed in study.user_attrs.items()
+        if name.startswith(RACE)
     }
 
 
-def _choices(space: ktg.SearchSpace, graph: ktg.Graph) -> dict[str, Any]:
-    """The models and gates of a graph, and of all else the first that the space has."""
-    choices = {name: allowed[0] for name, allowed in space.choices().items()}
-    for i, node in enumerate(graph.nodes):
-        choices |= {f"gate.{i}.{s}": gate for s, gate in enumerate(graph.gates[i])}
-        choices |= {f"node{i}.model": node.model} if i else {}
-    return choices
+def race_of(study: optuna.Study, known: Sequence[TrialRecord]) -> Race | None:
+    """The newest race as it stands; None: there was none.
+
+    Args:
+        study: of a search.
+        known: of its trials.
+    """
+    begun = races(study)
+    if not begun:
+        return None
+    setting = study.user_attrs[SETTING]
+    first, in_turn = setting["training"]["seed"], setting.get("trial_seeds", 1)
+    return race(begun[max(begun)], values_of(known), first, in_turn)
 
 
 def is_counted(trial: optuna.trial.FrozenTrial) -> bool:
@@ -174,11 +175,6 @@ def note_death(study: optuna.Study, storage: Storage, worker: str, signal: int) 
     return ended
 
 
-def graph_key(graph: ktg.Graph) -> str:
-    """The same text for equivalent graphs."""
-    return graph.canonical().to_json()
-
-
 def records(trials: Trials) -> list[TrialRecord]:
     """What is known of the trials, without those that wait."""
     return [_record(trial) for trial in trials if trial.state != State.WAITING]
@@ -198,6 +194,8 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
         duplicate_of=known.get("duplicate_of"),
         equivalent_to=known.get("equivalent_to"),
         baseline=known.get("baseline"),
+        seed=known.get("seed"),
+        race=known.get("race", {}).get("round"),
         reason=known.get("reason"),
         **{name: known[name] for name in _COSTS if name in known},
     )
@@ -215,7 +213,7 @@ def begin_trial(trial: optuna.Trial, graph: ktg.Graph, worker: str) -> None:
         if trial.user_attrs.get(name) is not None:
             trial.set_user_attr(name, None)
     trial.set_user_attr("graph", json.loads(graph.to_json()))
-    trial.set_user_attr("key", graph_key(graph))
+    trial.set_user_attr("key", key_of(graph))
     trial.set_user_attr("worker", worker)
 
 

@@ -43,25 +43,26 @@ def entry_label(entry: Mapping[str, Any]) -> str:
     return entry["name"] + (f" (is {entry['stands_for']})" if entry["stands_for"] else "")
 
 
-def table(results: Record) -> Table:
-    """The results for a terminal: p-values are those corrected by Holm's method."""
-    caption = "in per cent; differences in points, paired by seed; p after Holm"
-    shown = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+def tables(results: Record) -> list[Table]:
+    """The results for a terminal: accuracies, then differences with p-values after Holm."""
+    shown = Table(box=None, padding=(0, 1, 0, 0), caption="in per cent", caption_justify="left")
     shown.add_column("graph", overflow="fold")
-    for title in ("val.", "test", "- mutual", "p", "- indep.", "p", "- distil.", "p"):
+    for title in ("validation", "test"):
         shown.add_column(title, justify="right", no_wrap=True)
-    found = {(c["entry"], c["baseline_kind"]): c for c in results["comparisons"]}
     for entry in results["entries"]:
-        cells = [
-            entry_label(entry),
-            per_cent(entry["val_accuracy"]),
-            mean_and_std(entry),
-        ]
-        for kind in ("mutual", "independent", "distillation"):
-            comparison = found.get((entry["name"], kind), {})
-            cells += [points(comparison.get("difference")), p_value(comparison.get("p_holm"))]
-        shown.add_row(*cells)
-    return shown
+        shown.add_row(entry_label(entry), per_cent(entry["val_accuracy"]), mean_and_std(entry))
+    if not results["comparisons"]:
+        return [shown]
+    caption = "differences in points, paired by seed, with 95 % intervals; p after Holm"
+    compared = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    for title in ("graph", "baseline"):
+        compared.add_column(title, overflow="fold")
+    for title in ("difference", "95 % interval", "p"):
+        compared.add_column(title, justify="right", no_wrap=True)
+    for comparison in results["comparisons"]:
+        *cells, _, p = _comparison_row(results, comparison)
+        compared.add_row(*cells, p)
+    return [shown, compared]
 
 
 def _caveat(results: Record) -> str:

@@ -33,8 +33,8 @@ class Trainer:
         config: the configuration of the training; its graph does not count.
         dataset: with validation images.
         device: to train on.
-        recordings: folder for what frozen networks put out, which is recorded once, in trainings
-            with the seed of the configuration; None: they run in every training.
+        recordings: folder for what frozen networks put out, which is recorded once; None: they run
+            in every training.
 
     Attributes:
         node_epochs: compute spent by the last `epochs`: nodes times epochs, a frozen node's a
@@ -64,7 +64,8 @@ class Trainer:
 
         Args:
             graph: its nodes that the target needs are trained.
-            seed: the seed of the initial weights and the data.
+            seed: the seed of the initial weights; the order of the images and their augmentation
+                are by that of the configuration, whose frozen networks are the same in all.
 
         Yields:
             The epoch, from 1, and the target's validation accuracy after it.
@@ -75,11 +76,12 @@ class Trainer:
         """
         self.node_epochs = 0.0
         self.recorded_epochs = self.read_epochs = 0
-        config = dataclasses.replace(self._config, seed=seed)
+        first = self._config  # whose networks that are trained alone, and whose data, serve all
+        config = dataclasses.replace(first, seed=seed, data_seed=first.seed)
         graph = with_pretrained(graph.pruned())
         check_networks(config, graph, self._dataset, [self._device])
-        located = locate_pretrained(graph, config, self._dataset, self._train_alone)
-        frozen = self._frozen(seed)
+        located = locate_pretrained(graph, first, self._dataset, self._train_alone)
+        frozen = None if self._recordings is None else FrozenRecordings(self._recordings)
         run = assemble(config, located, self._dataset, [self._device], frozen)
         self.recorded_epochs = 0 if frozen is None else frozen.recorded
         self.node_epochs += _FROZEN_COST * self.recorded_epochs
@@ -98,12 +100,6 @@ class Trainer:
             self.node_epochs += cost
             self.read_epochs += run.read
             yield record["epoch"], evaluate(state)
-
-    def _frozen(self, seed: int) -> FrozenRecordings | None:
-        """Where frozen networks are recorded; None: nobody else would read it."""
-        if self._recordings is None or seed != self._config.seed:
-            return None
-        return FrozenRecordings(self._recordings)
 
     def _train_alone(self, config: TrainConfig, dataset: Dataset) -> None:
         train(config, make_console(), dataset, [self._device])

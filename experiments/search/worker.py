@@ -26,13 +26,14 @@ from ..runs.process import Programs, prepare, share_cores
 from . import pictures, team
 from .database import explained_outage
 from .extra import optuna
+from .plan import is_next, race_trials
+from .race import key_of
 from .retraining import retrain
 from .samplers import suggest_graph
 from .storage import Turn, open_storage
 from .study import (
     State,
     begin_trial,
-    graph_key,
     is_counted,
     is_failure,
     is_orphan,
@@ -106,6 +107,7 @@ class Worker:
         self._storage = open_storage(url)
         self._study = open_study(self._storage, orders.study, config, self._space)
         self._turn = Turn(url, orders.study)
+        self._of_race = race_trials(config, self._space)
 
     def search(self) -> None:
         """Runs trials.
@@ -123,7 +125,9 @@ class Worker:
                 running = sum(trial.state == State.RUNNING for trial in trials)
                 if counted >= self._config.trials or self._is_late():
                     return
-                if counted + running < self._config.trials:
+                is_wanted = counted + running < self._config.trials
+                given = self._study, self._config, self._space, trials, self._of_race
+                if is_wanted and is_next(*given):
                     self._run_trial()
                     continue
             time.sleep(_POLL_SECONDS)  # another worker may die, and its trial be left to this one
@@ -163,13 +167,13 @@ class Worker:
             raise _LeftTrial(error) from None
 
     def _value(self, trial: optuna.Trial) -> float:
-        graph, seed = suggest_graph(trial, self._space), self._config.seed
+        graph = suggest_graph(trial, self._space)
         begin_trial(trial, graph, self._orders.worker)
-        if self._config.duplicates == "retrain":
-            seed = take_seed(self._study, trial, seed)
+        seed = self._seed_of(trial)
         self._turn.release()
         started = time.monotonic()
-        if self._config.duplicates == "reuse" and (original := self._original(trial, graph)):
+        is_reused = self._config.duplicates == "reuse" and "race" not in trial.user_attrs
+        if is_reused and (original := self._original(trial, graph)):
             return self._reuse(trial, original)
         if self._orders.artifacts:
             pictures.announce(trial, Path(self._orders.artifacts))
@@ -184,6 +188,15 @@ class Worker:
             trial.set_user_attr("programs_compiled", self._programs.compiled - before[0])
             trial.set_user_attr("programs_loaded", self._programs.loaded - before[1])
 
+    def _seed_of(self, trial: optuna.Trial) -> int:
+        """The seed of its initial weights: of a training of the race the given one."""
+        first = self._config.seed
+        if self._config.duplicates == "retrain" and "race" not in trial.user_attrs:
+            return take_seed(self._study, trial, first)
+        if trial.user_attrs.get("seed") is None:
+            trial.set_user_attr("seed", first + trial.number % self._config.trial_seeds)
+        return trial.user_attrs["seed"]
+
     def _train(self, trial: optuna.Trial, graph: ktg.Graph, seed: int) -> float:
         epochs = self._trainer.epochs(graph, seed)
         value = 0.0
@@ -194,12 +207,12 @@ class Worker:
                 return value
             epoch, value = made
             trial.report(value, epoch)
-            if trial.should_prune():
+            if "race" not in trial.user_attrs and trial.should_prune():
                 raise optuna.TrialPruned
 
     def _original(self, trial: optuna.Trial, graph: ktg.Graph) -> optuna.trial.FrozenTrial | None:
         """The trial to take the values from, when it is finished; None: there is none."""
-        key = graph_key(graph)
+        key = key_of(graph)
         while True:
             with self._turn:  # the worker that is waited for may be dead
                 trials = self._trials()

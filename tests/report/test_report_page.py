@@ -519,7 +519,7 @@ def test_commands_can_be_copied_into_a_shell(folder: Path) -> None:
     words = shlex.split(train)
     assert words[:3] == ["python", "-m", "experiments.train"]
     config = parse(TrainConfig, words[3:])
-    assert config.graph == f"{folder}:{study.best(1)[0].number}"
+    assert config.graph == f"{folder}:{study.best(1)[0].trial.number}"
     assert config.imports == ("tiny_models",)
     assert training_fields(config) == training_fields(SEARCHED)
 
@@ -563,7 +563,7 @@ def result_of(names: Sequence[str], accuracies: Sequence[float]) -> dict[str, An
 
 
 def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
-    best = next(t for t in load_search(folder).best(9) if t.baseline == "mutual")
+    best = next(b.trial for b in load_search(folder).best(9) if b.trial.baseline == "mutual")
     listed = contenders([best])
     accuracies = {contender.name: [0.5, 0.75] for contender in listed}
     here = SearchFolder(folder)

@@ -104,7 +104,7 @@ def test_it_searches_and_ends_fairly(finished: tuple[Path, Ended], found: StudyR
     results = found.results
     assert results is not None
     assert results["seeds"] == [0, 1]
-    best = found.best(1)[0]
+    best = found.best(1)[0].trial
     assert results["entries"][0]["trial"] == best.number
     assert max(t.value or 0 for t in found.trials) == best.value
     kinds = [entry["kind"] for entry in results["entries"]]
@@ -158,7 +158,7 @@ def test_what_edges_carry_is_searched(tmp_path: Path) -> None:
 
 def test_its_graphs_can_be_trained(finished: tuple[Path, Ended], found: StudyRecord) -> None:
     workdir, _ = finished
-    best = found.best(1)[0]
+    best = found.best(1)[0].trial
     assert best.graph is not None
     graph = build_graph(TrainConfig(graph=str(workdir)))
     assert graph.gates == best.graph.pruned().gates

@@ -1,0 +1,147 @@
+"""What a worker does next: a trial that waits, a new graph, or a training of the race."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import ktg_jax as ktg
+
+from .baselines import baselines
+from .config import SearchConfig
+from .effects import EffectsModel
+from .extra import optuna
+from .race import Entrant, Race, key_of, race, trainings
+from .records import TrialRecord, values_of
+from .samplers import model_of, pool_of
+from .study import RACE, State, Trials, is_counted, races, records
+
+_LEAST_TRIALS = 2
+"""Complete trials of different graphs without which there is no race."""
+
+
+def race_trials(config: SearchConfig, space: ktg.SearchSpace) -> int:
+    """How many of the trials are kept for the race: no more than half of those after baselines."""
+    if config.race < 2:
+        return 0
+    designed = len(baselines(space)) if config.baselines else 0
+    untrained = config.race // 2 if config.sampler == "effects" else 0
+    wanted = trainings(config.race, untrained, config.trial_seeds)
+    return max(min(wanted, (config.trials - designed) // 2), 0)
+
+
+def is_next(
+    study: optuna.Study,
+    config: SearchConfig,
+    space: ktg.SearchSpace,
+    trials: Trials,
+    of_race: int,
+) -> bool:
+    """Whether there is a trial to begin now; else one that runs has to come to its end first.
+
+    Where the race is on, its next training is enqueued. To be called in the study's turn.
+
+    Args:
+        study: of the search.
+        config: of the search.
+        space: of graphs.
+        trials: all trials of the study.
+        of_race: so many trials are kept for the race: see `race_trials`.
+    """
+    if any(trial.state == State.WAITING for trial in trials):
+        return True
+    others = [trial for trial in trials if not _is_of_race(trial, config)]
+    running = sum(trial.state == State.RUNNING for trial in others)
+    begun = running + sum(map(is_counted, others))
+    if not of_race or begun < config.trials - of_race:
+        return True
+    if running:
+        return False
+    stands = _race(study, config, space, trials)
+    if stands is None:
+        return True
+    at_work = {
+        (trial.user_attrs["race"]["entrant"], trial.user_attrs["seed"])
+        for trial in trials
+        if _is_of_race(trial, config) and trial.state == State.RUNNING
+    }
+    left = [each for each in stands.wanted if each not in at_work]
+    if not left:
+        return False
+    entrant, seed = left[0]
+    attributes = {
+        "seed": seed,
+        "race": {"of": config.trials, "round": len(stands.rounds) + 1, "entrant": entrant},
+    }
+    study.enqueue_trial(space.parameters(stands.entrants[entrant].graph), user_attrs=attributes)
+    return True
+
+
+def _is_of_race(trial: optuna.trial.FrozenTrial, config: SearchConfig) -> bool:
+    return trial.user_attrs.get("race", {}).get("of") == config.trials
+
+
+def _race(
+    study: optuna.Study, config: SearchConfig, space: ktg.SearchSpace, trials: Trials
+) -> Race | None:
+    """The race as it stands, begun if it was not; None: too few graphs for one."""
+    known = races(study).get(config.trials)
+    if known is None:
+        known = _entrants(config, space, trials)
+        if len(known) < _LEAST_TRIALS:
+            return None
+        listed = [entrant.to_json() for entrant in known]
+        study.set_user_attr(f"{RACE}{config.trials}", listed)
+    return race(known, values_of(records(trials)), config.seed, config.trial_seeds)
+
+
+def _entrants(config: SearchConfig, space: ktg.SearchSpace, trials: Trials) -> list[Entrant]:
+    """The best graphs, each once: by the effects, tried or not, and by their trials."""
+    complete = [trial for trial in trials if trial.value is not None]
+    if len(complete) < _LEAST_TRIALS:
+        return []
+    model = model_of(space, complete)
+    observed = _by_trials(records(complete), model)
+    by_model = config.race // 2 if config.sampler == "effects" else 0
+    chosen = {key_of(e.graph): e for e in observed[: config.race - by_model]}
+    if by_model:
+        rng = np.random.default_rng([config.seed, len(trials)])
+        pool = [space.graph(p) for p in pool_of(space, complete, rng, config.draw)]
+        pool += [entrant.graph for entrant in observed]
+        for entrant in _by_model(pool, model, chosen)[:by_model]:
+            chosen[key_of(entrant.graph)] = entrant
+    for entrant in observed:  # where the space has no others
+        if len(chosen) < config.race:
+            chosen.setdefault(key_of(entrant.graph), entrant)
+    return list(chosen.values())
+
+
+def _by_trials(complete: Sequence[TrialRecord], model: EffectsModel) -> list[Entrant]:
+    """Graphs by the mean accuracy of their trials, best first; the effects of seeds taken off."""
+    of_graph: dict[str, list[TrialRecord]] = {}
+    for record in complete:
+        if record.graph is not None:
+            of_graph.setdefault(key_of(record.graph), []).append(record)
+
+    def reached(trials: Sequence[TrialRecord]) -> float:
+        return float(np.mean([(t.value or 0.0) - model.of_seed(t.seed or 0) for t in trials]))
+
+    ordered = sorted(of_graph.values(), key=lambda some: (-reached(some), some[0].number))
+    graphs = [some[0].graph for some in ordered if some[0].graph is not None]
+    expected = model.predict(graphs)[0]
+    return [Entrant(g, "trials", float(e)) for g, e in zip(graphs, expected, strict=True)]
+
+
+def _by_model(
+    pool: Sequence[ktg.Graph], model: EffectsModel, taken: Mapping[str, Any]
+) -> list[Entrant]:
+    """Graphs of the pool that were not taken, those first of which the effects expect most."""
+    expected = model.predict(pool)[0]
+    found: dict[str, Entrant] = {}
+    for i in np.argsort(-expected, kind="stable"):
+        if len(found) > len(taken):
+            break
+        key = key_of(pool[i])
+        if key not in taken:
+            found.setdefault(key, Entrant(pool[i], "model", float(expected[i])))
+    return list(found.values())
