@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -41,6 +41,9 @@ METHODS: dict[str, tuple[Literal["random", "tpe"], Pruner]] = {
     "tpe + asha": ("tpe", "asha"),
 }
 """Sampler and pruner."""
+
+_PAPERS: dict[str, Any] = {"draw": "uniform", "trial_seeds": 1, "race": 0}
+"""How all these methods draw, without a race."""
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # of Okabe and Ito, as the gates'
 _TRIALS_AT_ONCE = 10
@@ -181,7 +184,7 @@ def quality(
         for method, (sampler, pruner) in METHODS.items():
             begin(f"{method}, seed {seed}")
             mine = dataclasses.replace(
-                config, sampler=sampler, pruner=pruner, seed=seed, baselines=False
+                config, sampler=sampler, pruner=pruner, seed=seed, baselines=False, **_PAPERS
             )
             trials = search_until(mine, max(budgets), trainer)
             curves[method].append(compute_curve(trials))

@@ -31,7 +31,10 @@ COMPARED_WITH = {
 """Which side each is compared with. `warm`: programs that an earlier search compiled are there."""
 
 # A search like the plain one: nothing is pruned, and the same graphs are drawn.
-_SEARCH = ("--sampler", "random", "--pruner", "none", "--no-baselines", "--retrain-top", "0")
+_SEARCH = (
+    *("--sampler", "random", "--draw", "uniform", "--pruner", "none", "--no-baselines"),
+    *("--trial-seeds", "1", "--race", "0", "--retrain-top", "0"),
+)
 _WORKERS = {"one_worker": 1, "two_workers": 2}
 _COMPILED = "compiled"
 

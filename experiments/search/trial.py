@@ -22,7 +22,7 @@ from ..runs.networks import check_networks
 from ..runs.pretrained import locate_pretrained
 from ..train import train
 
-_FROZEN_COST = 1 / 3
+FROZEN_COST = 1 / 3
 """The cost of a forward pass, against that of a whole step."""
 
 
@@ -84,9 +84,9 @@ class Trainer:
         frozen = None if self._recordings is None else FrozenRecordings(self._recordings)
         run = assemble(config, located, self._dataset, [self._device], frozen)
         self.recorded_epochs = 0 if frozen is None else frozen.recorded
-        self.node_epochs += _FROZEN_COST * self.recorded_epochs
+        self.node_epochs += FROZEN_COST * self.recorded_epochs
         live = len(graph.frozen) - run.read
-        cost = len(graph.nodes) - len(graph.frozen) + _FROZEN_COST * live
+        cost = len(graph.nodes) - len(graph.frozen) + FROZEN_COST * live
         epochs = train_epochs(
             run.state,
             run.step,
