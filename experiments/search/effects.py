@@ -119,8 +119,8 @@ class EffectsModel:
         graphs: of complete trials, at least one.
         seeds: with which each was trained.
         values: the target's validation accuracy of each. What is further below the middle than
-            three times what the best is above it counts as no worse than that: how bad a bad graph
-            is says little of how good ones differ.
+            the best is above it counts as no worse than that: how bad a bad graph is says little
+            of how good ones differ.
 
     Attributes:
         noise: standard deviation of the values of one graph with one seed.
@@ -245,7 +245,7 @@ def _told_apart(terms: Sequence[Mapping[Term, int]]) -> list[Term]:
 
 def _without_extremes(values: np.ndarray) -> np.ndarray:
     middle = float(np.median(values))
-    return np.maximum(values, middle - 3 * max(float(values.max()) - middle, 1e-3))
+    return np.maximum(values, middle - max(float(values.max()) - middle, 1e-3))
 
 
 def _posterior(

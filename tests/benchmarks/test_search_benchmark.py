@@ -104,7 +104,7 @@ def test_other_graphs_than_the_plain_searchs_are_an_error() -> None:
 
 
 def small_quality(**changes: Any) -> SearchConfig:
-    return small_search(nodes=3, epochs=2, baselines=False, **changes)
+    return small_search(nodes=3, epochs=2, **changes)
 
 
 def test_equivalent_graphs_are_trained_once_and_paid_by_every_search() -> None:

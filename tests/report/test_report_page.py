@@ -197,7 +197,7 @@ def test_the_summary_adds_up() -> None:
     assert (summary.duplicates, summary.trained) == (1, 6)
     assert (summary.compiled, summary.loaded) == (6, 2)
     assert summary.best is not None
-    assert summary.best.number == 1
+    assert summary.best.trial.number == 1
     assert summary.node_epochs == 24
     assert summary.whole == 5 * 2 * EPOCHS  # four complete trials and a pruned one
     assert summary.seconds == 180
@@ -271,13 +271,14 @@ def test_the_page_says_what_the_record_holds(tmp_path: Path) -> None:
     assert re.findall("<h2>(.*?)</h2>", (tmp_path / "a.html").read_text(encoding="utf-8")) == [
         "Fair ending",
         "The best graphs",
+        "What gates do",
         "Learning curves",
         "Gates of good graphs",
         "Accuracy against compute",
         "All trials",
         "How to reproduce it",
     ]
-    assert page.count("svg") == 3 + 3  # three distinct complete graphs, three figures
+    assert page.count("svg") == 3 + 4  # three distinct complete graphs, four figures
 
 
 def test_the_page_says_what_recordings_saved(tmp_path: Path) -> None:
@@ -465,7 +466,7 @@ def test_chromium_tells_of_a_broken_page(tmp_path: Path) -> None:
 
 # --- from the folder of a search
 
-SEARCHED = small_search(trials=5, pruner="none", augment=False, epochs=2)
+SEARCHED = small_search(trials=8, pruner="none", augment=False, epochs=2, baselines=True)
 SEEDS = [3, 4]
 
 
@@ -563,20 +564,20 @@ def result_of(names: Sequence[str], accuracies: Sequence[float]) -> dict[str, An
 
 
 def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
-    best = next(b.trial for b in load_search(folder).best(9) if b.trial.baseline == "mutual")
+    best = next(b for b in load_search(folder).best(9) if b.trial.baseline == "mutual")
     listed = contenders([best])
     accuracies = {contender.name: [0.5, 0.75] for contender in listed}
     here = SearchFolder(folder)
     results = compare(listed, accuracies, SEEDS)
     here.write("results.json", results)
     assert load_search(folder).tested == {}  # the runs are gone
-    of_best = here.retrained / f"found-{best.number}"
+    of_best = here.retrained / f"found-{best.trial.number}"
     for seed, values in zip(SEEDS, ([0.5, 0.25], [0.75, 0.375]), strict=True):
         run = of_best / f"seed-{seed}"
         run.mkdir(parents=True)
         names = ("tiny-0", "tiny-1")
         (run / "result.json").write_text(json.dumps(result_of(names, values)))
-    assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
+    assert load_search(folder).tested == {best.trial.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
     end = in_process(experiments.report.command.main, folder)
     assert end.code == 0, end.err
     assert "31.25 %" in Parsed(folder / "report.html").text
@@ -585,7 +586,7 @@ def test_the_fair_ending_tells_the_accuracy_of_each_node(folder: Path) -> None:
     for entry in results["entries"]:
         entry["runs"] = ["seed-3", "seed-4-epochs-9"]
     here.write("results.json", results)
-    assert load_search(folder).tested == {best.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
+    assert load_search(folder).tested == {best.trial.number: {"tiny-0": 0.625, "tiny-1": 0.3125}}
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "optuna"])

@@ -19,7 +19,7 @@ from experiments.search.samplers import make_sampler, suggest_graph  # noqa: E40
 
 SPACE = SearchSpace(3, "cnn", ("cnn", "resnet8", "wrn10_2"), GATES[:4], (1.0, 4.0))
 SMALL = SearchSpace(2, "cnn", ("cnn", "resnet8"), ("through", "cutoff"))
-NAMES = ("random", "tpe")
+NAMES = ("effects", "random", "tpe")
 Worker = tuple[Any, SearchSpace]
 
 
@@ -230,7 +230,7 @@ def test_samplers_work_with_pruners(name: str, pruner: str) -> None:
 
 @pytest.mark.parametrize("name", ["grid", "", None, "TPE"])
 def test_an_unknown_sampler_is_refused(name: Any) -> None:
-    with pytest.raises(InputError, match=r"sampler: got .*; allowed: random, tpe"):
+    with pytest.raises(InputError, match=r"sampler: got .*; allowed: effects, random, tpe"):
         make_sampler(name, SMALL, 0)
 
 

@@ -23,6 +23,7 @@ from searches import (
 
 import ktg_jax as ktg
 from experiments.runs.folder import Folder
+from experiments.search.baselines import baselines
 from experiments.search.extra import optuna
 from experiments.search.storage import open_storage
 from experiments.search.study import (
@@ -79,20 +80,22 @@ def test_the_same_search_with_more_trials_goes_on(url: str) -> None:
 
 
 def test_the_baselines_are_the_first(url: str) -> None:
-    work(url, small_search(trials=5, pruner="none"), rising)
+    work(url, small_search(trials=8, pruner="none", baselines=True), rising)
     trials = trials_of(url)
     assert [trial.baseline for trial in trials] == [
-        "independent",
-        "mutual",
-        "distillation",
-        None,
-        None,
+        *("independent", "control", "mutual", "distillation tiny"),
+        *("distillation tiny, label linear", "distillation tiny, label cut"),
+        *(None, None),
     ]
-    graphs = [trial.graph for trial in trials[:3]]
-    assert graphs == [
-        ktg.graphs.independent(["tiny", "tiny"]),
-        ktg.graphs.mutual(["tiny", "tiny"]),
-        ktg.graphs.distillation("tiny", "tiny"),
+    graphs = [trial.graph for trial in trials[:6] if trial.graph is not None]
+    frozen = ("cutoff", "cutoff")
+    assert [graph.pruned().gates for graph in graphs] == [
+        (("through",),),
+        (("linear",),),
+        (("through", "through"),) * 2,
+        (("through", "through"), frozen),
+        (("linear", "through"), frozen),
+        (("cutoff", "through"), frozen),
     ]
 
 
@@ -131,7 +134,7 @@ def test_those_drawn_at_the_same_time_wait_for_the_first(url: str) -> None:
         time.sleep(0.5)
         return rising(graph, seed)
 
-    config = small_search(nodes=1, candidates=(), trials=6, pruner="none", baselines=False)
+    config = small_search(nodes=1, candidates=(), trials=6, pruner="none")
     trainer = work(url, config, slowly, workers=3)
     assert len(trainer.trained) <= 2
     assert len({graph.canonical() for graph, _ in trainer.trained}) == len(trainer.trained)
@@ -221,14 +224,15 @@ def test_a_failed_trial_is_noted_and_the_search_goes_on(url: str) -> None:
             return [0.5, RunError("step 9, node tiny-0:\nloss not finite")]
         return [*rising(graph, seed)]
 
-    work(url, small_search(trials=6), mutual_diverges)
+    work(url, small_search(trials=6, baselines=True), mutual_diverges)
     trials = trials_of(url)
     assert len(trials) == 6
-    assert [trial.number for trial in trials if trial.state == "failed"] == [1]
-    assert trials[1].reason == "step 9, node tiny-0: loss not finite"
-    assert trials[1].curve == {1: 0.5}
-    assert trials[1].value is None
-    assert trials[1].node_epochs == 2
+    (failed,) = (trial for trial in trials if trial.state == "failed")
+    assert failed.baseline == "mutual"
+    assert failed.reason == "step 9, node tiny-0: loss not finite"
+    assert failed.curve == {1: 0.5}
+    assert failed.value is None
+    assert failed.node_epochs == 2
 
 
 def test_equivalents_of_a_failed_trial_fail_as_it_did(url: str) -> None:
@@ -290,7 +294,7 @@ def test_a_full_disk_is_no_failure_of_a_graph(
                 pass
         return [0.1, *([] if failure is None else [failure])]
 
-    config = small_search(trials=4)
+    config = small_search(trials=7, baselines=True)
     with pytest.raises(raised, match=r"No space left|a folder that can be written"):
         work(url, config, full)
     assert [trial.reason for trial in trials_of(url)] == [None]
@@ -298,8 +302,8 @@ def test_a_full_disk_is_no_failure_of_a_graph(
     run_all_again(study, "here")
     work(url, config, rising)  # with room again: nothing was lost
     ended = [trial for trial in trials_of(url) if trial.state in ("complete", "pruned")]
-    assert len(ended) == 4
-    assert {trial.baseline for trial in ended} == {"independent", "mutual", "distillation", None}
+    assert len(ended) == 7
+    assert {trial.baseline for trial in ended} == {*baselines(config.space()), None}
 
 
 def test_bad_input_of_a_graph_is_its_failure(url: str) -> None:

@@ -52,18 +52,18 @@ def _quiet() -> None:
 
 
 def test_a_trial_left_before_its_graph_was_noted_is_run_again(url: str) -> None:
-    config = small_search(trials=4)
+    config = small_search(trials=7, baselines=True)
     study = begin(url, config)
     study.ask()  # as by a worker that was killed then
     work(url, config, rising)
     trials = trials_of(url)
     assert [t.state for t in trials if t.number == 0] == ["failed"]
-    assert [t.number for t in trials if t.baseline == "independent"] == [0, 3]
-    assert sum(t.state in ("complete", "pruned") for t in trials) == 4
+    assert [t.number for t in trials if t.baseline == "independent"] == [0, 6]
+    assert sum(t.state in ("complete", "pruned") for t in trials) == 7
 
 
 def test_a_trial_that_was_left_is_run_again_with_its_graph(url: str) -> None:
-    config = small_search(trials=5, baselines=False)
+    config = small_search(trials=5)
     begin(url, config)
 
     def killed(graph: ktg.Graph, seed: int) -> list[float]:
@@ -113,25 +113,25 @@ def test_it_does_not_wait_for_ever_for_an_equivalent_graph_of_a_dead_worker(url:
 
 
 def test_one_that_was_taken_for_dead_goes_on_with_the_next(url: str) -> None:
-    config = small_search(trials=3, pruner="none")
+    config = small_search(trials=6, pruner="none", baselines=True)
     study = begin(url, config)
 
     def slept(graph: ktg.Graph, seed: int) -> list[float]:
-        if len(study.trials) == 3:  # those enqueued: the first time
+        if len(study.trials) == 6:  # those enqueued: the first time
             run_all_again(study, "here")
         return rising(graph, seed)
 
     trainer = work(url, config, slept)
-    assert [t.state for t in trials_of(url)] == ["failed", *["complete"] * 3]
-    assert [trial.reason for trial in trials_of(url)] == [None] * 4
-    assert len(trainer.trained) == 4
+    assert [t.state for t in trials_of(url)] == ["failed", *["complete"] * 6]
+    assert [trial.reason for trial in trials_of(url)] == [None] * 7
+    assert len(trainer.trained) == 7
 
 
 # --- workers that are killed
 
 
 def test_a_trial_that_kills_its_workers_fails_and_the_search_goes_on(url: str) -> None:
-    config = small_search(trials=4, pruner="none", baselines=False)
+    config = small_search(trials=4, pruner="none")
     study, space, killer = begin(url, config), config.space(), ktg.graphs.mutual(["tiny", "tiny"])
     study.enqueue_trial(space.parameters(killer))
     storage = open_storage(url)
@@ -156,7 +156,7 @@ def test_a_trial_that_kills_its_workers_fails_and_the_search_goes_on(url: str) -
 
 
 def test_no_trial_is_lost_however_often_it_is_interrupted(url: str) -> None:
-    config = small_search(trials=1, baselines=False)
+    config = small_search(trials=1)
     study = begin(url, config)
     for _ in range(25):
         begin_trial(study.ask(), ktg.graphs.mutual(["tiny", "tiny"]), "here/0")
@@ -168,7 +168,7 @@ def test_no_trial_is_lost_however_often_it_is_interrupted(url: str) -> None:
 
 
 def test_a_trial_that_was_asked_for_by_a_worker_killed_at_once_is_not_lost(url: str) -> None:
-    config = small_search(trials=2, pruner="none", baselines=False)
+    config = small_search(trials=2, pruner="none")
     study = begin(url, config)
     asked = study.ask()  # killed before it noted which worker has the trial
     run_all_again(study, "here")

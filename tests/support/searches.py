@@ -20,7 +20,7 @@ Values = Callable[[ktg.Graph, int], Sequence[float | Exception]]
 
 
 def small_search(workdir: str | Path | None = None, **changes: Any) -> SearchConfig:
-    """A search over graphs of tiny networks, whose trials take a moment."""
+    """A search over graphs of tiny networks, whose trials take a moment; uniform and at random."""
     defaults: dict[str, Any] = {
         "nodes": 2,
         "target": "tiny",
@@ -30,6 +30,12 @@ def small_search(workdir: str | Path | None = None, **changes: Any) -> SearchCon
         "epochs": 3,
         "batch_size": 32,
         "trials": 6,
+        "baselines": False,
+        "sampler": "random",
+        "draw": "uniform",
+        "pruner": "asha",
+        "trial_seeds": 1,
+        "race": 0,
         "retrain_top": 1,
         "retrain_seeds": 2,
     }
