@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models  # noqa: F401  (registers models)
 from searches import (
     STUDY,
     Killed,
