@@ -105,10 +105,6 @@ def _replaced(
         made["data"] = of_data(data)
     if isinstance(training, Mapping):  # of a search
         made["training"] = _replaced(training, known, of_data, of_node)
-    space = made.get("space")  # of a search
-    if isinstance(space, Mapping) and isinstance(space.get("teachers"), list):
-        teachers = [_replaced_in_node(node, known, of_node) for node in space["teachers"]]
-        made["space"] = {**space, "teachers": teachers}
     if isinstance(graph, Mapping) and isinstance(graph.get("nodes"), list):
         nodes = [_replaced_in_node(node, known, of_node) for node in graph["nodes"]]
         made["graph"] = {**graph, "nodes": nodes}

@@ -100,7 +100,7 @@ def check_teachers(
 def _one_each(config: SearchConfig, field: str) -> list[str | None]:
     """What is given for each teacher; None: nothing."""
     given, n = getattr(config, field), len(config.teachers)
-    if len(given) == 1 and field == "teacher_inputs":
+    if n and len(given) == 1 and field == "teacher_inputs":
         given = given * n
     if len(given) not in (0, n):
         raise InputError(field, list(given), f"{n} entries, one a teacher, or none")

@@ -50,9 +50,10 @@ def test_each_is_recorded_once_and_trains_the_others_as_if_it_ran(tmp_path: Path
         "staged",
         "tiny",
     ]
-    again = [value for _, value in read.epochs(TAUGHT, 1)]  # another seed has batches of its own
-    assert len(again) == 2
-    assert (read.recorded_epochs, read.read_epochs) == (0, 0)
+    # Another seed of initial weights has the same batches, and the same frozen networks.
+    again = [value for _, value in read.epochs(TAUGHT, 1)]
+    assert again != curves[0]
+    assert (read.recorded_epochs, read.read_epochs, read.node_epochs) == (0, 4, 2)
 
 
 def test_a_training_from_recordings_ends_where_the_live_one_does(tmp_path: Path) -> None:

@@ -52,6 +52,23 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
         ({"temperatures": (0.0,)}, "temperatures"),
         ({"temperatures": (1.0, 1e300)}, "error: temperatures[1]: got 1e+300; allowed: 1e-15 to"),
         ({"trials": 0}, "trials"),
+        ({"race": 1}, "error: race: got 1; allowed: 0, or at least 2 graphs"),
+        ({"race": -1}, "error: race: got -1"),
+        ({"trial_seeds": 0}, "error: trial_seeds: got 0"),
+        (
+            {"baselines": True, "trials": 5},
+            "error: trials: got 5; allowed: at least 6, the designed graphs, or --no-baselines",
+        ),
+        (
+            {"baselines": True, "nodes": 1, "gates": ("through", "linear", "cutoff")},
+            "allowed: a space with other graphs than the 2 designed ones, or --no-baselines",
+        ),
+        (
+            {"teachers": ("nowhere",)},
+            "error: teachers[0]: weights: got 'nowhere'; allowed: a run's",
+        ),
+        ({"teachers": ('{"model": "tiny"}',)}, "error: teachers[0]: got "),
+        ({"teacher_inputs": ("imagenet",)}, "error: teacher_inputs: got ['imagenet']; allowed: 0"),
         ({"trials": 10**4000}, "error: trials: got an integer of about 4,000 digits; allowed: at"),
         ({"workers": 0}, "workers"),
         ({"workers": 10**6}, "error: workers: got 1000000; allowed: at most 1,000"),
