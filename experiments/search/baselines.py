@@ -1,6 +1,7 @@
 """The graphs that people design by hand, which are the first trials of a search."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ and no knowledge; all nodes learning from each other; frozen teachers."""
 
 DESIGNED = "designed"
 """The best of all these in a search."""
+
+_MANY = 2000
+"""So many designed graphs are listed whatever the trials."""
 
 _DRAWS = 200
 """Graphs that are drawn to find one that nobody designed."""
@@ -47,6 +51,10 @@ def check_baselines(config: SearchConfig, space: ktg.SearchSpace) -> None:
     """Raises InputError for fewer trials than baselines, or a space that has no other graphs."""
     if not config.baselines:
         return
+    if config.trials < (most := _most(space)) > _MANY:
+        raise InputError(
+            "trials", config.trials, f"about {most:,} designed graphs, or --no-baselines"
+        )
     designed = baselines(space)
     if config.trials < len(designed):
         allowed = f"at least {len(designed)}, the designed graphs, or --no-baselines"
@@ -57,6 +65,16 @@ def check_baselines(config: SearchConfig, space: ktg.SearchSpace) -> None:
     if all(graph in known for graph in drawn):
         allowed = f"a space with other graphs than the {len(designed)} designed ones"
         raise InputError("gates", list(config.gates), f"{allowed}, or --no-baselines")
+
+
+def _most(space: ktg.SearchSpace) -> int:
+    """How many distillations there are at most; in large spaces there are too many to list."""
+    kinds, temperatures = (
+        len(space.kinds),
+        max(len(space.edge_temperatures), len(space.temperatures)),
+    )
+    sets = sum(math.comb(n + kinds - 1, n) for n in range(1, space.num_nodes))
+    return sets * temperatures * len(_LABELS)
 
 
 def kind_of_baseline(name: str) -> str:

@@ -13,7 +13,7 @@ from .effects import EffectsModel
 from .extra import optuna
 from .race import Entrant, Race, key_of, race, trainings
 from .records import TrialRecord, values_of
-from .samplers import model_of, pool_of
+from .samplers import is_trained, model_of, pool_of
 from .study import RACE, State, Trials, is_counted, races, records
 
 _LEAST_TRIALS = 2
@@ -97,7 +97,7 @@ def _race(
 
 def _entrants(config: SearchConfig, space: ktg.SearchSpace, trials: Trials) -> list[Entrant]:
     """The best graphs, each once: by the effects, tried or not, and by their trials."""
-    complete = [trial for trial in trials if trial.value is not None]
+    complete = [trial for trial in trials if is_trained(trial)]
     if len(complete) < _LEAST_TRIALS:
         return []
     model = model_of(space, complete)

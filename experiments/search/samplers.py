@@ -172,7 +172,7 @@ class EffectsSampler(GraphSampler):
     ) -> dict[str, Any]:
         names = self._space.choices().keys()
         trials = [t for t in study.get_trials(deepcopy=False) if t.params.keys() == names]
-        complete = [t for t in trials if t.value is not None]
+        complete = [t for t in trials if is_trained(t)]
         if len(complete) < _LEAST:
             return super()._draw(study, trial, search_space, rng)
         model = model_of(self._space, complete)
@@ -189,6 +189,11 @@ class EffectsSampler(GraphSampler):
             graph = self._space.graph(trial.params)
             self._keys[trial.number] = graph.canonical().to_json()
         return self._keys[trial.number]
+
+
+def is_trained(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether it was trained to its end, and has not its values from an equivalent one."""
+    return trial.value is not None and trial.user_attrs.get("duplicate_of") is None
 
 
 def model_of(space: SearchSpace, complete: Sequence[optuna.trial.FrozenTrial]) -> EffectsModel:
