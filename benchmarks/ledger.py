@@ -16,7 +16,7 @@ from experiments.runs.assemble import load
 from experiments.search.config import SearchConfig, resolved
 from experiments.search.database import sqlite_url
 from experiments.search.extra import optuna
-from experiments.search.plan import race_trials
+from experiments.search.plan import reserved
 from experiments.search.race import Race, key_of
 from experiments.search.records import TrialRecord, standings
 from experiments.search.storage import Turn, open_storage
@@ -143,7 +143,8 @@ def _spend(config: SearchConfig, budget: float, search: Any) -> int:
         known, _ = search(dataclasses.replace(config, trials=done, race=0))
         before, spent = spent, sum(trial.node_epochs for trial in known)
         idle = idle + 1 if spent == before else 0
-    return done + race_trials(dataclasses.replace(config, trials=3 * done + 1000), config.space())
+    enough = dataclasses.replace(config, trials=3 * done + 1000)
+    return done + reserved(enough, config.space()).trials
 
 
 def test_accuracies(

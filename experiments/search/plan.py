@@ -1,7 +1,7 @@
 """What a worker does next: a trial that waits, a new graph, or a training of the race."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,14 +20,28 @@ _LEAST_TRIALS = 2
 """Complete trials of different graphs without which there is no race."""
 
 
-def race_trials(config: SearchConfig, space: ktg.SearchSpace) -> int:
-    """How many of the trials are kept for the race: no more than half of those after baselines."""
-    if config.race < 2:
-        return 0
+class Reserved(NamedTuple):
+    """What is kept for the race."""
+
+    graphs: int
+    """That take part; 0: there is no race."""
+    trials: int
+    """Trainings that it takes."""
+
+
+def reserved(config: SearchConfig, space: ktg.SearchSpace) -> Reserved:
+    """The race that half of the trials after the baselines suffice for; as large as was asked."""
     designed = len(baselines(space)) if config.baselines else 0
-    untrained = config.race // 2 if config.sampler == "effects" else 0
-    wanted = trainings(config.race, untrained, config.trial_seeds)
-    return max(min(wanted, (config.trials - designed) // 2), 0)
+    for graphs in range(config.race, 1, -1):
+        wanted = trainings(graphs, _by_effects(config, graphs), config.trial_seeds)
+        if wanted <= (config.trials - designed) // 2:
+            return Reserved(graphs, wanted)
+    return Reserved(0, 0)
+
+
+def _by_effects(config: SearchConfig, graphs: int) -> int:
+    """How many of so many graphs the effects choose; these may have no trial yet."""
+    return graphs // 2 if config.sampler == "effects" else 0
 
 
 def is_next(
@@ -35,7 +49,7 @@ def is_next(
     config: SearchConfig,
     space: ktg.SearchSpace,
     trials: Trials,
-    of_race: int,
+    kept: Reserved,
 ) -> bool:
     """Whether there is a trial to begin now; else one that runs has to come to its end first.
 
@@ -46,18 +60,18 @@ def is_next(
         config: of the search.
         space: of graphs.
         trials: all trials of the study.
-        of_race: so many trials are kept for the race: see `race_trials`.
+        kept: for the race.
     """
     if any(trial.state == State.WAITING for trial in trials):
         return True
     others = [trial for trial in trials if not _is_of_race(trial, config)]
     running = sum(trial.state == State.RUNNING for trial in others)
     begun = running + sum(map(is_counted, others))
-    if not of_race or begun < config.trials - of_race:
+    if not kept.graphs or begun < config.trials - kept.trials:
         return True
     if running:
         return False
-    stands = _race(study, config, space, trials)
+    stands = _race(study, config, space, trials, kept.graphs)
     if stands is None:
         return True
     at_work = {
@@ -82,12 +96,16 @@ def _is_of_race(trial: optuna.trial.FrozenTrial, config: SearchConfig) -> bool:
 
 
 def _race(
-    study: optuna.Study, config: SearchConfig, space: ktg.SearchSpace, trials: Trials
+    study: optuna.Study,
+    config: SearchConfig,
+    space: ktg.SearchSpace,
+    trials: Trials,
+    graphs: int,
 ) -> Race | None:
     """The race as it stands, begun if it was not; None: too few graphs for one."""
     known = races(study).get(config.trials)
     if known is None:
-        known = _entrants(config, space, trials)
+        known = _entrants(config, space, trials, graphs)
         if len(known) < _LEAST_TRIALS:
             return None
         listed = [entrant.to_json() for entrant in known]
@@ -95,15 +113,17 @@ def _race(
     return race(known, values_of(records(trials)), config.seed, config.trial_seeds)
 
 
-def _entrants(config: SearchConfig, space: ktg.SearchSpace, trials: Trials) -> list[Entrant]:
+def _entrants(
+    config: SearchConfig, space: ktg.SearchSpace, trials: Trials, graphs: int
+) -> list[Entrant]:
     """The best graphs, each once: by the effects, tried or not, and by their trials."""
     complete = [trial for trial in trials if is_trained(trial)]
     if len(complete) < _LEAST_TRIALS:
         return []
     model = model_of(space, complete)
     observed = _by_trials(records(complete), model)
-    by_model = config.race // 2 if config.sampler == "effects" else 0
-    chosen = {key_of(e.graph): e for e in observed[: config.race - by_model]}
+    by_model = _by_effects(config, graphs)
+    chosen = {key_of(e.graph): e for e in observed[: graphs - by_model]}
     if by_model:
         rng = np.random.default_rng([config.seed, len(trials)])
         pool = [space.graph(p) for p in pool_of(space, complete, rng, config.draw)]
@@ -111,7 +131,7 @@ def _entrants(config: SearchConfig, space: ktg.SearchSpace, trials: Trials) -> l
         for entrant in _by_model(pool, model, chosen)[:by_model]:
             chosen[key_of(entrant.graph)] = entrant
     for entrant in observed:  # where the space has no others
-        if len(chosen) < config.race:
+        if len(chosen) < graphs:
             chosen.setdefault(key_of(entrant.graph), entrant)
     return list(chosen.values())
 

@@ -26,7 +26,7 @@ from ..runs.process import Programs, prepare, share_cores
 from . import pictures, team
 from .database import explained_outage
 from .extra import optuna
-from .plan import is_next, race_trials
+from .plan import is_next, reserved
 from .race import key_of
 from .retraining import retrain
 from .samplers import suggest_graph
@@ -107,7 +107,7 @@ class Worker:
         self._storage = open_storage(url)
         self._study = open_study(self._storage, orders.study, config, self._space)
         self._turn = Turn(url, orders.study)
-        self._of_race = race_trials(config, self._space)
+        self._reserved = reserved(config, self._space)
 
     def search(self) -> None:
         """Runs trials.
@@ -126,7 +126,7 @@ class Worker:
                 if counted >= self._config.trials or self._is_late():
                     return
                 is_wanted = counted + running < self._config.trials
-                given = self._study, self._config, self._space, trials, self._of_race
+                given = self._study, self._config, self._space, trials, self._reserved
                 if is_wanted and is_next(*given):
                     self._run_trial()
                     continue

@@ -1,5 +1,6 @@
 """The race over seeds: who takes part, who goes on, and what is left of the budget."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from searches import (
 
 import ktg_jax as ktg
 from experiments.search.baselines import baselines
-from experiments.search.plan import race_trials
+from experiments.search.plan import reserved
 from experiments.search.race import Entrant, key_of, race, trainings
 from experiments.search.records import TrialRecord, standings, values_of
 from experiments.search.storage import open_storage
@@ -143,8 +144,8 @@ RACING: dict[str, Any] = {
 @pytest.mark.parametrize("sampler", ["effects", "random"])
 def test_a_search_ends_with_a_race(sampler: Any, tmp_path: Path) -> None:
     config = small_search(sampler=sampler, trials=30, **RACING)
-    of_race = race_trials(config, config.space())
-    assert of_race == trainings(4, 2 if sampler == "effects" else 0, 2)
+    graphs, of_race = reserved(config, config.space())
+    assert (graphs, of_race) == (4, trainings(4, 2 if sampler == "effects" else 0, 2))
     trainer = work(study_url(tmp_path), config, gates_open, workers=2)
     trials = trials_of(study_url(tmp_path))
     assert len(trials) == 30
@@ -175,7 +176,7 @@ def test_no_race_without_one(tmp_path: Path) -> None:
 
 def test_a_killed_training_of_the_race_is_run_again_with_its_seed(tmp_path: Path) -> None:
     url, config = study_url(tmp_path), small_search(trials=20, **RACING)
-    before = 20 - race_trials(config, config.space())
+    before = 20 - reserved(config, config.space()).trials
     calls = iter(range(1000))
 
     def killing(graph: ktg.Graph, seed: int) -> list[float]:
@@ -214,5 +215,9 @@ def test_with_more_trials_the_search_goes_on_and_races_anew(tmp_path: Path) -> N
 def test_a_small_budget_leaves_half_of_it_to_new_graphs() -> None:
     config = small_search(trials=16, baselines=True, **RACING)
     designed = len(baselines(config.space()))
-    assert race_trials(config, config.space()) == (16 - designed) // 2
-    assert race_trials(small_search(trials=3, **RACING), config.space()) == 1
+    assert designed == 9
+    assert reserved(config, config.space()) == (0, 0)  # the smallest race takes 4 of 7
+    more = dataclasses.replace(config, trials=17)
+    assert reserved(more, config.space()) == (2, 4)
+    most = dataclasses.replace(config, trials=100)
+    assert reserved(most, config.space()) == (4, trainings(4, 0, 2))
