@@ -19,9 +19,13 @@ _RELATIVE = {"main": 1.0, "with": 0.6, "seed": 0.5}
 """The standard deviations of effects before anything is known, relative to each other: of parts, of
 two parts together, of seeds."""
 
-_SIGNALS = tuple(2.0**k for k in range(-3, 3))
-_NOISES = tuple(2.0**k for k in range(-4, 1))
+_SIGNALS = tuple(2.0**k for k in range(-5, 2))
+_NOISES = tuple(2.0**k for k in range(-6, 1))
 """Standard deviations of the effects of parts and of the noise, in those of the values."""
+
+_ROUNDS, _FAR = 4, 3.0
+"""Fits, before each of which values are brought to within so many deviations of what is expected:
+one training that went wrong is no effect of its graph."""
 
 _SURE = 100.0
 """The standard deviation of the mean over all graphs, which nothing is known of."""
@@ -118,9 +122,8 @@ class EffectsModel:
     Args:
         graphs: of complete trials, at least one.
         seeds: with which each was trained.
-        values: the target's validation accuracy of each. What is further below the middle than
-            the best is above it counts as no worse than that: how bad a bad graph is says little
-            of how good ones differ.
+        values: the target's validation accuracy of each. One that is far from what all the others
+            make one expect counts as nearer.
 
     Attributes:
         noise: standard deviation of the values of one graph with one seed.
@@ -134,17 +137,22 @@ class EffectsModel:
             of_trial["seed", str(seed)] = 1
         self._names = _told_apart(terms)
         self._seen = Counter(name for of_trial in terms for name in of_trial)
-        reached = _without_extremes(np.asarray(values, float))
-        self._centre = float(reached.mean())
-        spread = float(reached.std()) or 1e-3
         design = self._columns(terms, self._names)
-        relative = np.array([_relative(name) for name in self._names])
-        known = reached - self._centre
+        reached = np.asarray(values, float)
+        spread = float(reached.std()) or 1e-3
         settings = [(s * spread, n * spread) for s in _SIGNALS for n in _NOISES]
-        _, self._scale, self.noise = max(
-            (_log_evidence(design, known, s * relative, n), s, n) for s, n in settings
-        )
-        self._mean, self._covariance = _posterior(design, known, self._scale * relative, self.noise)
+        relative = np.array([_relative(name) for name in self._names])
+        self._centre, kept = float(reached.mean()), reached
+        for _ in range(_ROUNDS):
+            known = kept - self._centre
+            self._scale, self.noise = max(
+                settings, key=lambda s: _log_evidence(design, known, s[0] * relative, s[1])
+            )
+            self._mean, self._covariance = _posterior(
+                design, known, self._scale * relative, self.noise
+            )
+            fitted = self._centre + design @ self._mean
+            kept = np.clip(reached, fitted - _FAR * self.noise, fitted + _FAR * self.noise)
 
     def thompson(self, graphs: Sequence[ktg.Graph], rng: np.random.Generator) -> np.ndarray:
         """What the graphs would reach if effects that are drawn from what is believed were true.
@@ -223,6 +231,8 @@ def _in_words(name: Term) -> str:
     group, *rest = name
     if group == "label":
         return f"label {rest[0]}"
+    if group == "partner":
+        return ": ".join(rest)
     return " ".join(rest).replace(" with ", ", with ")
 
 
@@ -243,11 +253,6 @@ def _told_apart(terms: Sequence[Mapping[Term, int]]) -> list[Term]:
     return [name for name in names if name[-1] != lowest]
 
 
-def _without_extremes(values: np.ndarray) -> np.ndarray:
-    middle = float(np.median(values))
-    return np.maximum(values, middle - max(float(values.max()) - middle, 1e-3))
-
-
 def _posterior(
     design: np.ndarray, values: np.ndarray, prior: np.ndarray, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -258,8 +263,12 @@ def _posterior(
 
 
 def _log_evidence(design: np.ndarray, values: np.ndarray, prior: np.ndarray, noise: float) -> float:
-    """The logarithm of the values' probability, up to a constant."""
-    covariance = (design * prior**2) @ design.T + noise**2 * np.eye(len(values))
-    lower = np.linalg.cholesky(covariance)
-    whitened = np.linalg.solve(lower, values)
-    return float(-0.5 * whitened @ whitened - np.log(np.diag(lower)).sum())
+    """The logarithm of the values' probability, up to a constant; effects are left open."""
+    weighted = design * prior / noise  # effects in units of what is believed, values in noise's
+    whitened = values / noise
+    precision = np.eye(len(prior)) + weighted.T @ weighted
+    projected = weighted.T @ whitened
+    explained = projected @ np.linalg.solve(precision, projected)
+    _, log_determinant = np.linalg.slogdet(precision)
+    unexplained = whitened @ whitened - explained
+    return float(-0.5 * (unexplained + log_determinant) - len(values) * np.log(noise))
