@@ -90,7 +90,7 @@ def test_it_is_searched_and_ended_with_the_default_options(
 ) -> None:
     (tmp_path / "home").mkdir()
     workdir = tmp_path / "search"
-    changes = {"epochs": 1, "trials": 3, "workers": 1, "retrain_seeds": 1}
+    changes = {"epochs": 1, "trials": 6, "workers": 1, "retrain_seeds": 1, "baselines": True}
     config = small_search(workdir, data=data["folder"], train_limit=None, **changes)
     assert config.val_fraction > 0
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +101,8 @@ def test_it_is_searched_and_ended_with_the_default_options(
     study = load_search(workdir)
     assert {trial.state for trial in study.trials} <= {"complete", "pruned"}
     assert study.results is not None
-    assert len(study.results["entries"]) == 3  # the found graph is one of the three baselines
+    kinds = {entry["kind"] for entry in study.results["entries"]}
+    assert {"found", "distillation"} <= kinds
     for entry in study.results["entries"]:
         (name,) = entry["runs"]
         run = json.loads((workdir / "retrained" / entry["name"] / name / "config.json").read_text())

@@ -70,14 +70,19 @@ def test_a_search_never_reads_the_test_images(tmp_path: Path) -> None:
     np.savez(path, images=images, labels=labels, **test)
     spoil(path, "test_images.npy")
     config = small_search(
-        tmp_path / "search", data=f"npz:{path}", train_limit=None, trials=4, retrain_top=0
+        tmp_path / "search",
+        data=f"npz:{path}",
+        train_limit=None,
+        trials=6,
+        baselines=True,
+        retrain_top=0,
     )
     end = run(config)
     assert end.code == 0, end.err
     trials = load_search(tmp_path / "search").trials
     assert [trial.state for trial in trials if trial.state not in ("complete", "pruned")] == []
-    assert len(trials) == 4
-    assert any(trial.baseline == "distillation" for trial in trials)  # pre-trains
+    assert len(trials) == 6
+    assert any(trial.baseline == "distillation tiny" for trial in trials)  # pre-trains
     shutil.rmtree(tmp_path / "search")
     end = run(SearchConfig(**vars(config) | {"retrain_top": 1}))
     assert end.code == 1  # for the workers of the fair ending do
