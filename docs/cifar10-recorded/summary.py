@@ -7,10 +7,19 @@ from pathlib import Path
 import ktg_jax as ktg
 from experiments.comparison import Contender, compare
 
-ARMS, SEEDS = {"alone": (), "one": ("alone",), "three": ("alone", "one")}, range(5)
+ARMS: dict[str, tuple[str, ...]] = {
+    "alone": (),
+    "one": ("alone",),
+    "three": ("alone", "one"),
+    "seen": ("alone", "one"),
+    "unseen": ("alone", "one", "seen"),
+}
+SEEDS = range(5)
 folder = Path(sys.argv[1])
 accuracies, contenders = {}, []
 for arm, baselines in ARMS.items():
+    if not (folder / f"{arm}-0").is_dir():
+        continue
     runs = [json.loads((folder / f"{arm}-{seed}" / "result.json").read_text()) for seed in SEEDS]
     accuracies[arm] = [run["target"]["test_accuracy"] for run in runs]
     graph = ktg.Graph.load(folder / f"{arm}-0" / "graph.json")
