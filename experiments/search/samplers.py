@@ -19,6 +19,7 @@ from ktg_jax.space.space import SearchSpace
 
 from .effects import EffectsModel
 from .extra import optuna
+from .race import key_of
 
 Distributions = dict[str, optuna.distributions.BaseDistribution]
 
@@ -180,14 +181,13 @@ class EffectsSampler(GraphSampler):
         graphs = [self._space.graph(parameters) for parameters in pool]
         order = np.argsort(-model.thompson(graphs, rng), kind="stable")
         tried = {self._key(t) for t in trials}
-        new = (i for i in order if graphs[i].canonical().to_json() not in tried)
+        new = (i for i in order if key_of(graphs[i]) not in tried)
         return pool[next(new, order[0])]
 
     def _key(self, trial: optuna.trial.FrozenTrial) -> str:
         """The same for trials of equivalent graphs."""
         if trial.number not in self._keys:
-            graph = self._space.graph(trial.params)
-            self._keys[trial.number] = graph.canonical().to_json()
+            self._keys[trial.number] = key_of(self._space.graph(trial.params))
         return self._keys[trial.number]
 
 
