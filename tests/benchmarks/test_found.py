@@ -115,6 +115,7 @@ def test_the_whole_benchmark_and_again_from_what_it_kept(tmp_path: Path) -> None
         seeds=(0, 1),
         fresh_seeds=2,
         race=2,
+        trials=16,
         methods=("effects", "random + asha"),
         times=(1.0,),
         folder=str(tmp_path / "found"),
