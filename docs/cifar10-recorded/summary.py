@@ -11,6 +11,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "alone": (),
     "one": ("alone",),
     "three": ("alone", "one"),
+    "standardised": ("alone", "one"),
     "seen": ("alone", "one"),
     "unseen": ("alone", "one", "seen"),
 }
