@@ -237,9 +237,13 @@ def test_under_pmap_the_shape_is_that_of_a_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("main", "options", "field"),
     [
-        (search.main, "--target cnn --candidates cnn map --trials 2", "candidates[1]"),
-        (search.main, "--target pair --trials 2", "target"),
-        (search.main, "--candidates raising cnn --trials 2", "candidates[0]"),
+        (
+            search.main,
+            "--target cnn --candidates cnn map --trials 90",
+            "candidates[1]",
+        ),
+        (search.main, "--target pair --trials 90", "target"),
+        (search.main, "--candidates raising cnn --trials 90", "candidates[0]"),
         (represent.main, "--student integers", "student"),
         (represent.main, "--teacher-model seven", "teacher_model"),
         (ablation.main, "--students cnn named", "students[1]"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models  # noqa: F401  (registers models)
+import tiny_models  # noqa: F401  (registers its models)
 from searches import (
     STUDY,
     Killed,
@@ -22,15 +22,17 @@ from searches import (
 
 import ktg_jax as ktg
 from experiments.search.baselines import baselines
+from experiments.search.extra import optuna
 from experiments.search.plan import reserved
 from experiments.search.race import Entrant, key_of, race, trainings
 from experiments.search.records import TrialRecord, standings, values_of
 from experiments.search.storage import open_storage
 from experiments.search.study import race_of
 
-optuna = pytest.importorskip("optuna")
-
-GATES = ("through", "linear", "negative_linear", "through")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed:UserWarning"),
+]
 
 
 def alone(gate: str, model: str = "cnn") -> ktg.Graph:
