@@ -19,18 +19,20 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.ledger import Found, found_graph, test_accuracies
+from benchmarks.ledger import Found, accuracies_on_test, found_graph
 from benchmarks.machine import machine
 from experiments.runs import cli
 from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
+from experiments.runs.identity import differences
 from experiments.runs.options import at_least
 from experiments.runs.process import prepare, share_cores
 from experiments.search.baselines import baselines, check_baselines
-from experiments.search.config import Sampler, SearchConfig
+from experiments.search.config import Sampler, SearchConfig, resolved
 from experiments.search.config import check as check_search
 from experiments.search.teachers import with_teachers
 from ktg_jax.errors import InputError
+from ktg_jax.io.files import write_text
 
 Method = Literal["effects", "random + asha", "tpe + asha"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -118,7 +120,7 @@ def compare(options: FoundOptions, console: Console) -> dict[str, Any]:
     """
     config = search_of(options)
     folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin_folder(folder, config)
     designed = baselines(config.space())
     content: dict[str, Any] = {"machine": machine(), "epochs": config.epochs}
     runs = [(seed, method, times) for seed in options.seeds for method, times in _sides(options)]
@@ -136,6 +138,19 @@ def compare(options: FoundOptions, console: Console) -> dict[str, Any]:
     report.save(options, content)
     console.print(_table(content))
     return content
+
+
+def _begin_folder(folder: Path, config: SearchConfig) -> None:
+    """Notes what the folder is of, or raises InputError where it is of other searches."""
+    about, fields = folder / "search.json", resolved(config, config.space())
+    fields["trials"] = config.trials
+    if about.is_file():
+        if different := differences(json.loads(about.read_text()), fields):
+            allowed = f"a folder of the same searches (differing: {different})"
+            raise InputError("folder", str(folder), allowed)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(about, json.dumps(fields, indent=1) + "\n")
 
 
 def search_of(options: FoundOptions) -> SearchConfig:
@@ -177,7 +192,7 @@ def _search_seed(options: FoundOptions, config: SearchConfig, seed: int) -> None
         if not path.is_file():
             mine = _config_of(config, method, seed)
             found = found_graph(mine, budget * times or None, folder / "recordings")
-            path.write_text(json.dumps(found.to_json()))
+            write_text(path, json.dumps(found.to_json()))
         if method == "effects":
             budget = _read_found(path).node_epochs
 
@@ -199,8 +214,8 @@ def _test(options: FoundOptions, config: SearchConfig, texts: Sequence[str], see
     known = json.loads(path.read_text()) if path.is_file() else {}
     wanted = [text for text in texts if text not in known]
     if wanted:
-        known |= test_accuracies(config, wanted, seed, path.parent / "recordings")
-        path.write_text(json.dumps(known))
+        known |= accuracies_on_test(config, wanted, seed, path.parent / "recordings")
+        write_text(path, json.dumps(known))
 
 
 def _run(jobs: Sequence[Any], options: FoundOptions, console: Console, what: str) -> None:

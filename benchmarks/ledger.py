@@ -4,7 +4,8 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,24 @@ class LedgerTrainer(Trainer):
 
     Graphs are trained in their canonical form. Epochs are trained as they are asked for; networks
     that are trained alone first, and recordings, are not counted: they are the same for all.
+
+    Attributes:
+        node_epochs: as of `Trainer`, an epoch of a frozen node being a third, read or not.
+        trained: node-epochs that were really trained.
     """
 
-    def __init__(self, config: SearchConfig, dataset: Dataset, recordings: Path) -> None:
-        # One seed for what all searches share: the networks trained alone, the order of the data.
-        training = dataclasses.replace(config.training(), seed=0)
-        super().__init__(training, dataset, jax.local_devices()[0], recordings)
+    def __init__(
+        self, config: SearchConfig, dataset: Dataset, recordings: Path | None = None
+    ) -> None:
+        super().__init__(config.training(), dataset, jax.local_devices()[0], recordings)
+        self.trained = 0.0
         self._all_epochs = config.epochs
         self._curves: dict[tuple[str, int], _Curve] = {}
+
+    @property
+    def graphs(self) -> int:
+        """Graphs trained, wholly or in part; with several seeds several times."""
+        return len(self._curves)
 
     def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
         """As of `Trainer`."""
@@ -83,6 +94,7 @@ class LedgerTrainer(Trainer):
             if len(curve.values) < epoch:
                 assert curve.more is not None
                 curve.values.append(next(curve.more)[1])
+                self.trained += cost
                 if epoch == self._all_epochs:
                     curve.more = None  # and with it the network
             spent += cost
@@ -92,8 +104,66 @@ class LedgerTrainer(Trainer):
 
 @dataclass
 class _Curve:
+    """Accuracies of the epochs so far, and where more of them come from."""
+
     values: list[float] = dataclasses.field(default_factory=list)
     more: Iterator[tuple[int, float]] | None = None
+
+
+Search = Callable[[SearchConfig], tuple[list[TrialRecord], Race | None]]
+"""Searches until there are as many trials as a configuration says: all trials, and the race."""
+
+
+@contextmanager
+def scratch_search(config: SearchConfig, trainer: Trainer) -> Iterator[Search]:
+    """A search in this process, whose study is gone afterwards; the trainer trains its trials."""
+    space = config.space()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        url = sqlite_url(Path(folder) / "study.db")
+        storage = open_storage(url)
+        try:
+            with Turn(url, _STUDY):
+                study = begin_study(storage, _STUDY, config, space, resolved(config, space))
+
+            def search(config: SearchConfig) -> tuple[list[TrialRecord], Race | None]:
+                orders = Orders(config, index=0, worker="here/0", storage=url, study=_STUDY)
+                Worker(orders, trainer).search()
+                known = records(study.get_trials(deepcopy=False))
+                return known, race_of(study, known)
+
+            yield search
+        finally:
+            storage.engine.dispose()
+
+
+def spend(
+    config: SearchConfig, budget: float, search: Search, trials_at_once: int
+) -> list[TrialRecord]:
+    """Searches until so many node-epochs are spent, or the space has no other graph.
+
+    Args:
+        config: of the search; its number of trials does not count.
+        budget: node-epochs.
+        search: of `scratch_search`.
+        trials_at_once: after so many it is looked at what is spent.
+
+    Returns:
+        The trials, the last of which may begin beyond the budget.
+    """
+    known: list[TrialRecord] = []
+    spent, idle = 0.0, 0
+    while spent < budget and idle < _MOST_IDLE:
+        known, _ = search(dataclasses.replace(config, trials=len(known) + trials_at_once, race=0))
+        before, spent = spent, spent_on(known)
+        idle = idle + 1 if spent == before else 0
+    return known
+
+
+def spent_on(trials: Sequence[TrialRecord]) -> float:
+    """The node-epochs of trials."""
+    return sum(trial.node_epochs for trial in trials)
 
 
 _TRAINERS: dict[str, LedgerTrainer] = {}
@@ -108,51 +178,25 @@ def found_graph(config: SearchConfig, budget: float | None, recordings: Path) ->
         budget: node-epochs before the race; None: as many trials as the configuration says.
         recordings: folder for what frozen networks put out.
     """
-    trainer = _trainer(config, recordings)
-    space = config.space()
-    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        url = sqlite_url(Path(home) / "study.db")
-        storage = open_storage(url)
-        try:
-            with Turn(url, _STUDY):
-                study = begin_study(storage, _STUDY, config, space, resolved(config, space))
-
-            def search(mine: SearchConfig) -> tuple[list[TrialRecord], Race | None]:
-                orders = Orders(mine, index=0, worker="here/0", storage=url, study=_STUDY)
-                Worker(orders, trainer).search()
-                known = records(study.get_trials(deepcopy=False))
-                return known, race_of(study, known)
-
-            done = config.trials if budget is None else _spend(config, budget, search)
-            known, race = search(dataclasses.replace(config, trials=done))
-            best = standings(known, race)[0]
-            spent = sum(trial.node_epochs for trial in known)
-            trainings = sum(trial.duplicate_of is None for trial in known)
-            return Found(best.graph.canonical(), spent, trainings)
-        finally:
-            storage.engine.dispose()
+    with scratch_search(config, _trainer(config, recordings)) as search:
+        trials = config.trials
+        if budget is not None:
+            done = len(spend(config, budget, search, _TRIALS_AT_ONCE))
+            enough = dataclasses.replace(config, trials=3 * done + 1000)
+            trials = done + reserved(enough, config.space()).trials
+        known, race = search(dataclasses.replace(config, trials=trials))
+    best = standings(known, race)[0]
+    trainings = sum(trial.duplicate_of is None for trial in known)
+    return Found(best.graph.canonical(), spent_on(known), trainings)
 
 
-def _spend(config: SearchConfig, budget: float, search: Any) -> int:
-    """Searches until the budget is spent; returns the trials in all, those of a race included."""
-    done, spent, idle = 0, 0.0, 0
-    while spent < budget and idle < _MOST_IDLE:
-        done += _TRIALS_AT_ONCE
-        known, _ = search(dataclasses.replace(config, trials=done, race=0))
-        before, spent = spent, sum(trial.node_epochs for trial in known)
-        idle = idle + 1 if spent == before else 0
-    enough = dataclasses.replace(config, trials=3 * done + 1000)
-    return done + reserved(enough, config.space()).trials
-
-
-def test_accuracies(
+def accuracies_on_test(
     config: SearchConfig, graphs: Sequence[str], seed: int, recordings: Path
 ) -> dict[str, float]:
     """The target's accuracy on the test images of each graph (JSON), trained with one seed."""
     dataset = load(config)
-    trainer = LedgerTrainer(config, dataclasses.replace(dataset, val=dataset.test), recordings)
+    judged = dataclasses.replace(dataset, val=dataset.test)
+    trainer = LedgerTrainer(_shared(config), judged, recordings)
     found = {}
     for text in graphs:
         *_, (_, accuracy) = trainer.epochs(ktg.Graph.from_json(text), seed)
@@ -161,8 +205,13 @@ def test_accuracies(
 
 
 def _trainer(config: SearchConfig, recordings: Path) -> LedgerTrainer:
-    key = repr(dataclasses.replace(config.training(), seed=0))
+    shared = _shared(config)
+    key = repr(shared.training())
     if key not in _TRAINERS:
-        dataset = load(config, with_test=False)
-        _TRAINERS[key] = LedgerTrainer(config, dataset, recordings)
+        _TRAINERS[key] = LedgerTrainer(shared, load(shared, with_test=False), recordings)
     return _TRAINERS[key]
+
+
+def _shared(config: SearchConfig) -> SearchConfig:
+    """With one seed for what all searches share: networks trained alone, the order of the data."""
+    return dataclasses.replace(config, seed=0)

@@ -8,29 +8,20 @@ is counted as if it had trained alone.
 
 import dataclasses
 import statistics
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 import ktg_jax as ktg
+from benchmarks.ledger import LedgerTrainer, scratch_search, spend
 from benchmarks.task import Figures
 from experiments.report.measures import ComputePoint, compute_curve
 from experiments.runs.assemble import load
-from experiments.search.config import Pruner, SearchConfig, resolved
-from experiments.search.database import sqlite_url
-from experiments.search.extra import optuna
-from experiments.search.race import key_of
+from experiments.search.config import Pruner, SearchConfig
 from experiments.search.records import TrialRecord
-from experiments.search.storage import Turn, open_storage
-from experiments.search.study import begin_study, records
-from experiments.search.team import Orders
 from experiments.search.trial import Trainer
-from experiments.search.worker import Worker
 from ktg_jax.draw import style
 from ktg_jax.io.files import atomic_path
 from ktg_jax.mpl import Figure
@@ -47,41 +38,25 @@ _PAPERS: dict[str, Any] = {"draw": "uniform", "trial_seeds": 1, "race": 0}
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # of Okabe and Ito, as the gates'
 _TRIALS_AT_ONCE = 10
-_MOST_IDLE = 5  # times that many trials without a new graph: then there is none left
-_STUDY = "quality"
 
 
-class SharedTrainer(Trainer):
+class SharedTrainer(LedgerTrainer):
     """A trainer for many searches, which never trains equivalent graphs twice.
 
-    Graphs are trained in their canonical form, with one seed, whatever seed is asked for: that of
-    a search is then its sampler's alone. A search pays for all epochs that it asks for, and for
-    the pre-training of each model that its frozen nodes need, once.
-
-    Attributes:
-        node_epochs: as of `Trainer`.
-        trained: epochs trained of all graphs together, times their nodes as in `node_epochs`.
-        graphs: graphs trained, wholly or in part.
+    All are trained with one seed, whatever seed is asked for: that of a search is then its
+    sampler's alone. A search pays for all epochs that it asks for, and for the pre-training of each
+    model that its frozen nodes need, once.
     """
 
     def __init__(self, config: SearchConfig) -> None:
-        super().__init__(config.training(), load(config, with_test=False), jax.local_devices()[0])
-        self.trained = 0.0
+        super().__init__(config, load(config, with_test=False))
         self._seed = config.seed
-        self._epochs_alone = config.epochs
-        self._curves: dict[str, _Curve] = {}
         self._paid: set[str] = set()
-
-    @property
-    def graphs(self) -> int:
-        """Graphs trained, wholly or in part."""
-        return len(self._curves)
 
     def pretrain(self, space: ktg.SearchSpace) -> None:
         """Trains the space's networks alone, so that no graph's own cost has that in it."""
         for model in space.candidates:
-            graph = ktg.graphs.distillation(space.target, model)
-            next(super().epochs(graph, self._seed))
+            next(Trainer.epochs(self, ktg.graphs.distillation(space.target, model), self._seed))
 
     def begin_search(self) -> None:
         """From now on it works for another search, which has paid for nothing yet."""
@@ -89,70 +64,21 @@ class SharedTrainer(Trainer):
 
     def epochs(self, graph: ktg.Graph, seed: int) -> Iterator[tuple[int, float]]:
         """As of `Trainer`, the seed apart."""
-        graph, key = graph.canonical(), key_of(graph)
+        graph = graph.canonical()
         needed = {graph.nodes[i].model for i in graph.frozen}
-        spent = float(len(needed - self._paid) * self._epochs_alone)
+        alone = float(len(needed - self._paid) * self._all_epochs)
         self._paid |= needed
-        if key not in self._curves:
-            self._curves[key] = _Curve(super().epochs(graph, self._seed))
-        curve = self._curves[key]
-        self.node_epochs = spent
-        for i in range(self._epochs_alone):
-            if i == len(curve.values):
-                self._extend(curve)
-            spent += curve.costs[i]
-            self.node_epochs = spent
-            yield i + 1, curve.values[i]
-
-    def _extend(self, curve: "_Curve") -> None:
-        """Trains the next epoch."""
-        self.node_epochs = 0.0
-        _, value = next(curve.more)
-        curve.values.append(value)
-        curve.costs.append(self.node_epochs)
-        self.trained += self.node_epochs
-
-
-@dataclasses.dataclass
-class _Curve:
-    """Accuracies and costs of the epochs so far, and where more of them come from."""
-
-    more: Iterator[tuple[int, float]]
-    values: list[float] = dataclasses.field(default_factory=list)
-    costs: list[float] = dataclasses.field(default_factory=list)
+        self.node_epochs = alone
+        for epoch, value in super().epochs(graph, self._seed):
+            self.node_epochs += alone
+            yield epoch, value
 
 
 def search_until(config: SearchConfig, budget: float, trainer: SharedTrainer) -> list[TrialRecord]:
-    """Searches until so many node-epochs are spent, or the space has no other graph.
-
-    Args:
-        config: the configuration of the search; its number of trials does not count.
-        budget: node-epochs.
-        trainer: the trainer of all searches.
-
-    Returns:
-        The trials, the last of which may begin beyond the budget.
-    """
+    """As `spend` of `benchmarks.ledger`, in a study of its own."""
     trainer.begin_search()
-    space = config.space()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        url = sqlite_url(Path(folder) / "study.db")
-        storage = open_storage(url)
-        try:
-            with Turn(url, _STUDY):
-                study = begin_study(storage, _STUDY, config, space, resolved(config, space))
-            done, spent, idle = 0, 0.0, 0
-            while spent < budget and idle < _MOST_IDLE:
-                done += _TRIALS_AT_ONCE
-                more = dataclasses.replace(config, trials=done)
-                orders = Orders(more, index=0, worker="here/0", storage=url, study=_STUDY)
-                Worker(orders, trainer).search()
-                before, spent = spent, _spent(records(study.get_trials(deepcopy=False)))
-                idle = idle + 1 if spent == before else 0
-            return records(study.get_trials())
-        finally:
-            storage.engine.dispose()
+    with scratch_search(config, trainer) as search:
+        return spend(config, budget, search, _TRIALS_AT_ONCE)
 
 
 def quality(
@@ -176,7 +102,6 @@ def quality(
         `budgets`: `node_epochs`, the `accuracies` of the best graph by seed, `mean`, `std`), and
         of all searches together the `graphs` and the `node_epochs` that were really trained.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     trainer = SharedTrainer(config)
     trainer.pretrain(config.space())
     curves: dict[str, list[list[ComputePoint]]] = {method: [] for method in METHODS}
@@ -257,7 +182,3 @@ def _at_budget(curves: Sequence[Sequence[ComputePoint]], budget: float) -> Figur
         "mean": statistics.mean(known) if is_known else None,
         "std": statistics.stdev(known) if is_known and len(known) > 1 else None,
     }
-
-
-def _spent(trials: Sequence[TrialRecord]) -> float:
-    return sum(trial.node_epochs for trial in trials)

@@ -28,11 +28,7 @@ GROUPS = {
 
 def effects_of(study: StudyRecord) -> list[Effect]:
     """The effects that the complete trials tell, by kind, then by size; empty: too few trials."""
-    trials = [
-        t
-        for t in study.trials
-        if t.value is not None and t.graph is not None and t.duplicate_of is None
-    ]
+    trials = [trial for trial in study.trials if trial.is_trained]
     if len({key_of(t.graph) for t in trials if t.graph is not None}) < _LEAST_TRIALS:
         return []
     model = EffectsModel(

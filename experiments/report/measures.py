@@ -126,10 +126,10 @@ def best_baselines(trials: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
     """
     found: dict[str, TrialRecord] = {}
     for trial in trials:
-        if trial.baseline is None or trial.value is None or trial.duplicate_of is not None:
+        if trial.baseline is None or not trial.is_trained:
             continue
         kind = kind_of_baseline(trial.baseline)
-        if kind not in found or trial.value > (found[kind].value or 0.0):
+        if kind not in found or (trial.value or 0.0) > (found[kind].value or 0.0):
             found[kind] = trial
     return found
 

@@ -52,9 +52,8 @@ def check_baselines(config: SearchConfig, space: ktg.SearchSpace) -> None:
     if not config.baselines:
         return
     if config.trials < (most := _most(space)) > _MANY:
-        raise InputError(
-            "trials", config.trials, f"about {most:,} designed graphs, or --no-baselines"
-        )
+        allowed = f"as many as there are designed graphs (up to {most:,}), or --no-baselines"
+        raise InputError("trials", config.trials, allowed)
     designed = baselines(space)
     if config.trials < len(designed):
         allowed = f"at least {len(designed)}, the designed graphs, or --no-baselines"
@@ -69,10 +68,8 @@ def check_baselines(config: SearchConfig, space: ktg.SearchSpace) -> None:
 
 def _most(space: ktg.SearchSpace) -> int:
     """How many distillations there are at most; in large spaces there are too many to list."""
-    kinds, temperatures = (
-        len(space.kinds),
-        max(len(space.edge_temperatures), len(space.temperatures)),
-    )
+    kinds = len(space.kinds)
+    temperatures = max(len(space.edge_temperatures), len(space.temperatures))
     sets = sum(math.comb(n + kinds - 1, n) for n in range(1, space.num_nodes))
     return sets * temperatures * len(_LABELS)
 

@@ -27,8 +27,8 @@ _ROUNDS, _FAR = 4, 3.0
 """Fits, before each of which values are brought to within so many deviations of what is expected:
 one training that went wrong is no effect of its graph."""
 
-_SURE = 100.0
-"""The standard deviation of the mean over all graphs, which nothing is known of."""
+_WIDE = 100.0
+"""That of the mean over all graphs, of which nothing is known before."""
 
 Term = tuple[str, ...]
 """What an effect is of, from the general to the special."""
@@ -41,7 +41,7 @@ class Effect:
     """What a part of a graph does to the target's accuracy, as the trials tell.
 
     Attributes:
-        group: what kind of part: `label`, `sender`, `partner` or `seed`.
+        group: what kind of part: `label`, `sender` or `partner`.
         name: the part, in words.
         mean: the change of the accuracy, 0 to 1.
         std: its standard deviation: how much of it is not known.
@@ -238,14 +238,14 @@ def _in_words(name: Term) -> str:
 
 def _relative(name: Term) -> float:
     if name == MEAN:
-        return _SURE
+        return _WIDE
     return _RELATIVE["seed" if name[0] == "seed" else "with" if "with" in name else "main"]
 
 
 def _told_apart(terms: Sequence[Mapping[Term, int]]) -> list[Term]:
-    """The parts of the trials' graphs, sorted, without those that always come with another one.
+    """The parts of the trials' graphs, sorted.
 
-    The lowest temperature is what the others are compared with, and one that all have is none.
+    The lowest temperature, with which the others are compared, is none.
     """
     names = sorted(set(itertools.chain(*terms)))
     found = {float(name[-1][2:]) for name in names if name[-1].startswith("T ")}

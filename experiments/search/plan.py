@@ -1,7 +1,7 @@
 """What a worker does next: a trial that waits, a new graph, or a training of the race."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -128,8 +128,7 @@ def _entrants(
         rng = np.random.default_rng([config.seed, len(trials)])
         pool = [space.graph(p) for p in pool_of(space, complete, rng, config.draw)]
         pool += [entrant.graph for entrant in observed]
-        for entrant in _by_model(pool, model, chosen)[:by_model]:
-            chosen[key_of(entrant.graph)] = entrant
+        chosen |= _by_model(pool, model, chosen, by_model)
     for entrant in observed:  # where the space has no others
         if len(chosen) < graphs:
             chosen.setdefault(key_of(entrant.graph), entrant)
@@ -153,15 +152,14 @@ def _by_trials(complete: Sequence[TrialRecord], model: EffectsModel) -> list[Ent
 
 
 def _by_model(
-    pool: Sequence[ktg.Graph], model: EffectsModel, taken: Mapping[str, Any]
-) -> list[Entrant]:
-    """Graphs of the pool that were not taken, those first of which the effects expect most."""
+    pool: Sequence[ktg.Graph], model: EffectsModel, taken: Collection[str], count: int
+) -> dict[str, Entrant]:
+    """So many graphs of the pool of which the effects expect most, by key; none that was taken."""
     expected = model.predict(pool)[0]
     found: dict[str, Entrant] = {}
     for i in np.argsort(-expected, kind="stable"):
-        if len(found) > len(taken):
+        if len(found) == count:
             break
-        key = key_of(pool[i])
-        if key not in taken:
+        if (key := key_of(pool[i])) not in taken:
             found.setdefault(key, Entrant(pool[i], "model", float(expected[i])))
-    return list(found.values())
+    return found

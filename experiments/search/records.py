@@ -67,6 +67,11 @@ class TrialRecord:
         return self.equivalent_to if self.duplicate_of is None else self.duplicate_of
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it was trained to its end, and has not its values from an equivalent one."""
+        return self.value is not None and self.graph is not None and self.duplicate_of is None
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether it was stopped from outside: no trial of those asked for, it is run again."""
         return self.state == "failed" and self.reason is None
@@ -135,7 +140,7 @@ def standings(trials: Sequence[TrialRecord], race: Race | None = None) -> list[S
     """
     of_graph: dict[str, list[TrialRecord]] = {}
     for trial in trials:
-        if trial.value is not None and trial.duplicate_of is None and trial.graph is not None:
+        if trial.is_trained and trial.graph is not None:
             of_graph.setdefault(key_of(trial.graph), []).append(trial)
     found = {key: _standing(some) for key, some in of_graph.items()}
     ordered = sorted(found, key=lambda key: (-found[key].value, found[key].trial.number))

@@ -100,7 +100,7 @@ class GraphSampler(optuna.samplers.BaseSampler):
         if given.keys() >= search_space.keys():
             return {name: given[name] for name in search_space}
         rng = np.random.default_rng([self._seed, trial.number])
-        made = self._draw(study, trial, search_space, rng)
+        made = self._draw(study, trial, rng)
         parameters = repaired(self._space, made, given, rng)
         return {name: parameters[name] for name in search_space}
 
@@ -118,11 +118,7 @@ class GraphSampler(optuna.samplers.BaseSampler):
         )
 
     def _draw(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        search_space: Distributions,
-        rng: np.random.Generator,
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, rng: np.random.Generator
     ) -> dict[str, Any]:
         return drawn(self._space, rng, self._how)
 
@@ -136,20 +132,17 @@ class TPEGraphSampler(GraphSampler):
     """
 
     def _draw(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        search_space: Distributions,
-        rng: np.random.Generator,
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, rng: np.random.Generator
     ) -> dict[str, Any]:
-        uniform = super()._draw(study, trial, search_space, rng)
+        uniform = super()._draw(study, trial, rng)
         with warnings.catch_warnings():  # in Optuna 4 these options are still experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # The estimator is made of the study's trials; only random numbers would be kept in it.
             tpe = optuna.samplers.TPESampler(
                 seed=_legacy_seed(rng), multivariate=True, constant_liar=True, n_startup_trials=10
             )
-        return uniform | tpe.sample_relative(study, trial, search_space)
+        choices = self.infer_relative_search_space(study, trial)
+        return uniform | tpe.sample_relative(study, trial, choices)
 
 
 class EffectsSampler(GraphSampler):
@@ -165,17 +158,13 @@ class EffectsSampler(GraphSampler):
         self._keys: dict[int, str] = {}
 
     def _draw(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        search_space: Distributions,
-        rng: np.random.Generator,
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, rng: np.random.Generator
     ) -> dict[str, Any]:
         names = self._space.choices().keys()
         trials = [t for t in study.get_trials(deepcopy=False) if t.params.keys() == names]
         complete = [t for t in trials if is_trained(t)]
         if len(complete) < _LEAST:
-            return super()._draw(study, trial, search_space, rng)
+            return super()._draw(study, trial, rng)
         model = model_of(self._space, complete)
         pool = pool_of(self._space, complete, rng, self._how)
         graphs = [self._space.graph(parameters) for parameters in pool]

@@ -50,7 +50,8 @@ def with_teachers(config: SearchConfig) -> tuple[SearchConfig, list[str]]:
             continue
         known[same] = text
         names = {*config.candidates, *(str(other.name) for other in nodes)}
-        node = dataclasses.replace(node, name=_free(node.name or _name_of(text), names))
+        name = node.name or _name_of(str(node.weights or node.outputs))
+        node = dataclasses.replace(node, name=_free(name, names))
         if model is None and not text.startswith("{") and node.weights is not None:
             said.append(f"Teacher {node.name} is a {node.model} ({text}).")
         nodes.append(node)
@@ -109,11 +110,14 @@ def _one_each(config: SearchConfig, field: str) -> list[str | None]:
 
 def _node(index: int, text: str, model: str | None, wanted: str | None) -> ktg.Node:
     """A teacher from its text; without a name where the text gives it none."""
-    if text.lstrip().startswith("{"):
-        return node_from_json("node", decoded("node", text))
     path = os.path.expanduser(text)
-    if os.path.isfile(os.path.join(path, HEADER)):
-        return ktg.Node(outputs=text)
+    is_recorded = os.path.isfile(os.path.join(path, HEADER))
+    if is_recorded or text.lstrip().startswith("{"):
+        if model is not None:
+            raise InputError("model", model, f"none: {text} says it")
+        return (
+            ktg.Node(outputs=text) if is_recorded else node_from_json("node", decoded("node", text))
+        )
     if os.path.isfile(path) and is_foreign(path):
         model = model or model_of_state_dict(path)
         node = ktg.Node(model, weights=text)

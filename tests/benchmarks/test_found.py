@@ -1,5 +1,6 @@
 """The benchmark of what searches find: trained once, counted each time, and its figures."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +131,10 @@ def test_the_whole_benchmark_and_again_from_what_it_kept(tmp_path: Path) -> None
     assert set(content["designed"]) == set(baselines(config.space()))
     assert effects["trainings"] == config.trials
     files = {path: path.stat().st_mtime for path in (tmp_path / "found").glob("*.json")}
-    assert len(files) == 2 * 2 + 2
+    assert len(files) == 1 + 2 * 2 + 2
     again = compare(options, Console(width=160))
     assert again["methods"] == content["methods"]  # of the machine, the free memory is another
     assert {path: path.stat().st_mtime for path in files} == files
+    other = dataclasses.replace(options, val_fraction=0.2)
+    with pytest.raises(InputError, match=r"folder: got .*training.val_fraction: 0.4, now 0.2"):
+        compare(other, Console(width=160))

@@ -67,6 +67,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
             {"teachers": ("nowhere",)},
             "error: teachers[0]: weights: got 'nowhere'; allowed: a run's",
         ),
+        (
+            {"baselines": True, "nodes": 90, "candidates": ("tiny", "cnn")},
+            "error: trials: got 6; allowed: as many as there are designed graphs (up to 12,282)",
+        ),
         ({"teachers": ('{"model": "tiny"}',)}, "error: teachers[0]: got "),
         ({"teacher_inputs": ("imagenet",)}, "error: teacher_inputs: got ['imagenet']; allowed: 0"),
         ({"trials": 10**4000}, "error: trials: got an integer of about 4,000 digits; allowed: at"),
