@@ -443,7 +443,7 @@ def test_chromium_shows_what_can_be_scrolled(tmp_path: Path) -> None:
         page.run(TO_THE_END)
         page.run(SETTLED)
         at_the_end = page.run(SCROLLED)
-    assert len(wide) == len(narrow) == 7
+    assert len(wide) == len(narrow) == 9
     assert not any(box["cut"] or box["hinted"] or box["faded"] for box in wide)
     assert sum(box["cut"] for box in narrow) >= 5
     for box, later in zip(narrow, at_the_end, strict=True):
