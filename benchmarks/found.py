@@ -6,12 +6,15 @@ found are then trained with fresh seeds, next to all designed graphs, and tested
 """
 
 import dataclasses
+import itertools
 import json
+import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -124,8 +127,12 @@ def compare(options: FoundOptions, console: Console) -> dict[str, Any]:
     designed = baselines(config.space())
     content: dict[str, Any] = {"machine": machine(), "epochs": config.epochs}
     runs = [(seed, method, times) for seed in options.seeds for method, times in _sides(options)]
-    jobs = [partial(_search_seed, options, config, seed) for seed in options.seeds]
-    _run(jobs, options, console, "searches")
+    others: list[Method] = [method for method in options.methods if method != "effects"]
+    first: list[Method] = ["effects"]
+    for methods in filter(None, (first, others)):
+        pairs = itertools.product(options.seeds, methods)
+        jobs = [partial(_search, options, config, seed, method) for seed, method in pairs]
+        _run(jobs, options, console, f"searches, {' and '.join(methods)}")
     found = {run: _read_found(_path(folder, *run)) for run in runs}
     graphs = {name: config.space().graph(p).canonical() for name, p in designed.items()}
     listed = [*graphs.values(), *(each.graph for each in found.values())]
@@ -184,17 +191,20 @@ def _read_found(path: Path) -> Found:
     return Found.from_json(json.loads(path.read_text()))
 
 
-def _search_seed(options: FoundOptions, config: SearchConfig, seed: int) -> None:
-    """All searches of a seed, one after the other; those that are done are kept."""
+def _search(options: FoundOptions, config: SearchConfig, seed: int, method: Method) -> None:
+    """The searches of a seed by a method; those that are done are kept.
+
+    How much others than the search by effects may spend is what that one did.
+    """
     folder, budget = Path(options.folder), 0.0
-    for method, times in _sides(options):
+    if method != "effects":
+        budget = _read_found(_path(folder, seed, "effects", 1.0)).node_epochs
+    for _, times in (side for side in _sides(options) if side[0] == method):
         path = _path(folder, seed, method, times)
         if not path.is_file():
             mine = _config_of(config, method, seed)
             found = found_graph(mine, budget * times or None, folder / "recordings")
             write_text(path, json.dumps(found.to_json()))
-        if method == "effects":
-            budget = _read_found(path).node_epochs
 
 
 def _config_of(config: SearchConfig, method: str, seed: int) -> SearchConfig:
@@ -219,7 +229,7 @@ def _test(options: FoundOptions, config: SearchConfig, texts: Sequence[str], see
 
 
 def _run(jobs: Sequence[Any], options: FoundOptions, console: Console, what: str) -> None:
-    """Does the jobs in processes of their own."""
+    """Does the jobs in processes of their own, none of which outlives this one."""
     context = get_context("spawn")
     counter = context.Value("i", 0)
     with (
@@ -229,17 +239,31 @@ def _run(jobs: Sequence[Any], options: FoundOptions, console: Console, what: str
         ) as pool,
     ):
         begin(what)
-        for i, done in enumerate([pool.submit(job) for job in jobs], 1):
-            done.result()
-            if i < len(jobs):
-                begin(what)
+        try:
+            for i, done in enumerate(as_completed([pool.submit(job) for job in jobs]), 1):
+                done.result()
+                if i < len(jobs):
+                    begin(what)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def _begin(counter: Any, workers: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     share_cores(index, workers)
     prepare()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _figures(found: Any, designed: Any, accuracies: Any) -> dict[str, Any]:

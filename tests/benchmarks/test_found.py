@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +109,57 @@ def test_bad_options_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             search_of(FoundOptions(**changes))
+
+
+SLEEPS = """import os, time
+from pathlib import Path
+Path(f"{os.environ['PIDS']}/{os.getpid()}").touch()
+time.sleep(300)
+"""
+
+RUNS = """import runpy, sys
+from functools import partial
+from benchmarks import found, report
+from experiments.runs import cli
+
+def main():
+    jobs = [partial(runpy.run_path, sys.argv[1])] * 3
+    found._run(jobs, found.FoundOptions(), report.console(), "jobs")
+
+cli.run(main)
+"""
+
+
+def is_there(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_the_benchmark(tmp_path: Path, number: int) -> None:
+    job, pids = tmp_path / "job.py", tmp_path / "pids"
+    job.write_text(SLEEPS)
+    pids.mkdir()
+    environment = os.environ | {"PIDS": str(pids)}
+    process = subprocess.Popen([sys.executable, "-c", RUNS, str(job)], env=environment)
+    with process:
+        begun = waited_for(lambda: list(pids.iterdir()), 2)
+        process.send_signal(number)
+        assert process.wait(30) != 0
+    workers = [int(path.name) for path in begun]
+    waited_for(lambda: [pid for pid in workers if not is_there(pid)], 2)
+
+
+def waited_for(look: Callable[[], list[Any]], count: int) -> list[Any]:
+    """What is seen once there is as much of it, or the test fails."""
+    end = time.monotonic() + 60
+    while len(found := look()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
 
 
 @pytest.mark.slow
