@@ -25,6 +25,8 @@ from experiments.runs.graphs import build_graph
 from experiments.search.config import SearchConfig
 from experiments.search.extra import optuna
 from experiments.search.folder import SearchFolder, load_search
+from experiments.search.plan import reserved
+from experiments.search.race import key_of
 from experiments.search.records import StudyRecord, TrialRecord
 from experiments.search.storage import open_storage
 from experiments.search.study import records
@@ -259,6 +261,33 @@ def test_all_are_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     end = run(config)
     assert end.code == 0, end.err
     check_whole(workdir, before)
+
+
+def test_all_are_killed_amid_a_race_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    workdir = tmp_path / "search"
+    racing = {"trials": 14, "race": 2, "trial_seeds": 2, "sampler": "effects", "epochs": 30}
+    config = small_search(workdir, **LONG | racing | {"draw": "roles"})
+
+    def of_race(state: str) -> list[TrialRecord]:
+        return [t for t in trials(workdir) if t.race is not None and t.state == state]
+
+    process = begin(config)
+    wait_until(lambda: of_race("complete") and of_race("running"))
+    before = ended(workdir)
+    workers = workers_of(process)
+    process.kill()
+    process.communicate()
+    psutil.wait_procs(workers, timeout=SECONDS)
+    end = run(config)
+    assert end.code == 0, end.err
+    after = {trial.number: trial for trial in trials(workdir)}
+    assert all(after[trial.number] == trial for trial in before)
+    done = [trial for trial in after.values() if trial.state == "complete"]
+    assert len(done) == config.trials
+    raced = [(key_of(t.graph), t.seed) for t in done if t.race is not None and t.graph is not None]
+    assert len(raced) == len(set(raced)) == reserved(config, config.space()).trials
+    killed = {(t.graph, t.seed) for t in after.values() if t.race is not None and t.is_interrupted}
+    assert {(t.graph, t.seed) for t in done} >= killed
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
