@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from rich.console import Console
 
+import ktg_jax as ktg
 from benchmarks import report
 from benchmarks.ledger import Found, accuracies_on_test, found_graph
 from benchmarks.machine import machine
@@ -45,8 +46,8 @@ _FRESH = 10_000
 
 _OF_SEARCH = (
     *("nodes", "target", "candidates", "teachers", "teacher_models", "teacher_inputs"),
-    *("temperatures", "data", "data_dir", "train_limit", "val_fraction", "image_size"),
-    *("epochs", "race"),
+    *("gates", "temperatures", "data", "data_dir", "train_limit", "val_fraction", "image_size"),
+    *("epochs", "batch_size", "race"),
 )
 """The options that a search has, too."""
 
@@ -75,6 +76,8 @@ class FoundOptions(report.Output):
     """The teachers' models."""
     teacher_inputs: tuple[str, ...] = ()
     """How the teachers want their images."""
+    gates: tuple[str, ...] = ktg.GATES
+    """Of edges."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures of a graph."""
     data: str = "digits"
@@ -89,6 +92,8 @@ class FoundOptions(report.Output):
     """Resize images to so many pixels a side."""
     epochs: int = 8
     """Of a trial that is not pruned."""
+    batch_size: int = 64
+    """Images a step."""
     trials: int | None = None
     """Of each search by effects; else the designed graphs, 20 more, and the race."""
     race: int = 4
