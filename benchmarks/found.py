@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from rich.console import Console
 
-import ktg_jax as ktg
 from benchmarks import report
 from benchmarks.ledger import Found, accuracies_on_test, found_graph
 from benchmarks.machine import machine
@@ -76,7 +75,7 @@ class FoundOptions(report.Output):
     """The teachers' models."""
     teacher_inputs: tuple[str, ...] = ()
     """How the teachers want their images."""
-    gates: tuple[str, ...] = ktg.GATES
+    gates: tuple[str, ...] = SearchConfig.gates
     """Of edges."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures of a graph."""
