@@ -70,7 +70,17 @@ def test_all_commands_work_where_it_is_installed(installed: Path, tmp_path: Path
     assert "test" in ktg("train", *nodes, *SMALL, "--workdir", "run")
     assert "ensemble" in ktg("evaluate", "run")
     assert "Complete" in ktg("record", "run", "--out", "recorded")
-    space = ("--target", "cnn", "--candidates", "cnn", "--nodes", "2", "--trials", "2")
+    space = (
+        "--target",
+        "cnn",
+        "--candidates",
+        "cnn",
+        "--nodes",
+        "2",
+        "--trials",
+        "2",
+        "--no-baselines",
+    )
     ending = ("--retrain-top", "1", "--retrain-seeds", "1", "--workers", "1")
     said = ktg("search", *space, *ending, *SMALL, "--workdir", "search")
     assert "ktg report search makes the report." in " ".join(said.split()).replace(

@@ -174,7 +174,7 @@ def test_a_trial_that_is_run_again_keeps_its_artifact(tmp_path: Path) -> None:
     run_again(study, study.trials[killed.number])
     artifacts = str(tmp_path / "artifacts")
     worker(url, config, PretendedTrainer(values), artifacts=artifacts).search()
-    again = study.trials[-1]
+    again = study.trials[killed.number + 1]  # that was enqueued before the others
     storage = open_storage(url)
     (meta,) = optuna.artifacts.get_all_artifact_meta(again, storage=storage)
     (first,) = optuna.artifacts.get_all_artifact_meta(study.trials[0], storage=storage)
