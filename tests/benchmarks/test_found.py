@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_models  # noqa: F401  (registers its models)
 from rich.console import Console
@@ -130,14 +131,6 @@ cli.run(main)
 """
 
 
-def is_there(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_worker_outlives_the_benchmark(tmp_path: Path, number: int) -> None:
     job, pids = tmp_path / "job.py", tmp_path / "pids"
@@ -146,20 +139,15 @@ def test_no_worker_outlives_the_benchmark(tmp_path: Path, number: int) -> None:
     environment = os.environ | {"PIDS": str(pids)}
     process = subprocess.Popen([sys.executable, "-c", RUNS, str(job)], env=environment)
     with process:
-        begun = waited_for(lambda: list(pids.iterdir()), 2)
+        end = time.monotonic() + 60
+        while len(begun := list(pids.iterdir())) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        workers = [psutil.Process(int(path.name)) for path in begun]
         process.send_signal(number)
         assert process.wait(30) != 0
-    workers = [int(path.name) for path in begun]
-    waited_for(lambda: [pid for pid in workers if not is_there(pid)], 2)
-
-
-def waited_for(look: Callable[[], list[Any]], count: int) -> list[Any]:
-    """What is seen once there is as much of it, or the test fails."""
-    end = time.monotonic() + 60
-    while len(found := look()) < count:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
+    psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() for worker in workers)
 
 
 @pytest.mark.slow
