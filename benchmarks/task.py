@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -91,6 +91,60 @@ class Task:
         rng = np.random.default_rng(SEED)
         images = rng.random((self.batch_size, *self.image_shape), np.float32)
         return images, rng.integers(self.num_classes, size=self.batch_size, dtype=np.int32)
+
+
+class Variant(NamedTuple):
+    """A way to make a step.
+
+    Attributes:
+        engine: ours: `fused`, `batched` (the same, nodes of one network in one pass) or `per_node`;
+            PyTorch's: `eager`, `graph` (the step as a CUDA graph), `compile` (networks through
+            `torch.compile`) or `compile_graph`.
+        precision: `float32`, `tf32` or `bfloat16`.
+        steps: steps a call.
+    """
+
+    engine: str
+    precision: str = "float32"
+    steps: int = 1
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is ours."""
+        return self.engine in ("fused", "batched", "per_node")
+
+    def __str__(self) -> str:
+        name = f"{self.engine} {self.precision}"
+        return name if self.steps == 1 else f"{name}, {self.steps} steps a call"
+
+
+class Ready(NamedTuple):
+    """A variant that is compiled, and has made its first steps.
+
+    Attributes:
+        variant: what it is.
+        call: makes `variant.steps` steps; may return before they are made.
+        wait: waits for all that was called.
+        losses: the nodes' losses in the first step.
+        figures: `ready_s`, the seconds of making ready, with others beside it; `memory_bytes` of
+            a step, and `bytes_accessed` of it by the compiler's count; None where it is not known.
+    """
+
+    variant: Variant
+    call: Callable[[], None]
+    wait: Callable[[], None]
+    losses: list[float]
+    figures: dict[str, float | None]
+
+
+def turn(ready: Ready, calls: int) -> float:
+    """Makes so many calls without waiting in between; returns the seconds a step."""
+    ready.wait()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        ready.call()
+    ready.wait()
+    return (time.perf_counter() - begin) / (calls * ready.variant.steps)
 
 
 class Session(Protocol):

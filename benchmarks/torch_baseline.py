@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from benchmarks.task import LEARNING_RATE, Implementation, Task, Unavailable, best_matmul
 
@@ -168,6 +167,7 @@ class Trainer:
         through: as for `graph_losses`; every row has one.
         learning_rate: the learning rate of the papers' SGD.
         compiled: whether the networks go through `torch.compile`.
+        autocast: the kind of device on which networks compute in bfloat16; None: in float32.
     """
 
     def __init__(
@@ -176,9 +176,11 @@ class Trainer:
         through: Sequence[Sequence[bool]],
         learning_rate: float,
         compiled: bool = False,
+        autocast: str | None = None,
     ) -> None:
         modules = [network.to(memory_format=torch.channels_last).train() for network in networks]
-        self._forward = [torch.compile(m) for m in modules] if compiled else modules
+        self._forward = [torch.compile(m, dynamic=False) for m in modules] if compiled else modules
+        self._autocast = autocast
         self._through = through
         self._optimizers = [
             torch.optim.SGD(m.parameters(), learning_rate, 0.9, weight_decay=5e-4, nesterov=True)
@@ -187,7 +189,9 @@ class Trainer:
 
     def step(self, images: Any, labels: Any) -> Any:
         """Updates every node; returns the losses before it, `[N]`."""
-        losses = graph_losses([f(images) for f in self._forward], labels, self._through)
+        with torch.autocast(self._autocast or "cpu", torch.bfloat16, self._autocast is not None):
+            logits = [forward(images) for forward in self._forward]
+        losses = graph_losses([z.float() for z in logits], labels, self._through)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         losses.sum().backward()  # senders are detached: to each node the gradient of its own loss
@@ -202,6 +206,8 @@ class TorchSession:
     def __init__(self, task: Task, implementation: Implementation) -> None:
         begin = time.perf_counter()
         torch.set_num_threads(task.threads)
+        from safetensors.numpy import load_file
+
         if task.weights is None:
             raise Unavailable("PyTorch needs a folder with the nodes' weights (--weights)")
         networks = [

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -47,5 +45,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """`cache_dir`, else the environment's `KTG_CACHE_DIR`, else the user's cache folder."""
+    import platformdirs
+
     chosen = cache_dir or os.environ.get("KTG_CACHE_DIR")
     return Path(chosen or platformdirs.user_cache_dir("ktg_jax")).expanduser()

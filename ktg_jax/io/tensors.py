@@ -6,9 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import atomic_path
 from ktg_jax.io.trees import FlatTree
@@ -22,6 +19,9 @@ def write_tensors(
     Raises:
         InputError: it cannot be written; of this field.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=dict(texts))
@@ -55,6 +55,8 @@ def read_texts(path: str | os.PathLike[str], field: str) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], field: str, in_folder: str | None) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     file_path = Path(os.path.expanduser(path))
     if in_folder and file_path.is_dir():
         file_path /= in_folder

@@ -20,10 +20,11 @@ from ktg_jax.models.pixels import to_float
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.batches import Arrays
 from ktg_jax.training.derived import with_ensembles
+from ktg_jax.training.forward import node_forward
 from ktg_jax.training.node_terms import absent
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics, node_forward
+from ktg_jax.training.step import Metrics
 
 Means = dict[str, np.ndarray]
 """Float64 on the host: `loss` `[N]`, `accuracy` `[N]`, and of the summed logits `ensemble_loss` and

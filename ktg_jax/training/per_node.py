@@ -25,6 +25,7 @@ from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training.batches import Arrays
 from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.evaluation import Means, eval_sums, evaluation_batch, means_of
+from ktg_jax.training.forward import node_forward
 from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
 from ktg_jax.training.placement import Placement
 from ktg_jax.training.state import GraphState
@@ -33,7 +34,6 @@ from ktg_jax.training.step import (
     StepOptions,
     checked_recorded,
     graph_gradients,
-    node_forward,
 )
 from ktg_jax.training.updates import check_states, node_update
 

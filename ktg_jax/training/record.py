@@ -15,8 +15,8 @@ from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, take_batch
 from ktg_jax.training.evaluation import evaluation_batch, evaluation_batch_size
+from ktg_jax.training.forward import node_forward
 from ktg_jax.training.host_batches import BatchStream
-from ktg_jax.training.step import node_forward
 
 
 class Network(NamedTuple):

@@ -8,7 +8,6 @@ their own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,70 +22,18 @@ from ktg_jax.graph.derived import PLAIN, Derived
 from ktg_jax.losses import is_correct
 from ktg_jax.means import mean_of
 from ktg_jax.mixed import Mixed
-from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
-from ktg_jax.models.pixels import check_floats
-from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
+from ktg_jax.models.network import NO_NETWORK, NodeFns
+from ktg_jax.models.returned import check_for_labels, check_logits, errors_of
 from ktg_jax.models.streams import batch_spread_over
 from ktg_jax.outputs import Outputs, all_outputs
 from ktg_jax.training.derived import moved, with_ensembles
+from ktg_jax.training.forward import graph_forward
 from ktg_jax.training.node_terms import Priors, absent, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.updates import Optimizers, check_states, node_update, optimizers_of
 from ktg_jax.transfer import edge_losses
 
 Metrics = dict[str, jax.Array]
-
-
-def node_forward(
-    params: PyTree,
-    model_state: PyTree,
-    images: jax.Array,
-    *,
-    fns: NodeFns,
-    frozen: bool = False,
-    with_stages: bool = False,
-) -> tuple[jax.Array | Outputs, PyTree]:
-    """A node's forward pass in training.
-
-    Args:
-        params: the node's parameters; its connectors have no part in this.
-        model_state: the node's model state.
-        images: float `[B, H, W, C]`, as the network is to see them: the experiments divide uint8
-            by 255. Or tokens, int `[B, T]`.
-        fns: the node's functions.
-        frozen: run with the stored statistics and change nothing.
-        with_stages: return the stages' outputs, too.
-
-    Returns:
-        The logits, float `[B, classes]`, and the new model state. With stages, the node's
-        `Outputs` in place of the logits.
-
-    Raises:
-        InputError: images that are no floats, stages of a network that does not name them, or a
-            network that does not return logits `[B, classes]` of a float dtype.
-
-    >>> import ktg_jax as ktg
-    >>> fns = ktg.build_model("cnn", num_classes=10)
-    >>> params, model_state = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    >>> logits, model_state = node_forward(params, model_state, jnp.ones((4, 8, 8, 1)), fns=fns)
-    >>> logits.shape
-    (4, 10)
-    """
-    check_floats(images)
-    params, _ = without_connectors(params)
-    if with_stages and fns.stages is None:
-        raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
-    forward = fns.stages if with_stages and fns.stages is not None else fns.apply
-    made = forward(params, model_state, images, not frozen)
-    check_pair(made, "stages" if with_stages else "apply", "what it puts out and the model state")
-    output: Any
-    output, new_model_state = made
-    if with_stages:
-        check_pair(output, "stages", "logits and stage outputs")
-        output = Outputs(output[0], tuple(output[1]))
-    batch_size = len(images) if hasattr(images, "shape") else None
-    check_logits(output[0] if with_stages else output, batch_size)
-    return output, model_state if frozen else new_model_state
 
 
 def graph_gradients(
@@ -199,6 +146,7 @@ def train_step(
     progress: ArrayLike,
     *,
     axis_name: str | None = None,
+    batched: bool = False,
     **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node at once, from one forward and one backward pass. Pure.
@@ -216,6 +164,9 @@ def train_step(
         axis_name: the mapped axis over which the batch is spread under `jax.pmap`; the update is
             then that of the whole batch, of which each device's share has random numbers of its
             own.
+        batched: whether learning nodes of equal functions make one forward and one backward pass
+            together, by `jax.vmap` over their parameters: fewer and larger operations for an
+            accelerator, the same update to float rounding, and several times slower on CPUs.
         **options: the fields of `StepOptions`: `node_fns`, `optimizer` and others.
 
     Returns:
@@ -247,14 +198,16 @@ def train_step(
     priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
     with batch_spread_over(axis_name):
-        nodes = [
-            (recorded.get(i), None, state.model_state[i])
-            if i in recorded or i in how.ensembles
-            else _forward(state, i, images, labels, fns, edges.needs_stages)
-            for i, fns in enumerate(how.node_fns)
-        ]
-    given, pullbacks, new_model_state = zip(*nodes, strict=True)
-    outputs, model_state = with_ensembles(given, how.derived.ensembles), list(new_model_state)
+        made = graph_forward(
+            state,
+            images,
+            labels,
+            how.node_fns,
+            given=dict.fromkeys(how.ensembles) | recorded,
+            with_stages=edges.needs_stages,
+            batched=batched,
+        )
+    outputs, model_state = with_ensembles(made.outputs, how.derived.ensembles), made.model_state
     connectors = [without_connectors(each)[1] for each in state.params]
     (output_gradients, connector_gradients), metrics = graph_gradients(
         tuple(outputs),
@@ -270,11 +223,11 @@ def train_step(
         metrics = jax.lax.pmean(metrics, axis_name)
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
-    for i, (pullback, prior) in enumerate(zip(pullbacks, priors, strict=True)):
-        if pullback is None:
+    pulled_back = made.pullback(output_gradients)
+    for i, (gradients, prior) in enumerate(zip(pulled_back, priors, strict=True)):
+        if gradients is None:
             continue
         with jax.named_scope(f"node{i}_update"):
-            (gradients,) = pullback(output_gradients[i])
             if connectors[i]:
                 gradients = with_connectors(gradients, connector_gradients[i])
             if axis_name is not None:
@@ -316,34 +269,3 @@ def checked_recorded(
             check_for_labels(logits, labels)
         recorded[i] = Outputs(logits) if with_stages else logits
     return recorded
-
-
-def _forward(
-    state: GraphState,
-    i: int,
-    images: jax.Array,
-    labels: ArrayLike,
-    fns: NodeFns,
-    with_stages: bool,
-) -> tuple[Any, Any, PyTree]:
-    """What node i puts out, how its gradient gets back to the parameters, and its model state.
-
-    A frozen node has None for the second.
-    """
-    frozen = i in state.frozen
-    forward = partial(
-        node_forward,
-        model_state=state.model_state[i],
-        images=images,
-        fns=fns,
-        frozen=frozen,
-        with_stages=with_stages,
-    )
-    output: Any
-    with jax.named_scope(f"node{i}_forward"), errors_of(f"node {i}"):
-        if frozen:
-            (output, model_state), pullback = forward(state.params[i]), None
-        else:
-            output, pullback, model_state = jax.vjp(forward, state.params[i], has_aux=True)
-        check_for_labels(output.logits if with_stages else output, labels)
-    return output, pullback, model_state

@@ -319,6 +319,28 @@ def test_the_three_pieces_compose_to_the_step() -> None:
     chex.assert_trees_all_close(metrics, expected_metrics, atol=1e-6)
 
 
+def test_nodes_of_one_network_in_one_pass_are_trained_as_apart() -> None:
+    other = ktg.build_model("cnn", 5)
+    node_fns = [TINY, other, TINY, TINY, other]
+    nodes = [Node("cnn" if fns is other else "tiny") for fns in node_fns]
+    gates = tuple((gate,) * 5 for gate in ("through", "linear", "correct", "cutoff", "through"))
+    graph = Graph(tuple(nodes), gates)
+    assert graph.frozen == (3,)
+    states = []
+    for batched in (False, True):
+        step = jax.jit(
+            functools.partial(
+                ktg.train_step, node_fns=node_fns, optimizer=OPTIMIZER, batched=batched
+            )
+        )
+        state = ktg.init_state(graph, node_fns, OPTIMIZER, KEY, IMAGES)
+        for k in (1, 2):
+            state, metrics = step(state, IMAGES, LABELS, graph.edge_arrays, k / 2)
+        states.append((state, metrics))
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
+    assert_trees_differ(node_of(states[1][0], 0), node_of(states[1][0], 2))
+
+
 def test_graph_gradients_are_those_of_each_nodes_own_loss_in_its_own_dtype() -> None:
     gates = codes(graph_of("trl", "ctn", "lcr"))
     logits = [jnp.asarray(RNG.standard_normal((8, 5)), jnp.float32) for _ in range(3)]
