@@ -20,10 +20,10 @@ import jax
 from rich.console import Console
 
 from benchmarks.agreement import checks
-from benchmarks.device_cases import Case, table
+from benchmarks.device_cases import Case, table, variants_of
 from benchmarks.device_peaks import peaks
 from benchmarks.machine import cores, machine
-from benchmarks.task import Task
+from benchmarks.task import Task, Variant
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.files import write_text
 from ktg_jax.models import check_model
@@ -53,6 +53,7 @@ class Options:
     parts: list[str]
     graphs: list[str]
     batch_sizes: list[int]
+    variants: list[str] | None
     image_size: int
     rounds: int
     compilers: int
@@ -92,6 +93,7 @@ def _parsed(arguments: Sequence[str] | None) -> Options:
     )
     add("--graphs", nargs="+", metavar="GRAPH", help="models joined by +, all learning mutually")
     add("--batch-sizes", nargs="+", type=int, metavar="B", help="images a step (64 and 512)")
+    add("--variants", nargs="+", metavar="V", help="what to measure, as 'fused tf32 x20' (all)")
     add("--image-size", type=int, default=32, metavar="PIXELS", help="pixels a side (32)")
     add("--rounds", type=int, help="turns of each variant that count (7; quick: 3)")
     default = max(cores() // 4, 1)
@@ -115,6 +117,11 @@ def _check(options: Options) -> None:
     for size in options.batch_sizes:
         if size < 1:
             raise InputError("batch_sizes", size, "at least 1")
+    for graph in options.graphs:
+        known = [str(v) for v in variants_of(graph.split("+"), jax.default_backend())]
+        for name in options.variants or ():
+            if name not in known:
+                raise InputError("variants", name, ", ".join(known))
     for field in ("image_size", "rounds", "compilers"):
         if getattr(options, field) < 1:
             raise InputError(field, getattr(options, field), "at least 1")
@@ -196,6 +203,7 @@ class Measurement:
         case = Case(
             name,
             task,
+            [v for v in variants_of(task.models, self._device.platform) if self._is_wanted(v)],
             self._device,
             end,
             options.rounds,
@@ -207,6 +215,10 @@ class Measurement:
         self._save()
         if entries:
             self._console.print(table(name, entries))
+
+    def _is_wanted(self, variant: Variant) -> bool:
+        wanted = self._options.variants
+        return not wanted or str(variant) in wanted
 
     def _left(self) -> float:
         return self._end - time.monotonic()

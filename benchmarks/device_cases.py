@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,21 @@ OURS = (
 )
 THEIRS = (
     Variant("eager", "tf32"),
-    Variant("compile_graph", "tf32"),
+    Variant("graph", "tf32"),
     Variant("eager", "bfloat16"),
+    Variant("graph", "bfloat16"),
+    Variant("eager", "float32"),
+    Variant("compile_graph", "tf32"),
     Variant("compile_graph", "bfloat16"),
     Variant("compile", "tf32"),
-    Variant("graph", "tf32"),
-    Variant("eager", "float32"),
 )
 ON_CPU = (Variant("fused"), Variant("per_node"), Variant("eager"))
 TOLERANCES = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
 """Relative; of the losses of the first step, by precision."""
 
 _TURN_SECONDS = 0.2
-_SPARE_SECONDS = 20.0
+_LONGEST_TURN = 60.0
+_SPARE_SECONDS = 25.0
 """What taking turns is left when time ends making variants ready."""
 
 Figures = dict[str, Any]
@@ -66,7 +69,8 @@ class Torch:
     def ask(self, what: Mapping[str, Any]) -> None:
         """Asks for something; the process works on it while this one goes on."""
         assert self._process.stdin is not None
-        print(json.dumps(what), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # of a process that has ended; `answer` says so
+            print(json.dumps(what), file=self._process.stdin, flush=True)
 
     def answer(self, seconds: float) -> Figures:
         """The next answer.
@@ -106,6 +110,7 @@ class Case:
     Attributes:
         name: what it is called.
         task: models, batch and shapes.
+        variants: what is measured.
         device: where ours is measured; PyTorch takes a GPU where it finds one.
         end: on the monotonic clock, when everything is to be done.
         rounds: turns of each variant that count.
@@ -115,6 +120,7 @@ class Case:
 
     name: str
     task: Task
+    variants: Sequence[Variant]
     device: jax.Device
     end: float
     rounds: int
@@ -133,40 +139,34 @@ class Case:
             peaks: of `device_peaks.peaks`, or none.
         """
         state = initial_state(self.task)
-        with tempfile.TemporaryDirectory() as folder, Torch() as torch:
+        theirs = [variant for variant in self.variants if not variant.is_ours]
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             for i, (params, stats) in enumerate(zip(state.params, state.model_state, strict=True)):
                 arrays: dict[str, Any] = flatten({"params": params, **stats})
                 np.savez(Path(folder) / f"{i}.npz", **arrays)
-            theirs = [v for v in self._variants if not v.is_ours]
             task = dataclasses.asdict(dataclasses.replace(self.task, weights=folder))
-            for variant in theirs:
-                torch.ask({"prepare": variant, "task": task})
+            # What must be compiled, for minutes, does not keep the others from taking turns.
+            slow = [variant for variant in theirs if variant.engine.startswith("compile")]
+            torch = {}
+            for group in (slow, [variant for variant in theirs if variant not in slow]):
+                process = stack.enter_context(Torch()) if group else None
+                for variant in group:
+                    assert process is not None
+                    torch[variant] = process
+                    process.ask({"prepare": variant, "task": task})
             ours = self._ours(state)
-            beside = list(self._beside(torch, theirs))
-            ready = [*beside, *ours]
-            if not ready:
-                return []
-            agreeing = list(self._agreeing(ready))
-            turns = {
-                str(each.variant): partial(self._turn, torch, each, self._calls(torch, each))
-                for each in agreeing
-            }
-            times = interleaved(turns, self.rounds, warm_up=1)
-        return [self._entry(each, times[str(each.variant)], peaks) for each in agreeing]
-
-    @property
-    def _variants(self) -> tuple[Variant, ...]:
-        if self.device.platform == "cpu":
-            return ON_CPU
-        one_network_twice = len({*self.task.models}) < len(self.task.models)
-        return tuple(v for v in (*THEIRS, *OURS) if v.engine != "batched" or one_network_twice)
+            ready = [*self._beside(torch, theirs), *ours]
+            times = self._times(torch, list(self._agreeing(ready)))
+        return [
+            self._entry(each, times[each.variant], peaks) for each in ready if each.variant in times
+        ]
 
     def _ours(self, state: Any) -> list[Ready]:
         """Our variants that are ready in time."""
         pool = ThreadPoolExecutor(self.compilers)
         futures = {
             pool.submit(make_ready, self.task, variant, state, self.device): variant
-            for variant in self._variants
+            for variant in self.variants
             if variant.is_ours
         }
         wait(futures, timeout=max(self.left - _SPARE_SECONDS, 0))
@@ -181,12 +181,14 @@ class Case:
                 ready.append(future.result())
         return ready
 
-    def _beside(self, torch: Torch, variants: Sequence[Variant]) -> Iterator[Ready]:
+    def _beside(
+        self, torch: Mapping[Variant, Torch], variants: Sequence[Variant]
+    ) -> Iterator[Ready]:
         """PyTorch's variants that are ready in time."""
         for variant in variants:
             try:
-                answer = torch.answer(self.left - _SPARE_SECONDS / 2)
-            except (RunError, BrokenPipeError) as error:
+                answer = torch[variant].answer(self.left - _SPARE_SECONDS / 2)
+            except RunError as error:
                 self._leave_out(variant, f"PyTorch: {error}")
                 continue
             yield Ready(variant, _nothing, _nothing, answer["losses"], answer["figures"])
@@ -201,18 +203,32 @@ class Case:
             else:
                 self._leave_out(each.variant, f"its losses are off by {error:.2g}")
 
-    def _turn(self, torch: Torch, ready: Ready, calls: int) -> float:
+    def _times(
+        self, torch: Mapping[Variant, Torch], ready: Sequence[Ready]
+    ) -> dict[Variant, list[float]]:
+        """The seconds a step, one number a round, of all variants that can take their turns."""
+        turns = {}
+        for each in ready:
+            make = partial(self._turn, torch, each)
+            try:
+                make(1)
+                seconds = make(3) * each.variant.steps
+            except RunError as error:
+                self._leave_out(each.variant, str(error))
+            else:
+                turns[str(each.variant)] = partial(make, max(round(_TURN_SECONDS / seconds), 1))
+        times = interleaved(turns, self.rounds, warm_up=1)
+        return {
+            each.variant: times[str(each.variant)] for each in ready if str(each.variant) in times
+        }
+
+    def _turn(self, torch: Mapping[Variant, Torch], ready: Ready, calls: int) -> float:
         """A turn; returns the seconds a step."""
         if ready.variant.is_ours:
             return turn(ready, calls)
-        torch.ask({"turn": ready.variant, "calls": calls})
-        return float(torch.answer(60)["seconds"])
-
-    def _calls(self, torch: Torch, ready: Ready) -> int:
-        """How many calls fill a turn."""
-        self._turn(torch, ready, 1)
-        seconds = self._turn(torch, ready, 3) * ready.variant.steps
-        return max(round(_TURN_SECONDS / seconds), 1)
+        process = torch[ready.variant]
+        process.ask({"turn": ready.variant, "calls": calls})
+        return float(process.answer(_LONGEST_TURN)["seconds"])
 
     def _entry(self, ready: Ready, times: Sequence[float], peaks: Mapping[str, float]) -> Figures:
         """What is written of a variant."""
@@ -244,6 +260,14 @@ class Case:
 
     def _leave_out(self, variant: Variant, why: str) -> None:
         self.left_out(f"{self.name}, {variant}", why[:300])
+
+
+def variants_of(models: Sequence[str], platform: str) -> tuple[Variant, ...]:
+    """What is measured of a graph on a platform, `cpu` or another."""
+    if platform == "cpu":
+        return ON_CPU
+    all_differ = len({*models}) == len(models)
+    return tuple(v for v in (*THEIRS, *OURS) if v.engine != "batched" or not all_differ)
 
 
 def _nothing() -> None:

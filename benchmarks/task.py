@@ -102,6 +102,9 @@ class Variant(NamedTuple):
             `torch.compile`) or `compile_graph`.
         precision: `float32`, `tf32` or `bfloat16`.
         steps: steps a call.
+
+    >>> str(Variant("fused", "tf32", 20))
+    'fused tf32 x20'
     """
 
     engine: str
@@ -115,7 +118,7 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         name = f"{self.engine} {self.precision}"
-        return name if self.steps == 1 else f"{name}, {self.steps} steps a call"
+        return name if self.steps == 1 else f"{name} x{self.steps}"
 
 
 class Ready(NamedTuple):
