@@ -96,7 +96,7 @@ def _parsed(arguments: Sequence[str] | None) -> Options:
     add("--variants", nargs="+", metavar="V", help="what to measure, as 'fused tf32 x20' (all)")
     add("--image-size", type=int, default=32, metavar="PIXELS", help="pixels a side (32)")
     add("--rounds", type=int, help="turns of each variant that count (7; quick: 3)")
-    default = max(cores() // 4, 1)
+    default = max(cores() // 2, 1)
     add("--compilers", type=int, default=default, help=f"variants compiled at once ({default})")
     given = vars(parser.parse_args(arguments))
     few = QUICK_GRAPHS if given["quick"] else CPU_GRAPHS if on_cpu else GRAPHS
@@ -158,8 +158,11 @@ class Measurement:
         timer = threading.Timer(self._left(), self._end_now)
         timer.daemon = True
         timer.start()
-        for part in self._options.parts:
-            PARTS[part](self)
+        try:
+            for part in self._options.parts:
+                PARTS[part](self)
+        finally:
+            timer.cancel()
         return self._content
 
     def _end_now(self) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import select
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 import jax
@@ -45,7 +46,13 @@ THEIRS = (
     Variant("compile_graph", "bfloat16"),
     Variant("compile", "tf32"),
 )
-ON_CPU = (Variant("fused"), Variant("per_node"), Variant("eager"))
+ON_CPU = (
+    Variant("eager"),
+    Variant("fused"),
+    Variant("per_node"),
+    Variant("eager", "bfloat16"),
+    Variant("fused", "bfloat16"),
+)
 TOLERANCES = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
 """Relative; of the losses of the first step, by precision."""
 
@@ -65,6 +72,16 @@ class Torch:
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = start("benchmarks.device_torch", errors=self._errors)
+        self._lines: Queue[str] = Queue()
+        Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Takes all that the process says; an empty line at its end."""
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed at the end
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put("")
 
     def ask(self, what: Mapping[str, Any]) -> None:
         """Asks for something; the process works on it while this one goes on."""
@@ -78,12 +95,13 @@ class Torch:
         Raises:
             RunError: there is none in time, or it is an error.
         """
-        stdout = self._process.stdout
-        assert stdout is not None
-        if not select.select([stdout], [], [], max(seconds, 0.0))[0]:
+        try:
+            line = self._lines.get(timeout=max(seconds, 0.0))
+        except Empty:
             self._process.kill()
-            raise RunError("no time left")
-        if not (line := stdout.readline()):
+            raise RunError("no time left") from None
+        if not line:
+            self._lines.put("")
             self._errors.seek(0)
             last_words = self._errors.read().strip().splitlines()[-1:] or ["it ended"]
             raise RunError(last_words[0])

@@ -16,8 +16,8 @@ from rich.console import Console
 from runs import Ended, in_process
 
 import ktg_jax as ktg
+from benchmarks import agreement, device_peaks, loop, measure, recorded, report, step, task
 from benchmarks import compile as compile_module
-from benchmarks import loop, measure, recorded, report, step
 from benchmarks.flops import Layer, layers, train_step_flops
 from benchmarks.machine import machine
 from benchmarks.measure import Spread, Worker, check_same_losses, interleaved, spread
@@ -143,7 +143,7 @@ def test_a_spread_is_the_median_between_the_quartiles() -> None:
     assert spread([2.0]) == Spread(2.0, (2.0, 2.0))
 
 
-@pytest.mark.parametrize("module", [measure, report])
+@pytest.mark.parametrize("module", [measure, report, task, agreement, device_peaks])
 def test_examples_are_right(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0
