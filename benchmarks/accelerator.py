@@ -150,6 +150,7 @@ class Measurement:
             "peaks": {},
             "cases": [],
             "left_out": [],
+            "failed": False,
         }
 
     def run(self) -> dict[str, Any]:
@@ -173,7 +174,7 @@ class Measurement:
 
     def agreement(self) -> None:
         """Compares the device with the CPU."""
-        for check in checks(self._device):
+        for check in checks(self._device, self._options.compilers):
             self._content["checks"].append(check._asdict() | {"passed": check.passed})
             self._save()
             verdict = "agrees" if check.passed else "DIFFERS"
@@ -198,7 +199,14 @@ class Measurement:
                 continue
             share = max(1.5 * self._left() / (len(cases) - i), _CASE_SECONDS)
             end = min(time.monotonic() + share, self._end)
-            self._case(name, Task("xla", tuple(graph.split("+")), 1, batch_size, shape), end)
+            task = Task("xla", tuple(graph.split("+")), 1, batch_size, shape)
+            try:
+                self._case(name, task, end)
+            except (
+                Exception
+            ) as error:  # one case that fails does not keep others from being measured
+                self._leave_out(name, f"it failed: {error!r}")
+                self._content["failed"] = True
 
     def _case(self, name: str, task: Task, end: float) -> None:
         self._say(f"{name}: compiling")
@@ -248,8 +256,8 @@ PARTS = {
 
 
 def _exit_code(content: dict[str, Any]) -> int:
-    """1 where the device does not compute what the CPU does."""
-    return 0 if all(check["passed"] for check in content["checks"]) else 1
+    """1 where the device does not compute what the CPU does, or a case failed."""
+    return int(content["failed"] or not all(check["passed"] for check in content["checks"]))
 
 
 if __name__ == "__main__":

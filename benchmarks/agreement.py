@@ -1,8 +1,10 @@
 """Whether a device computes what the CPU does: gates, losses, gradients, training and resuming."""
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -56,25 +58,41 @@ class Check(NamedTuple):
         return self.error <= self.allowed
 
 
-def checks(device: jax.Device) -> Iterator[Check]:
+def checks(device: jax.Device, compilers: int = 1) -> Iterator[Check]:
     """Compares a device with the CPU, each result as soon as it is there.
 
     The CPU computes with plain `lax.conv`, in float32 with the highest precision.
+
+    Args:
+        device: what is compared.
+        compilers: how many programs are compiled, and run, at once.
     """
-    yield from _loss_checks(device)
     start, batch = _start()
-    with formulation("xla"):
-        expected = _trained(_cpu(), start, batch, "fused", "float32")
-    for engine, precision in (
-        *(("fused", precision) for precision in PRECISIONS),
-        ("per_node", "float32"),
-        ("batched", "float32"),
-    ):
+
+    def trained(engine: str, precision: str) -> ktg.GraphState:
         with _formulation_of(device):
-            found = _trained(device, start, batch, engine, precision)
-        allowed = ALLOWED["update of four steps"][precision]
-        error = _update_error(start, found, expected)
-        yield Check(f"update of four steps, {engine}", precision, error, allowed)
+            return _trained(device, start, batch, engine, precision)
+
+    def reference() -> ktg.GraphState:
+        with formulation("xla"):
+            return _trained(_cpu(), start, batch, "fused", "float32")
+
+    with ThreadPoolExecutor(compilers) as pool:
+        losses = _loss_checks(device, pool)
+        expected = pool.submit(reference)
+        updates = {
+            case: pool.submit(trained, *case)
+            for case in (
+                *(("fused", precision) for precision in PRECISIONS),
+                ("per_node", "float32"),
+                ("batched", "float32"),
+            )
+        }
+        yield from losses
+        for (engine, precision), found in updates.items():
+            error = _update_error(start, found.result(), expected.result())
+            allowed = ALLOWED["update of four steps"][precision]
+            yield Check(f"update of four steps, {engine}", precision, error, allowed)
     with _formulation_of(device):
         yield from _resume_checks(device, start, batch)
 
@@ -108,8 +126,11 @@ def _formulation_of(device: jax.Device) -> AbstractContextManager[Any]:
     return formulation("xla") if device.platform != "cpu" else nullcontext()
 
 
-def _loss_checks(device: jax.Device) -> Iterator[Check]:
-    """Every gate with the papers' loss, and every loss through a gate, on random outputs."""
+def _loss_checks(device: jax.Device, pool: Executor) -> Iterator[Check]:
+    """Every gate with the papers' loss, and every loss through a gate, on random outputs.
+
+    What they need is submitted at once.
+    """
     rng = np.random.default_rng(SEED)
     outputs = [
         Outputs(
@@ -142,14 +163,20 @@ def _loss_checks(device: jax.Device) -> Iterator[Check]:
             given = jax.device_put((outputs, labels), to)
             return jax.device_get(jax.jit(losses)(*given))
 
-    expected = computed(_cpu(), "float32")
-    for precision in ("float32", "default"):
-        found = computed(device, precision)
-        for i, what in enumerate(("losses", "gradients of losses")):
-            errors = {name: relative_error(found[name][i], expected[name][i]) for name in expected}
-            worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
-            said = f"{what} ({len(errors)}; the largest error: {worst})"
-            yield Check(said, precision, errors[worst], ALLOWED[what][precision])
+    expected = pool.submit(computed, _cpu(), "float32")
+    found = {p: pool.submit(computed, device, p) for p in ("float32", "default")}
+    return itertools.chain.from_iterable(
+        _worst(expected.result(), future.result(), precision) for precision, future in found.items()
+    )
+
+
+def _worst(expected: Any, found: Any, precision: str) -> Iterator[Check]:
+    """Of losses and gradients, by the names of what they are of, those that are furthest off."""
+    for i, what in enumerate(("losses", "gradients of losses")):
+        errors = {name: relative_error(found[name][i], expected[name][i]) for name in expected}
+        worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+        said = f"{what} ({len(errors)}; the largest error: {worst})"
+        yield Check(said, precision, errors[worst], ALLOWED[what][precision])
 
 
 def _graph() -> ktg.Graph:
@@ -240,7 +267,8 @@ def _resume_checks(
         checkpoints.save(1, jax.device_put(half, device), names, None)
         _, read, _ = checkpoints.restore_latest(jax.device_put(half, device), names)
     resumed = _trained(device, read, batch, "fused", "default", range(2, _STEPS))
-    allowed = ALLOWED["update of four steps"]["float32"]
+    # The same program may add in another order each time, and TF32 rounds on from there.
+    allowed = ALLOWED["update of four steps"]["default"]
     yield Check("checkpoint read back", "default", relative_error(read, half), 0.0)
     for what, found in (("the same once more", again), ("resumed after two steps", resumed)):
         error = _update_error(start, found, whole)

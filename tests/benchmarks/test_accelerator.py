@@ -108,3 +108,17 @@ def test_bad_input_is_named_before_anything_is_computed(
 ) -> None:
     assert accelerator.main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_case_that_fails_does_not_keep_others_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(task: Task) -> Any:
+        raise ValueError(task.graph)
+
+    monkeypatch.setattr(device_cases, "initial_state", fail)
+    file = tmp_path / "device.json"
+    arguments = ["--parts", "steps", "--graphs", "resnet8", "resnet14", "--json", str(file)]
+    assert accelerator.main(arguments) == 1
+    said = [each["why"] for each in json.loads(file.read_text())["left_out"]]
+    assert said == ["it failed: ValueError('resnet8')", "it failed: ValueError('resnet14')"]
