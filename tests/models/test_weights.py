@@ -324,7 +324,7 @@ def test_a_written_file_is_whole_or_not_there(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("ktg_jax.io.tensors.save_file", fail)
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
     with refused("export"):
         save_node(exported, *TINY_WEIGHTS, model="tiny", num_classes=10, image_shape=(8, 8, 1))
     assert exported.read_bytes() == former
