@@ -24,6 +24,7 @@ from benchmarks.device_cases import Case, table, variants_of
 from benchmarks.device_peaks import peaks
 from benchmarks.machine import cores, machine
 from benchmarks.task import Task, Variant
+from experiments.runs.console import make_console
 from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.files import write_text
 from ktg_jax.models import check_model
@@ -35,6 +36,7 @@ QUICK_GRAPHS = ("resnet8+resnet8",)
 
 _MEMORY_SHARE = "0.5"
 """Of the device's memory, what JAX takes at once; PyTorch needs the rest."""
+_FILE_WIDTH = 160
 _CASE_SECONDS = 30
 """What a graph needs at least."""
 _EXAMPLES = """examples:
@@ -64,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
     try:
         options = _parsed(arguments)
-        content = Measurement(options, Console(width=None if sys.stdout.isatty() else 150)).run()
+        content = Measurement(
+            options, make_console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+        ).run()
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -236,7 +240,7 @@ class Measurement:
 
     def _say(self, text: str) -> None:
         passed = 60 * self._options.minutes - self._left()
-        self._console.print(f"[{passed:5.0f} s] {text}", markup=False, highlight=False)
+        self._console.print(f"[{passed:5.0f} s] {text}")
 
     def _leave_out(self, what: str, why: str) -> None:
         self._content["left_out"].append({"what": what, "why": why})

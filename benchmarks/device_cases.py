@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from benchmarks.device_peaks import occupation
 from benchmarks.device_steps import initial_state, make_ready
 from benchmarks.flops import train_step_flops
 from benchmarks.measure import interleaved, spread, start
 from benchmarks.task import Ready, Task, Variant, turn
+from experiments.runs.console import Table
 from ktg_jax.errors import RunError
 from ktg_jax.io.trees import flatten
 
