@@ -165,8 +165,8 @@ def train_step(
             then that of the whole batch, of which each device's share has random numbers of its
             own.
         batched: whether learning nodes of equal functions make one forward and one backward pass
-            together, by `jax.vmap` over their parameters: fewer and larger operations for an
-            accelerator, the same update to float rounding, and several times slower on CPUs.
+            together, by `jax.vmap` over their parameters: fewer and larger operations, and the same
+            update to the rounding of the device's convolutions.
         **options: the fields of `StepOptions`: `node_fns`, `optimizer` and others.
 
     Returns:
