@@ -6,6 +6,7 @@ and the command, which has time, draws it when the trial has ended.
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,13 @@ def announce(trial: optuna.Trial, artifacts: Path) -> None:
         return
     try:
         artifacts.mkdir(exist_ok=True)
-        empty = artifacts / _NAME
-        empty.touch()
         store = optuna.artifacts.FileSystemArtifactStore(artifacts)
-        optuna.artifacts.upload_artifact(
-            artifact_store=store, file_path=str(empty), study_or_trial=trial
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            empty = Path(folder, _NAME)
+            empty.touch()
+            optuna.artifacts.upload_artifact(
+                artifact_store=store, file_path=str(empty), study_or_trial=trial
+            )
     except OSError as error:
         _logger.warning("trial %s has no picture: %s", trial.number, error)
 

@@ -182,6 +182,7 @@ def train_step(
             asks for more than `value`, or whose state is None where the state, made by hand, has
             None for every node; recorded logits that are missing, or of a node that learns.
 
+    >>> from functools import partial
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
     >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]

@@ -138,7 +138,7 @@ def test_one_is_drawn_at_a_time_and_each_once(folder: Path) -> None:
     draw_all(folder)  # as the command does when it goes on
     assert file.stat().st_mtime_ns == time_of_first
     assert len(drawn(folder)) == len([t for t in trials if "duplicate_of" not in t.user_attrs])
-    assert {f.name for f in (folder / "artifacts").iterdir()} == {*drawn(folder), "graph.png"}
+    assert {f.name for f in (folder / "artifacts").iterdir()} == {*drawn(folder)}
 
 
 def test_a_folder_has_pictures_of_its_own_workers_trials(folder: Path) -> None:
