@@ -35,16 +35,16 @@ class _GraphOptions:
     model learns from the next); or what the command search found: the folder of a search for its
     best graph, DIR:TRIAL for another."""
     models: Annotated[tuple[str, ...], "MODEL"] = ()
-    """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ...
-    Without them: cnn cnn cnn."""
+    """Models of a preset's nodes, target first: resnet8 ... resnet110, wrn28_2, cnn, ... (else cnn
+    cnn cnn), or one a node in place of a JSON file's."""
     weights: Annotated[tuple[str, ...], "DIR|FILE"] = ()
-    """Initial weights of a preset's nodes, one a model: a run's folder, DIR:node, a .safetensors
-    file, pretrained (trained alone first, on the same data, and kept for other runs), or none.
-    Without them: none."""
+    """Initial weights, one a model of a preset (else none), or one a node in place of a JSON
+    file's: a run's folder, DIR:node, a .safetensors file, pretrained (trained alone first, on the
+    same data, and kept for other runs), or none."""
     inputs: Annotated[tuple[str, ...], "INPUT"] = ()
-    """How a preset's nodes want their images, one a model: imagenet, cifar10, cifar100, half (-1 to
-    1), data (the statistics of the training images), an object as JSON with mean, std and size, or
-    none (0 to 1). Without them: none."""
+    """How networks want their images, one a model of a preset (else none), or one a node in place
+    of a JSON file's: imagenet, cifar10, cifar100, half (-1 to 1), data (the statistics of the
+    training images), an object as JSON with mean, std and size, or none (0 to 1)."""
     temperature: float | None = None
     """Temperature T of the transfer edges of a preset (else 1), or in place of a JSON file's."""
     label_smoothing: float = 0.0
@@ -69,7 +69,7 @@ EXAMPLES = r"""Examples:
       --weights none runs/teacher --temperature 4 --data cifar10
   python -m experiments.train --graph my_graph.json --data npz:images.npz
   python -m experiments.train --graph runs/search-cifar100:12 --data cifar10 \
-      --epochs 200"""
+      --weights none pretrained none --epochs 200"""
 
 
 @dataclass(frozen=True)

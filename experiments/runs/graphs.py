@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ktg_jax as ktg
 import ktg_jax.models
@@ -36,10 +37,7 @@ def _whole_graph(config: TrainConfig) -> ktg.Graph:
     if config.graph in PRESETS:
         graph = _preset(config.graph, _preset_nodes(config))
     else:
-        graph = _graph_of(config.graph)
-        for field in ("models", "weights", "inputs"):
-            if getattr(config, field):
-                raise InputError(field, list(getattr(config, field)), "nothing beside a graph file")
+        graph = _with_given(_graph_of(config.graph), config)
     if config.temperature is not None:
         graph = dataclasses.replace(graph, temperature=config.temperature)
     if config.label_smoothing:
@@ -73,14 +71,17 @@ def as_given(config: TrainConfig, pruned: bool = False) -> Iterator[None]:
         def given(found: re.Match[str]) -> str:
             number, field = found.groups()
             index = number if kept is None else str(kept[int(number)])
-            option = {"model": "models", "weights": "weights", "input": "inputs"}.get(field, "")
-            if option and config.graph in PRESETS and getattr(config, option):
+            option = next((name for name, of in _GIVEN.items() if of == field), "")
+            if option and getattr(config, option):
                 return f"{option}[{index}]"
             return found[0].replace(number, index)
 
         name = _OF_NODE.sub(given, error.field)
         raise InputError(name, error.value, error.allowed) from None
 
+
+_GIVEN = {"models": "model", "weights": "weights", "inputs": "input"}
+"""Options that have an entry for each node, and the field of a node that each is."""
 
 _OF_NODE = re.compile(r"(?:nodes\[|weights of node )([0-9]+)(?:\]\.(model|weights|input))?")
 
@@ -118,6 +119,36 @@ def _found_in(folder: Path, number: int | None) -> str:
         return f"a trial of {folder}: {min(trials)} to {max(trials)}"
     file = BEST_GRAPH if number is None else GRAPHS
     return f"the folder of a search with a complete trial (no {file} there)"
+
+
+def _with_given(graph: ktg.Graph, config: TrainConfig) -> ktg.Graph:
+    """A file's graph with the models, weights and inputs that are given in place of its own.
+
+    Raises:
+        InputError: not one a node, or one for a node that is no network.
+    """
+    nodes = list(graph.nodes)
+    for option, field in _GIVEN.items():
+        given = getattr(config, option)
+        if len(given) not in (0, len(nodes)):
+            names = ", ".join(str(node.name) for node in nodes)
+            allowed = f"one a node of the graph ({names}), or none"
+            raise InputError(option, list(given), allowed)
+        for i, entry in enumerate(given):
+            nodes[i] = _with_entry(nodes[i], field, entry, f"{option}[{i}]")
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _with_entry(node: ktg.Node, field: str, entry: str, name: str) -> ktg.Node:
+    """The node with what the option `name` gives as one of its fields."""
+    if node.kind != "network":
+        if entry != (kept := node.kind if field == "model" else "none"):
+            raise InputError(name, entry, f"{kept}: node {node.name} is no network")
+        return node
+    value: Any = None if entry == "none" and field != "model" else entry
+    if field == "input" and value is not None:
+        value = parsed_input(name, value)
+    return dataclasses.replace(node, **{field: value})
 
 
 def with_pretrained(graph: ktg.Graph) -> ktg.Graph:

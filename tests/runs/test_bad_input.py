@@ -52,6 +52,14 @@ GRAPHS: dict[str, Any] = {
         "nodes": [*TINY_NODES, {"model": "tiny", "weights": "gone"}],
         "gates": [["through", "cutoff", "through"], ["through"] * 3, ["cutoff"] * 3],
     },
+    "ensemble": {
+        "nodes": [*TINY_NODES, {"name": "both", "ensemble": ["tiny-0", "tiny-1"]}],
+        "gates": [
+            ["through", "cutoff", "through"],
+            ["cutoff", "through", "cutoff"],
+            ["cutoff"] * 3,
+        ],
+    },
     "good": {"nodes": TINY_NODES[:1], "gates": [["through"]]},
 }
 
@@ -173,7 +181,26 @@ OPTIONS: list[tuple[dict[str, Any], str, list[str]]] = [
         "weights of node 1",
         ["seven.safetensors, a tiny", "classifier.bias: got (7,)", "shape (10,)"],
     ),
-    ({"graph": "{inputs}/good.json"}, "models", ["nothing beside a graph file"]),
+    ({"graph": "{inputs}/good.json"}, "models", ["['tiny', 'tiny']", "one a node", "(tiny-0)"]),
+    (
+        {"graph": "{inputs}/ensemble.json", "models": "tiny tiny tiny"},
+        "models[2]",
+        ["'tiny'", "ensemble: node both is no network"],
+    ),
+    (
+        {
+            "graph": "{inputs}/ensemble.json",
+            "models": "tiny tiny ensemble",
+            "weights": "none none pretrained",
+        },
+        "weights[2]",
+        ["'pretrained'", "none: node both is no network"],
+    ),
+    (
+        {"graph": "{inputs}/good.json", "models": "tinny"},
+        "models[0]",
+        ["'tinny'", "cnn, resnet8"],
+    ),
 ]
 
 

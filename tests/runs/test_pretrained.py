@@ -75,3 +75,35 @@ def test_a_run_says_what_it_began_with(tmp_path: Path) -> None:
     graph = json.loads((tmp_path / "run" / "graph.json").read_text())
     assert [node["weights"] for node in graph["nodes"]] == [None, "pretrained"]
     assert "is finished" in train(tmp_path / "run", **DISTILLATION)
+
+
+def test_a_files_teacher_is_trained_anew_where_its_own_weights_do_not_fit(tmp_path: Path) -> None:
+    """As for a graph that was found on one data set and is carried to another."""
+    graph = tmp_path / "found.json"
+    graph.write_text(
+        json.dumps(
+            {
+                "nodes": [
+                    {"name": "student", "model": "cnn"},
+                    {"name": "teacher", "model": "cnn", "weights": "gone", "input": "imagenet"},
+                ],
+                "gates": [["linear", "through"], ["cutoff", "cutoff"]],
+                "temperature": 4.0,
+            }
+        )
+    )
+    given: dict[str, Any] = {
+        "models": ("tiny", "tiny"),
+        "weights": ("none", "pretrained"),
+        "inputs": ("none", "half"),
+    }
+    said = train(tmp_path / "carried", graph=str(graph), **given)
+    assert "The frozen tiny is trained first." in said
+    carried = json.loads((tmp_path / "carried" / "graph.json").read_text())
+    assert carried["gates"][0] == ["linear", "through"]
+    assert carried["temperature"] == 4.0
+    student, teacher = carried["nodes"]
+    assert (student["name"], student["model"], student["weights"]) == ("student", "tiny", None)
+    assert (teacher["name"], teacher["model"]) == ("teacher", "tiny")
+    assert (teacher["weights"], teacher["input"]) == ("pretrained", "half")
+    assert result(tmp_path / "carried")["nodes"][1]["frozen"]
