@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NodeFns, with_images
 from ktg_jax.models.pixels import DIVISOR, check_floats
 
 _AT_ONCE = 2**26
@@ -36,18 +34,9 @@ def with_input(fns: NodeFns, wanted: Input) -> NodeFns:
     >>> fns.apply(params, state, images, False)[0].shape
     (2, 10)
     """
-
-    def seen(apply: Callable[..., Any]) -> Callable[..., Any]:
-        def of_images(params: PyTree, model_state: PyTree, images: jax.Array, train: bool) -> Any:
-            return apply(params, model_state, as_wanted(images, wanted), train)
-
-        return of_images
-
+    seen = with_images(fns, lambda images: as_wanted(images, wanted))
     return dataclasses.replace(
-        fns,
-        init=lambda rng, images: fns.init(rng, as_wanted(images, wanted)),
-        apply=seen(fns.apply),
-        stages=None if fns.stages is None else seen(fns.stages),
+        seen, init=lambda rng, images: fns.init(rng, as_wanted(images, wanted))
     )
 
 

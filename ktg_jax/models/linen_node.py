@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from ktg_jax.errors import InputError
 from ktg_jax.models import streams
+from ktg_jax.models.fed import Passages
 from ktg_jax.models.modes import Call, Mode, known_flags, said_flags, unknown_mode
 from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import STREAM
@@ -21,6 +22,8 @@ _SAY_IT = (
     "say it to ktg.from_linen or ktg.register_model: mode='name', or mode=lambda train: {'name': "
     "value}, with {} where there is nothing to tell it"
 )
+_PLACE = "passed on at place "
+"""What sown values of `fed_stages` are named, with the number of the place."""
 _DEFAULT_STREAM = "params"
 """flax's name for the stream that serves where a module asks for one that it was not given."""
 
@@ -70,7 +73,7 @@ def from_linen(
     (64, 10)
     """
     node = _LinenNode(module, mode, rngs, axis_name, checked_stages(stages))
-    return NodeFns(node.init, node.apply, node.stages)
+    return NodeFns(node.init, node.apply, node.stages, node.fed_stages)
 
 
 class _Told(NamedTuple):
@@ -130,11 +133,54 @@ class _LinenNode:
         if paths is not None:
             check_found(self._name, paths, [paths[stage] for stage in outputs])
         if not outputs:
-            raise InputError(
-                "stages", self._name, "a module with submodules stage1_..., stage2_..."
-            )
+            raise self._without_stages()
         in_order = tuple(outputs[stage] for stage in sorted(outputs))
         return Outputs(logits, in_order), captured if train else model_state
+
+    def fed_stages(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        images: jax.Array,
+        inputs: Sequence[jax.Array | None],
+        train: bool,
+    ) -> tuple[Outputs, PyTree]:
+        def run(passages: Passages, params: PyTree, model_state: PyTree) -> tuple[Any, PyTree]:
+            def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+                stage = self._stage_of(context.module, context.method_name)
+
+                def keep(place: int, made: jax.Array) -> None:
+                    # Sown: it may lie within a lifted transformation, such as nn.remat's.
+                    context.module.sow("intermediates", f"{_PLACE}{place}", made)
+
+                return passages.call(stage, keep, functools.partial(call, **kwargs), *args)
+
+            with nn.intercept_methods(intercept):
+                capture = {"capture_intermediates": lambda *_: False}
+                return self._run(params, model_state, images, train, **capture)
+
+        watching = Passages(self._name)
+        jax.eval_shape(lambda *variables: run(watching, *variables)[0], params, model_state)
+        calls = watching.watched
+        if self._stages is not None:
+            check_found(self._name, self._stages, [self._stages[stage] for stage in set(calls)])
+        if not calls:
+            raise self._without_stages()
+        logits, captured = run(Passages(self._name, calls, inputs), params, model_state)
+        sown = flatten_dict(captured.pop("intermediates"))
+        places = {path[-1]: calls[0] for path, calls in sown.items() if path[-1].startswith(_PLACE)}
+        in_order = tuple(places[f"{_PLACE}{place}"] for place in range(len(inputs)))
+        return Outputs(logits, in_order), captured if train else model_state
+
+    def _stage_of(self, submodule: nn.Module, method: str) -> int | None:
+        """The stage that a call is of; None: of none."""
+        if self._stages is not None:
+            is_one = _is_named(self._stages, submodule, method)
+            return self._stages.index(".".join(submodule.path)) if is_one else None
+        return stage_number(submodule.path[-1:]) if _is_stage(submodule, method) else None
+
+    def _without_stages(self) -> InputError:
+        return InputError("stages", self._name, "a module with submodules stage1_..., stage2_...")
 
     def _run(
         self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool, **capture: Any

@@ -1,5 +1,6 @@
 """What a network must offer to be a node."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from ktg_jax.outputs import Outputs
 PyTree = Any
 StagedOutputs: TypeAlias = Outputs | tuple[jax.Array, tuple[jax.Array, ...]]
 """Logits, and the output of each stage; a plain pair serves as well."""
+
+FedStages: TypeAlias = Callable[
+    [PyTree, PyTree, jax.Array, Sequence[jax.Array | None], bool], tuple[Outputs, PyTree]
+]
+"""See `NodeFns.fed_stages`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class NodeFns:
         stages: as `apply`, with the output of each stage beside the logits: `stages(params,
             model_state, images, train) -> (Outputs, model_state)`; or None: a network that does not
             say what its stages are.
+        fed_stages: as `stages`, with stages that are fed from outside: `fed_stages(params,
+            model_state, images, inputs, train) -> (Outputs, model_state)`. Of G stages `inputs` has
+            G + 1 entries: what goes into the first stage, and what is passed on in place of each
+            one's output, float `[B, h, w, C]`; None: what the network makes itself. The stages of
+            the `Outputs` are what it made at these G + 1 places. None: a network that cannot.
 
     >>> import jax.numpy as jnp
     >>> average = NodeFns(
@@ -44,6 +55,28 @@ class NodeFns:
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
     stages: Callable[[PyTree, PyTree, jax.Array, bool], tuple[StagedOutputs, PyTree]] | None = None
+    fed_stages: FedStages | None = None
+
+
+def with_images(fns: NodeFns, change: Callable[[jax.Array], jax.Array]) -> NodeFns:
+    """The same network, whose images are changed before it sees them, but for `init`.
+
+    >>> import jax.numpy as jnp
+    >>> same = NodeFns(init=lambda rng, images: ({}, {}),
+    ...                apply=lambda params, state, images, train: (images, state))
+    >>> with_images(same, lambda images: 2 * images).apply({}, {}, jnp.ones(1), False)[0].tolist()
+    [2.0]
+    """
+
+    def changed(run: Callable[..., Any]) -> Callable[..., Any]:
+        def of_images(params: PyTree, model_state: PyTree, images: jax.Array, *more: Any) -> Any:
+            return run(params, model_state, change(images), *more)
+
+        return of_images
+
+    functions = {field: getattr(fns, field) for field in ("apply", "stages", "fed_stages")}
+    made = {field: changed(run) for field, run in functions.items() if run is not None}
+    return dataclasses.replace(fns, **made)
 
 
 def _nothing(rng: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
+from ktg_jax.models.fed import Keep, Passages
 from ktg_jax.models.modes import Call, known_flags, unknown_mode
 from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import batch_is_spread, of_this_device
@@ -95,7 +96,8 @@ class _NnxNode:
     @property
     def functions(self) -> NodeFns:
         """The node's functions; equal for one node."""
-        return NodeFns(self.init, self.apply, self.stages if self._stages else None)
+        staged = (self.stages, self.fed_stages) if self._stages else ()
+        return NodeFns(self.init, self.apply, *staged)
 
     def in_dtype(self, dtype: Any) -> NodeFns:
         """The same node, computing in another dtype."""
@@ -136,6 +138,29 @@ class _NnxNode:
             return Outputs(logits, tuple(calls[path] for path in self._stages))
 
         return self._passed(params, model_state, train, outputs_of)
+
+    def fed_stages(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        images: jax.Array,
+        inputs: Sequence[jax.Array | None],
+        train: bool,
+    ) -> tuple[Outputs, PyTree]:
+        def run(passages: Passages, params: PyTree, model_state: PyTree) -> Any:
+            def outputs_of(module: Any) -> Outputs:
+                places: dict[int, jax.Array] = {}
+                with _watched(module, self._stages, passages, places.__setitem__):
+                    logits = self._run(module, images, train)
+                return Outputs(logits, tuple(places[place] for place in sorted(places)))
+
+            return self._passed(params, model_state, train, outputs_of)
+
+        watching = Passages(self._name)
+        jax.eval_shape(lambda *variables: run(watching, *variables), params, model_state)
+        calls = watching.watched
+        check_found(self._name, self._stages, [self._stages[stage] for stage in set(calls)])
+        return run(Passages(self._name, calls, inputs), params, model_state)
 
     def _made(self, rngs: "nnx.Rngs") -> "nnx.Module":
         from flax import nnx
@@ -231,6 +256,31 @@ def _set_mode(module: Any, train: bool) -> None:
         flags = known_flags({k: v for k, v in vars(each).items() if isinstance(v, bool)})
         for flag, value in (flags(train) if flags else {}).items():
             setattr(each, flag, value)
+
+
+@contextmanager
+def _watched(
+    module: "nnx.Module", paths: Sequence[str], passages: Passages, keep: Keep
+) -> Iterator[None]:
+    """Within it, the submodules of these paths, a stage each, are called by way of `passages`."""
+    from flax import nnx
+
+    found = {".".join(map(str, path)): each for path, each in nnx.iter_modules(module)}
+    classes = [type(found[path]) for path in paths]
+    for stage, (path, own) in enumerate(zip(paths, classes, strict=True)):
+        found[path].__class__ = _called_by(own, partial(passages.call, stage, keep))
+    yield
+    for path, own in zip(paths, classes, strict=True):
+        found[path].__class__ = own
+
+
+def _called_by(own: Any, caller: Callable[..., Any]) -> Any:
+    """A class like a module's own, whose calls `caller` makes."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return caller(partial(own.__call__, self, **kwargs), *args)
+
+    return type(own)(own.__name__, (own,), {"__call__": call})
 
 
 @contextmanager

@@ -1,15 +1,13 @@
 """What networks see: floats. Stored images are uint8, and what they are divided by is said here."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import NodeFns, with_images
 
 DIVISOR = 255.0
 """The value of uint8 images that every network sees as 1."""
@@ -71,14 +69,10 @@ def taking_pixels(fns: NodeFns, divisor: float = DIVISOR) -> NodeFns:
         Functions that raise InputError for images of any other dtype.
     """
 
-    def scaled(apply: Callable[..., Any]) -> Callable[..., Any]:
-        def of_any(params: PyTree, model_state: PyTree, images: jax.Array, train: bool) -> Any:
-            if getattr(images, "dtype", None) == jnp.uint8:
-                images = to_float(images, divisor)
-            check_floats(images)
-            return apply(params, model_state, images, train)
+    def scaled(images: Any) -> Any:
+        if getattr(images, "dtype", None) == jnp.uint8:
+            images = to_float(images, divisor)
+        check_floats(images)
+        return images
 
-        return of_any
-
-    stages = None if fns.stages is None else scaled(fns.stages)
-    return dataclasses.replace(fns, apply=scaled(fns.apply), stages=stages)
+    return with_images(fns, scaled)
