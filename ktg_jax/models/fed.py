@@ -35,9 +35,9 @@ class Passages:
         stages = sorted(set(calls))
         self._ends = {_last(calls, stage): place for place, stage in enumerate(stages, start=1)}
         self._begin = calls.index(stages[0]) if stages else None
-        if calls and len(self._inputs) != len(stages) + 1:
-            allowed = f"{len(stages) + 1} entries, one more than {name} has stages"
-            raise InputError("inputs", len(self._inputs), allowed)
+        if calls and inputs and len(inputs) != len(stages) + 1:
+            allowed = f"{len(stages) + 1} entries, one more than {name} has stages, or none"
+            raise InputError("inputs", len(inputs), allowed)
 
     def call(self, stage: int | None, keep: Keep, call: Callable[..., Any], *args: Any) -> Any:
         """Calls a submodule.
@@ -66,7 +66,7 @@ class Passages:
     def _passed(self, place: int, made: jax.Array, keep: Keep) -> jax.Array:
         """What is passed on at a place."""
         keep(place, made)
-        given = self._inputs[place]
+        given = self._inputs[place] if self._inputs else None
         if given is None:
             return made
         if np.shape(given) != np.shape(made):

@@ -169,7 +169,7 @@ class _LinenNode:
         logits, captured = run(Passages(self._name, calls, inputs), params, model_state)
         sown = flatten_dict(captured.pop("intermediates"))
         places = {path[-1]: calls[0] for path, calls in sown.items() if path[-1].startswith(_PLACE)}
-        in_order = tuple(places[f"{_PLACE}{place}"] for place in range(len(inputs)))
+        in_order = tuple(places[f"{_PLACE}{place}"] for place in range(len(places)))
         return Outputs(logits, in_order), captured if train else model_state
 
     def _stage_of(self, submodule: nn.Module, method: str) -> int | None:

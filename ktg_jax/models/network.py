@@ -39,8 +39,9 @@ class NodeFns:
         fed_stages: as `stages`, with stages that are fed from outside: `fed_stages(params,
             model_state, images, inputs, train) -> (Outputs, model_state)`. Of G stages `inputs` has
             G + 1 entries: what goes into the first stage, and what is passed on in place of each
-            one's output, float `[B, h, w, C]`; None: what the network makes itself. The stages of
-            the `Outputs` are what it made at these G + 1 places. None: a network that cannot.
+            one's output, float `[B, h, w, C]`; None: what the network makes itself. Without
+            entries it makes all itself. The stages of the `Outputs` are what it made at these
+            G + 1 places. None: a network that cannot.
 
     >>> import jax.numpy as jnp
     >>> average = NodeFns(

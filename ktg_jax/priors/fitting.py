@@ -1,0 +1,245 @@
+"""How a student is fitted to its teacher before it is trained: a few hundred steps of Adam."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from ktg_jax.checks import is_whole
+from ktg_jax.errors import InputError, RunError
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.priors.channels import Variables
+from ktg_jax.training.batches import Batches, steps_per_epoch, take_batch
+
+Metrics: TypeAlias = dict[str, jax.Array]
+Data: TypeAlias = tuple[jax.Array, jax.Array]
+
+STATISTICS_BATCHES = 100
+"""Batches that normalisation takes its statistics from anew."""
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How a fit is made.
+
+    Attributes:
+        steps: updates.
+        batch_size: images a step.
+        learning_rate: Adam's at the beginning; it falls to 0 along a cosine.
+        max_offset: random crops, as in `plan_batch`.
+        flip: random mirroring, as in `plan_batch`.
+
+    Raises:
+        InputError: steps that are no whole number above 0, or a rate that is not above 0.
+    """
+
+    steps: int = 500
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    max_offset: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.steps, 1):
+            raise InputError("steps", self.steps, "a whole number above 0")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError("learning_rate", self.learning_rate, "a finite number above 0")
+
+    def batches(self, num_images: int) -> Batches:
+        """How batches are made of so many images."""
+        return Batches(num_images, self.batch_size, self.max_offset, self.flip)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The same for equal steps and rates, so that what is compiled serves again."""
+        return _adam(self.learning_rate, self.steps)
+
+
+@lru_cache(maxsize=32)
+def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+
+@flax.struct.dataclass
+class FitState:
+    """Where a fit stands. A pytree.
+
+    Attributes:
+        params: the student's.
+        model_state: the student's.
+        projections: what is fitted beside it, and left behind.
+        opt_state: of Adam, over params and projections.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    projections: PyTree
+    opt_state: optax.OptState
+
+
+class Fitted(NamedTuple):
+    """A fitted student.
+
+    Attributes:
+        params: its parameters.
+        model_state: its model state.
+        metrics: means over the last steps, a tenth of all: `stages`, float `[G]`; `accuracy`,
+            float `[]`, of the student's own classifier in the fit.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    metrics: dict[str, np.ndarray]
+
+
+class Objective(Protocol):
+    """What a fit minimises: hashable, for it is a part of what is compiled."""
+
+    def __call__(
+        self,
+        learned: tuple[PyTree, PyTree],
+        model_state: PyTree,
+        known: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The loss of a batch, and the student's new model state and what is told of the step.
+
+        Args:
+            learned: the student's parameters, and what is fitted beside them.
+            model_state: the student's.
+            known: arrays that stay: the teacher's.
+            images: float `[B, H, W, C]`.
+            labels: int `[B]`.
+        """
+        ...
+
+
+OnStep: TypeAlias = Callable[[int, FitState, Metrics], None]
+
+
+def fit(
+    objective: Objective,
+    start: FitState,
+    known: PyTree,
+    data: tuple[ArrayLike, ArrayLike],
+    plan: FitPlan,
+    *,
+    rng: jax.Array,
+    first_step: int = 0,
+    on_step: OnStep | None = None,
+) -> Fitted:
+    """Minimises an objective over batches of the data.
+
+    Args:
+        objective: static.
+        start: of `begun`, or where a former fit stood.
+        known: see `Objective`.
+        data: images uint8 `[n, H, W, C]`, and labels int `[n]`.
+        plan: how.
+        rng: a random key, for the order of the data.
+        first_step: how many updates `start` has had.
+        on_step: called with the number of updates made, the state after them and their metrics, on
+            the device.
+
+    Raises:
+        InputError: a batch larger than the data.
+        RunError: the fit diverged.
+    """
+    images, labels = jnp.asarray(data[0]), jnp.asarray(data[1], jnp.int32)
+    steps_per_epoch(len(labels), plan.batch_size)
+    static: dict[str, Any] = {"objective": objective, "optimizer": plan.optimizer}
+    static["batches"] = plan.batches(len(labels))
+    state, last = start, []
+    for count in range(first_step, plan.steps):
+        state, metrics = _step(state, known, (images, labels), rng, count, **static)
+        if on_step is not None:
+            on_step(count + 1, state, metrics)
+        if count >= plan.steps - max(plan.steps // 10, 1):
+            last.append(metrics)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        raise RunError(f"step {plan.steps} of the fit: a parameter of the student is not finite")
+    means = jax.tree.map(lambda *each: np.mean(np.stack(each), axis=0), *last) if last else {}
+    return Fitted(state.params, state.model_state, means)
+
+
+def begun(start: Variables, projections: PyTree, plan: FitPlan) -> FitState:
+    """The state of a fit before its first step."""
+    params, model_state = jax.tree.map(jnp.asarray, start)
+    opt_state = plan.optimizer.init((params, projections))
+    return FitState(params, model_state, projections, opt_state)
+
+
+# Compiled once for the same objective, whatever the data, the teacher's weights and the key.
+@partial(jax.jit, static_argnames=("objective", "optimizer", "batches"))
+def _step(
+    state: FitState,
+    known: PyTree,
+    data: Data,
+    rng: jax.Array,
+    count: jax.Array | int,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+) -> tuple[FitState, Metrics]:
+    images, labels = take_batch(*data, batches.plan(rng, count))
+    learned = state.params, state.projections
+    gradients, (model_state, metrics) = jax.grad(objective, has_aux=True)(
+        learned, state.model_state, known, images, labels
+    )
+    updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
+    params, projections = optax.apply_updates(learned, updates)
+    return FitState(params, model_state, projections, opt_state), metrics
+
+
+def with_own_statistics(
+    student: NodeFns,
+    variables: Variables,
+    images: ArrayLike,
+    plan: FitPlan,
+    *,
+    rng: jax.Array,
+    number: int = STATISTICS_BATCHES,
+) -> Variables:
+    """The student with the statistics of what it sees itself, its parameters as they are.
+
+    In a fit each stage is normalised on its teacher's outputs; as a whole the student passes on
+    others. The student is run as in training, on so many batches.
+
+    Args:
+        student: the network.
+        variables: its own.
+        images: uint8 `[n, H, W, C]`.
+        plan: how batches are made.
+        rng: a random key, for the order of the data.
+        number: of batches.
+    """
+    params, model_state = variables
+    images = jnp.asarray(images)
+    labels, batches = jnp.zeros(len(images), jnp.int32), plan.batches(len(images))
+    for count in range(number):
+        data = images, labels
+        model_state = _restated(params, model_state, data, rng, count, student, batches)
+    return params, model_state
+
+
+@partial(jax.jit, static_argnames=("student", "batches"))
+def _restated(
+    params: PyTree,
+    model_state: PyTree,
+    data: Data,
+    rng: jax.Array,
+    count: jax.Array | int,
+    student: NodeFns,
+    batches: Batches,
+) -> PyTree:
+    images, _ = take_batch(*data, batches.plan(rng, count))
+    return student.apply(params, model_state, images, True)[1]

@@ -1,0 +1,114 @@
+"""Knowledge aggregation by use: the teacher itself judges what the student's stages pass on.
+
+Ours, beside `regress_stages`. The student's first g stages, a projection to the teacher's channels,
+and the *rest of the teacher* are to classify, for every g at once. Nothing is said of how a stage
+does that, so there is no limit on widths or families.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ktg_jax.losses import cross_entropy, is_correct
+from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.pixels import to_float
+from ktg_jax.priors.channels import Variables, passed_on
+from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit
+from ktg_jax.priors.pair import Pair, projected, projection, rectified_places
+
+
+def recast_stages(
+    teacher: NodeFns,
+    teacher_variables: Variables,
+    student: NodeFns,
+    student_variables: Variables,
+    images: ArrayLike,
+    labels: ArrayLike,
+    *,
+    rng: jax.Array,
+    select: bool = True,
+    state: FitState | None = None,
+    first_step: int = 0,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Fitted:
+    """Fits a student so that the rest of its teacher can go on from each of its stages.
+
+    It minimises the cross-entropy of the teacher's logits, in evaluation, with its place g fed from
+    the student's, summed over g from 1, plus that of the student's own. The student's output is
+    projected to the teacher's channels (a 1x1 convolution, batch normalisation and, if the teacher
+    passes none below 0 on there, a ReLU), but not where it starts as a part of the teacher with all
+    its channels.
+
+    Args:
+        teacher: a network with `NodeFns.fed_stages`; all others as for `regress_stages`.
+        teacher_variables: its parameters and model state, which stay as they are.
+        student: of as many stages, with outputs of the same heights and widths.
+        student_variables: initial ones.
+        images: uint8 `[n, H, W, C]`, training images.
+        labels: int `[n]`, as the teacher numbers classes.
+        rng: a random key.
+        select: whether a student of the teacher's family starts as a part of it.
+        state: where a former fit stood.
+        first_step: how many updates that one had made.
+        on_step: as for `fit`.
+        **options: the fields of `FitPlan`.
+
+    Returns:
+        The student; `metrics["stages"]` is the cross-entropy by way of each stage, float `[G]`.
+
+    Raises:
+        InputError: networks whose stages do not match, a bad option, or as `fit`.
+        RunError: the fit diverged.
+    """
+    plan, image_shape = FitPlan(**options), np.shape(images)[1:]
+    pair = Pair.of(teacher, teacher_variables, student, student_variables, image_shape)
+    is_part = select and pair.channels is not None
+    start = pair.start(teacher_variables, student_variables) if is_part else student_variables
+    rng_of_projections = jax.random.fold_in(rng, 1)
+    projections = {
+        g: projection(jax.random.fold_in(rng_of_projections, g), own[2], theirs[2])
+        for g, (theirs, own) in enumerate(zip(pair.teacher, pair.student, strict=True))
+        if g and not (is_part and theirs == own)
+    }
+    first_images = to_float(jnp.asarray(images)[: plan.batch_size])
+    rectified = rectified_places(teacher, teacher_variables, first_images)
+    objective = _Recast(teacher, student, rectified)
+    if state is None:
+        state = begun(start, projections, plan)
+    more: dict[str, Any] = {"first_step": first_step, "on_step": on_step}
+    return fit(objective, state, teacher_variables, (images, labels), plan, rng=rng, **more)
+
+
+@dataclass(frozen=True)
+class _Recast:
+    """What `recast_stages` minimises."""
+
+    teacher: NodeFns
+    student: NodeFns
+    is_rectified: tuple[bool, ...]
+
+    def __call__(
+        self,
+        learned: tuple[PyTree, PyTree],
+        model_state: PyTree,
+        known: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        (params, projections), places = learned, range(len(self.is_rectified))
+        own, model_state = passed_on(self.student, (params, model_state), images, train=True)
+        losses = []
+        for g, made in enumerate(own.stages[1:], start=1):
+            if g in projections:
+                made = projected(projections[g], made, self.is_rectified[g])
+            fed = [made if place == g else None for place in places]
+            theirs, _ = passed_on(self.teacher, known, images, fed)
+            losses.append(jnp.mean(cross_entropy(theirs.logits, labels)))
+        loss = jnp.mean(cross_entropy(own.logits, labels)) + sum(losses)
+        accuracy = jnp.mean(is_correct(own.logits, labels), dtype=jnp.float32)
+        return loss, (model_state, {"stages": jnp.stack(losses), "accuracy": accuracy})
