@@ -72,6 +72,11 @@ def unflatten(template: Any, flat: Mapping[str, np.ndarray], field: str) -> Any:
     return jax.tree.unflatten(treedef, [_like(leaf, flat[name]) for name, leaf in expected.items()])
 
 
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf, traced or a shape, is of floats: no counter, and no random key."""
+    return bool(jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating))
+
+
 def some(names: Sequence[str], most: int = _MOST_NAMED, separator: str = ", ") -> str:
     """The first of some names, and how many more there are.
 

@@ -20,10 +20,12 @@ Layers: recoding, stages -> prior -> matching, kernels, readers, files -> aggreg
 
 from ktg_jax.graph.node import MATCHINGS, SCHEDULES
 from ktg_jax.priors.aggregate import aggregate_prior, fit_readers
+from ktg_jax.priors.channels import place_shapes, select_channels, select_start
 from ktg_jax.priors.composition import NodePrior, with_priors
 from ktg_jax.priors.files import PRIOR_FILE, about_prior, load_prior, save_prior
+from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, with_own_statistics
 from ktg_jax.priors.kernels import cluster_prior, layer_prior, svd_prior
-from ktg_jax.priors.matching import assigned, initialised, match_prior
+from ktg_jax.priors.matching import assigned, initialised, match_prior, started
 from ktg_jax.priors.prior import (
     NORMALISATIONS,
     Prior,
@@ -32,6 +34,7 @@ from ktg_jax.priors.prior import (
     prior_distance,
     prior_loss,
     recoding_loss,
+    whole_prior,
 )
 from ktg_jax.priors.readers import (
     READERS_FILE,
@@ -41,6 +44,7 @@ from ktg_jax.priors.readers import (
     readers_checksum,
     save_readers,
 )
+from ktg_jax.priors.recast import recast_stages
 from ktg_jax.priors.recoding import (
     dead_zone_loss,
     l1_recoding,
@@ -48,6 +52,7 @@ from ktg_jax.priors.recoding import (
     soft_threshold,
     sparse_recoding,
 )
+from ktg_jax.priors.regression import INPUTS, regress_stages
 from ktg_jax.priors.stages import (
     KernelShapes,
     layer_kernels,
@@ -58,11 +63,15 @@ from ktg_jax.priors.stages import (
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 
 __all__ = [
+    "INPUTS",
     "MATCHINGS",
     "NORMALISATIONS",
     "PRIOR_FILE",
     "READERS_FILE",
     "SCHEDULES",
+    "FitPlan",
+    "FitState",
+    "Fitted",
     "KernelShapes",
     "NodePrior",
     "Prior",
@@ -84,19 +93,27 @@ __all__ = [
     "load_readers",
     "match_prior",
     "normalised",
+    "place_shapes",
     "prior_distance",
     "prior_loss",
     "projected",
     "readers_checksum",
+    "recast_stages",
     "recoding_loss",
     "recoding_threshold",
+    "regress_stages",
     "save_prior",
     "save_readers",
+    "select_channels",
+    "select_start",
     "soft_threshold",
     "sparse_recoding",
     "stage_convolutions",
     "stage_kernels",
     "stage_outputs",
+    "started",
     "svd_prior",
+    "whole_prior",
+    "with_own_statistics",
     "with_priors",
 ]

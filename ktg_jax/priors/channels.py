@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktg_jax.errors import InputError
-from ktg_jax.io.trees import by_path, replaced
+from ktg_jax.io.trees import by_path, is_float, replaced
 from ktg_jax.models.network import NodeFns, PyTree, stage_number
 from ktg_jax.outputs import Outputs
 
@@ -173,7 +173,7 @@ def is_part_of(teacher: Variables, student: Variables) -> bool:
     """Whether a student has no array that its teacher has not, of the same rank: of its family."""
     pairs = [(by_path(own), by_path(whole)) for own, whole in zip(student, teacher, strict=True)]
     return all(
-        not _is_float(leaf) or (path in whole and np.ndim(whole[path]) == np.ndim(leaf))
+        not is_float(leaf) or (path in whole and np.ndim(whole[path]) == np.ndim(leaf))
         for own, whole in pairs
         for path, leaf in own.items()
     )
@@ -188,7 +188,7 @@ def _taken(
     """The student's arrays of floats by path, taken from the teacher's."""
     found = {}
     for path, own in student.items():
-        if not _is_float(own):
+        if not is_float(own):
             continue
         if path not in teacher or np.ndim(teacher[path]) != np.ndim(own):
             allowed = "a student of the teacher's family, no deeper than it"
@@ -206,7 +206,3 @@ def _taken(
             whole = whole * (teacher[path].shape[0] / whole.shape[0])
         found[path] = jnp.asarray(whole, own.dtype)
     return found
-
-
-def _is_float(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -18,7 +18,7 @@ from ktg_jax.graph.node import SCHEDULES, Node
 from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.models.network import PyTree
 from ktg_jax.priors.files import load_prior
-from ktg_jax.priors.matching import match_prior
+from ktg_jax.priors.matching import match_prior, started
 from ktg_jax.priors.prior import Prior, check_prior, prior_distance
 from ktg_jax.priors.recoding import sparse_recoding
 from ktg_jax.training.state import GraphState
@@ -117,25 +117,33 @@ def with_priors(state: GraphState, graph: Graph) -> tuple[GraphState, tuple[Node
     >>> with_priors(state, graph)[1]
     (None, None)
     """
+    initial = zip(graph.nodes, state.params, state.model_state, strict=True)
     matched = [
-        _matched(f"nodes[{i}].prior", node, params)
-        for i, (node, params) in enumerate(zip(graph.nodes, state.params, strict=True))
+        _matched(f"nodes[{i}].prior", node, *variables)
+        for i, (node, *variables) in enumerate(initial)
     ]
-    params, priors = zip(*matched, strict=True)
-    return dataclasses.replace(state, params=params), priors
+    params, model_state, priors = zip(*matched, strict=True)
+    return dataclasses.replace(state, params=params, model_state=model_state), priors
 
 
-def _matched(field: str, node: Node, params: PyTree) -> tuple[PyTree, NodePrior | None]:
+def _matched(
+    field: str, node: Node, params: PyTree, model_state: PyTree
+) -> tuple[PyTree, PyTree, NodePrior | None]:
     """What the node starts from, and its prior."""
     if node.prior is None:
-        return params, None
+        return params, model_state, None
     try:
         prior = load_prior(node.prior)
     except InputError as error:
         raise InputError(field, node.prior, error.allowed) from None
     try:
-        params, prior = match_prior(params, prior, node.prior_matching)
+        if node.prior_matching == "initialise" and prior.start is not None:
+            params, model_state = started(params, model_state, prior)
+        else:
+            params, prior = match_prior(params, prior, node.prior_matching)
     except InputError as error:
         allowed = f"{error.allowed}; found {error.field} {error.value!r}"
         raise InputError(field, node.prior, allowed) from None
-    return params, NodePrior(prior, node.prior_weight, node.prior_quantile, node.prior_schedule)
+    prior = dataclasses.replace(prior, start=None)  # it has begun
+    how = node.prior_weight, node.prior_quantile, node.prior_schedule
+    return params, model_state, NodePrior(prior, *how)

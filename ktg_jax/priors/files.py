@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from ktg_jax.priors.prior import Prior
 PRIOR_FILE = "prior.safetensors"
 """The file's name, where a folder is given."""
 
-_FORMAT = "ktg_jax prior 1"
+_FORMAT, _FORMAT_WITH_START = "ktg_jax prior 1", "ktg_jax prior 2"
+_PARAMS, _STATE = "params:", "model_state:"
+"""What the names of tensors begin with that are of a start, and no kernels of the prior."""
 
 
 def save_prior(
@@ -53,14 +55,14 @@ def save_prior(
     if Path(path).suffix != ".safetensors":
         raise InputError("prior", str(path), "a file name that ends in .safetensors")
     kernels = (np.array(kernel, np.float32) for kernel in prior.kernels)
-    tensors = dict(zip(prior.paths, kernels, strict=True))
+    tensors = dict(zip(prior.paths, kernels, strict=True)) | _start_tensors(prior)
     accuracy = None if prior.accuracy is None else np.asarray(prior.accuracy, float).tolist()
     texts = {
         **(about or {}),
         "student": student,
         "num_classes": json.dumps(num_classes),
         "image_shape": json.dumps(list(image_shape)),
-        "format": _FORMAT,
+        "format": _FORMAT if prior.start is None else _FORMAT_WITH_START,
         "paths": json.dumps(prior.paths),
         "accuracy": json.dumps(accuracy),
     }
@@ -92,6 +94,7 @@ def load_prior(path: str | os.PathLike[str]) -> Prior:
             tuple(jnp.asarray(tensors[name]) for name in paths),
             paths,
             None if accuracy is None else jnp.asarray(accuracy, jnp.float32),
+            _start(tensors, paths) if texts["format"] == _FORMAT_WITH_START else None,
         )
 
 
@@ -103,9 +106,28 @@ def about_prior(path: str | os.PathLike[str]) -> dict[str, str]:
     return _read(path)[1]
 
 
+def _start_tensors(prior: Prior) -> FlatTree:
+    """What a file has of a start, beside the prior's kernels; those that are the start's, too."""
+    if prior.start is None:
+        return {}
+    params, state = prior.start
+    others = {path: leaf for path, leaf in params.items() if path not in prior.paths}
+    parts = {_PARAMS: others, _STATE: state}
+    return {
+        f"{kind}{p}": np.array(leaf) for kind, part in parts.items() for p, leaf in part.items()
+    }
+
+
+def _start(tensors: FlatTree, paths: Sequence[str]) -> tuple[FlatTree, FlatTree]:
+    """The start of a prior of these kernels: parameters and model state, by path."""
+    params = {path: tensors[path] for path in paths}
+    params |= {n.removeprefix(_PARAMS): t for n, t in tensors.items() if n.startswith(_PARAMS)}
+    return params, {n.removeprefix(_STATE): t for n, t in tensors.items() if n.startswith(_STATE)}
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
     tensors, texts = read_tensors(path, "prior", PRIOR_FILE)
-    if texts.get("format") != _FORMAT:
+    if texts.get("format") not in (_FORMAT, _FORMAT_WITH_START):
         raise InputError("prior", str(path), "a file that save_prior wrote")
     if texts.get("checksum") != _checksum(tensors, texts):
         raise InputError("prior", str(path), "an undamaged file (its checksum differs)")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.graph.node import MATCHINGS
-from ktg_jax.io.trees import by_path, replaced
+from ktg_jax.io.trees import by_path, is_float, replaced, unflatten
 from ktg_jax.models.network import PyTree
 from ktg_jax.priors.prior import Prior, check_prior, normalised
 
@@ -87,6 +87,32 @@ def initialised(params: PyTree, prior: Prior, *, size: str = "own") -> PyTree:
             kernel = direction * jnp.sqrt(jnp.sum(squares, axis=(0, 1, 2), keepdims=True))
         kernels[path] = jnp.where(says_nothing, own, kernel.astype(own.dtype))
     return replaced(params, kernels)
+
+
+def started(params: PyTree, model_state: PyTree, prior: Prior) -> tuple[PyTree, PyTree]:
+    """The parameters and the model state that a prior has a student start from.
+
+    Args:
+        params: the student's initial ones.
+        model_state: the student's; what holds no floats (random streams) stays as it is.
+        prior: with a `start`; without one both stay as they are.
+
+    Raises:
+        InputError: a prior of another student.
+
+    >>> fitted, own = ({"stem": {"kernel": jnp.full((1, 1, 1, 2), x)}} for x in (1.0, 0.0))
+    >>> found, _ = started(own, {}, whole_prior(fitted, {}))
+    >>> found["stem"]["kernel"].ravel().tolist()
+    [1.0, 1.0]
+    """
+    if prior.start is None:
+        return params, model_state
+    trees = []
+    for own, given in zip((params, model_state), prior.start, strict=True):
+        floats = {path: leaf for path, leaf in by_path(own).items() if is_float(leaf)}
+        unflatten(floats, {p: np.asarray(leaf) for p, leaf in given.items()}, "prior")
+        trees.append(replaced(own, {p: jnp.asarray(given[p], floats[p].dtype) for p in floats}))
+    return trees[0], trees[1]
 
 
 def assigned(params: PyTree, prior: Prior, *, normalise: str = "unit") -> Prior:

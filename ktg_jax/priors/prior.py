@@ -4,14 +4,17 @@ That priors are kernels of single convolutions, one a stage, compared filter by 
 scale, is our reading of KR's "distribution of the parameters"; see `ktg_jax.priors`.
 """
 
+from collections.abc import Mapping
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.checks import check_share
 from ktg_jax.errors import InputError
-from ktg_jax.io.trees import by_path
+from ktg_jax.io.trees import by_path, is_float
 from ktg_jax.models.network import PyTree
 from ktg_jax.priors.recoding import (
     dead_zone_loss,
@@ -34,6 +37,8 @@ class Prior:
             `stage1_block1.conv2.kernel`. Static.
         accuracy: float32 `[G]`, how well a head on each stage's kernel classified; None where
             nothing was fitted.
+        start: all that a student is to start from, its parameters and its model state, each by
+            path; None: it has its kernels alone.
 
     >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",))
     >>> prior.shapes
@@ -43,11 +48,38 @@ class Prior:
     kernels: tuple[jax.Array, ...]
     paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
     accuracy: jax.Array | None = None
+    start: tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]] | None = None
 
     @property
     def shapes(self) -> KernelShapes:
         """The kernels' shapes by path, as `stage_kernels` gives a student's."""
         return dict(zip(self.paths, (tuple(kernel.shape) for kernel in self.kernels), strict=True))
+
+
+def whole_prior(params: PyTree, model_state: PyTree) -> Prior:
+    """A prior of all that a fitted student is: its convolutions' kernels, and what it starts from.
+
+    Args:
+        params: the student's.
+        model_state: the student's. Random streams are left out: they are each run's own.
+
+    Raises:
+        InputError: no convolutions.
+
+    >>> params = {"stem": {"kernel": jnp.ones((1, 1, 1, 2))}, "head": {"bias": jnp.zeros(2)}}
+    >>> prior = whole_prior(params, {"mean": jnp.zeros(2)})
+    >>> prior.paths, [sorted(part) for part in prior.start]
+    (('stem.kernel',), [['head.bias', 'stem.kernel'], ['mean']])
+    """
+    leaves, state = (
+        {path: np.asarray(leaf) for path, leaf in by_path(tree).items() if is_float(leaf)}
+        for tree in (params, model_state)
+    )
+    kernels = {path: leaf for path, leaf in leaves.items() if leaf.ndim == 4}
+    if not kernels:
+        raise InputError("params", sorted(leaves)[:3], "those of a network with convolutions")
+    arrays = tuple(map(jnp.asarray, kernels.values()))
+    return Prior(arrays, tuple(kernels), start=(leaves, state))
 
 
 def check_prior(params: PyTree, prior: Prior) -> None:
