@@ -100,6 +100,7 @@ def started(params: PyTree, model_state: PyTree, prior: Prior) -> tuple[PyTree, 
     Raises:
         InputError: a prior of another student.
 
+    >>> from ktg_jax.priors import whole_prior
     >>> fitted, own = ({"stem": {"kernel": jnp.full((1, 1, 1, 2), x)}} for x in (1.0, 0.0))
     >>> found, _ = started(own, {}, whole_prior(fitted, {}))
     >>> found["stem"]["kernel"].ravel().tolist()
