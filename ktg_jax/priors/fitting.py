@@ -224,7 +224,7 @@ def with_own_statistics(
 
     >>> import ktg_jax as ktg
     >>> fns, images = ktg.build_model("cnn", num_classes=2), np.full((4, 8, 8, 1), 255, np.uint8)
-    >>> variables = fns.init(jax.random.key(0), images / 255.0)
+    >>> variables = fns.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     >>> plan, rng = FitPlan(batch_size=4), jax.random.key(1)
     >>> _, state = with_own_statistics(fns, variables, images, plan, rng=rng, number=2)
     >>> bool((state["batch_stats"]["stage1_norm"]["mean"] != 0).all())

@@ -68,7 +68,7 @@ def recast_stages(
     >>> import ktg_jax as ktg
     >>> fns, labels = ktg.build_model("cnn", num_classes=2), np.arange(8) % 2
     >>> images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
-    >>> theirs, own = (fns.init(jax.random.key(i), images / 255.0) for i in (0, 1))
+    >>> theirs, own = (fns.init(jax.random.key(i), jnp.zeros((1, 8, 8, 1))) for i in (0, 1))
     >>> fitted = recast_stages(fns, theirs, fns, own, images, labels, rng=jax.random.key(2),
     ...                        steps=2, batch_size=4)
     >>> fitted.metrics["stages"].shape
