@@ -1,4 +1,4 @@
-"""From a teacher to a prior in its folder: fitted with a progress bar, or reduced from kernels."""
+"""From a teacher to a prior in its folder: chosen, or fitted with progress, and gone on with."""
 
 import dataclasses
 import json
@@ -6,25 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
-from ktg_jax.priors import (
-    READERS_FILE,
-    KernelShapes,
-    Readers,
-    about_prior,
-    cluster_prior,
-    fit_readers,
-    layer_prior,
-    save_readers,
-    svd_prior,
-)
-from ktg_jax.priors.aggregate import Metrics
+from ktg_jax.inputs import Input
+from ktg_jax.models.network import NodeFns
+from ktg_jax.priors import about_prior
+from ktg_jax.priors.channels import Variables
+from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics
+from ktg_jax.priors.pair import Pair
+from ktg_jax.training.state import node_rng
 
 from ..runs import cli
 from ..runs.console import is_watched, text_column
@@ -32,13 +27,14 @@ from ..runs.facts import data_facts, without_test
 from ..runs.identity import data_kind
 from ..runs.options import training_fields
 from ..runs.progress import Countdown
-from .config import RepresentConfig
+from .config import STUDENT, RepresentConfig
 from .folder import PriorFolder
-from .options import FitOptions
-from .teacher import Teacher
+from .options import TEACHER_MODEL, FitOptions
+from .teacher import Teacher, network
 
 _SHOWN_EVERY = 20  # steps; reading a number waits for the device
 _LINES = 10  # of a fit that nobody watches
+_KEPT_EVERY = 50  # steps
 
 PRIOR_OPTIONS = ("student", "data", "aggregation")
 """Options that determine any prior."""
@@ -48,26 +44,52 @@ _OF_ANY = ("classes", "image_shape", "class_names_crc32")
 
 _OF_FIT = ("batch_size", "seed", "augment", "mirror")
 
+SELECT = "select"
 
-def prior_fields(
-    config: RepresentConfig, teacher: Teacher, kernels: KernelShapes, dataset: Dataset
-) -> dict[str, Any]:
+
+def prior_fields(config: RepresentConfig, teacher: Teacher, dataset: Dataset) -> dict[str, Any]:
     """What determines the prior, as JSON: two that agree in it are the same prior."""
     fields: dict[str, Any] = {field: getattr(config, field) for field in PRIOR_OPTIONS}
-    fields["kernels"] = {path: list(shape) for path, shape in kernels.items()}
     fields["teacher"] = {"model": teacher.model, "checksum": teacher.checksum}
-    if config.aggregation == "cluster":
-        fields["seed"] = config.seed
+    if teacher.input != Input():
+        fields["teacher"]["input"] = teacher.input.to_json()
     facts = without_test(data_facts(dataset))
     facts.pop("val_crc32", None)
-    if config.aggregation == "fit":
+    if config.aggregation == SELECT:  # of which the images are no part
+        facts = {field: facts[field] for field in _OF_ANY}
+    else:
         training = training_fields(config)
         fields |= {field: training[field] for field in _OF_FIT}
         for field in dataclasses.fields(FitOptions):
             fields[field.name] = getattr(config, field.name)
-    else:  # of which the images are no part
-        facts = {field: facts[field] for field in _OF_ANY}
     return fields | {"data_facts": facts}
+
+
+def steps_of(prior: str) -> int:
+    """How many updates a prior was fitted with; a file that does not say it, with none."""
+    return int(about_prior(prior).get("fit_steps", "0"))
+
+
+def check_pair(config: RepresentConfig, teacher: Teacher, dataset: Dataset) -> None:
+    """Raises InputError unless the student can have such a prior from the teacher."""
+    _check_match(config, teacher.model, teacher.fns, teacher.input, dataset)
+
+
+def check_models_match(config: RepresentConfig, dataset: Dataset) -> None:
+    """The same for a teacher that is not trained yet."""
+    model = config.teacher_model or TEACHER_MODEL
+    _check_match(config, model, network(model, None, dataset), None, dataset)
+
+
+def _check_match(
+    config: RepresentConfig, model: str, teacher: NodeFns, wanted: Input | None, dataset: Dataset
+) -> None:
+    fns, images = network(config.student, wanted, dataset), jnp.zeros((1, *dataset.image_shape))
+    theirs, own = (jax.eval_shape(f.init, jax.random.key(0), images) for f in (teacher, fns))
+    pair = Pair.of(teacher, theirs, fns, own, dataset.image_shape)
+    if config.aggregation == SELECT and pair.channels is None:
+        allowed = f"a student of the family of {model}, no wider or deeper (or another "
+        raise InputError("student", config.student, f"{allowed}--aggregation)")
 
 
 def make_prior(
@@ -75,42 +97,33 @@ def make_prior(
     fields: Mapping[str, Any],
     config: RepresentConfig,
     teacher: Teacher,
-    kernels: KernelShapes,
     dataset: Dataset,
     console: Console,
 ) -> None:
-    """Makes the prior in its folder, unless it is there; an interrupted fit begins anew.
+    """Makes the prior in its folder, unless it is there; goes on with an interrupted fit.
 
     Args:
         folder: the folder of the prior.
         fields: as `prior_fields` returns them.
         config: how it is made.
         teacher: from whose parameters.
-        kernels: the kernels of the student.
         dataset: that it is fitted on.
         console: where to say what is done.
 
     Raises:
-        InputError: the folder holds another prior, or kernels do not fit the teacher's.
+        InputError: the folder holds another prior, or student and teacher do not match.
         RunError: the fit diverged.
     """
     folder.check(fields)
     if folder.is_finished:
         return
     with folder.begun(fields, config.data_dir):
-        if config.aggregation == "fit":
-            readers = _fitted(config, teacher, kernels, dataset, console)
-            save_readers(folder.path / READERS_FILE, readers)
-            prior = readers.prior(tuple(kernels))
-        elif config.aggregation == "svd":
-            prior = svd_prior(teacher.params, kernels)
-        elif config.aggregation == "layers":
-            prior = layer_prior(teacher.params, kernels)
-        else:
-            prior = cluster_prior(teacher.params, kernels, config.seed)
+        student = network(config.student, teacher.input, dataset)
+        variables, metrics = _aggregated(folder, config, teacher, student, dataset, console)
+        steps = 0 if config.aggregation == SELECT else config.fit_steps
         ktg.save_prior(
             folder.file,
-            prior,
+            ktg.whole_prior(*variables),
             student=config.student,
             num_classes=dataset.num_classes,
             image_shape=dataset.image_shape,
@@ -119,8 +132,12 @@ def make_prior(
                 "aggregation": config.aggregation,
                 "teacher": teacher.source,
                 "teacher_model": teacher.model,
+                "input": json.dumps(None if teacher.input == Input() else teacher.input.to_json()),
+                "fit_steps": str(steps),
+                "stages": json.dumps([float(left) for left in metrics.get("stages", ())]),
             },
         )
+        folder.forget_fit()
 
 
 def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
@@ -143,54 +160,99 @@ def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
             raise InputError("prior", config.prior, allowed)
 
 
-def _fitted(
+def _aggregated(
+    folder: PriorFolder,
     config: RepresentConfig,
     teacher: Teacher,
-    kernels: KernelShapes,
+    student: NodeFns,
     dataset: Dataset,
     console: Console,
-) -> Readers:
-    train, steps = dataset.train, config.fit_steps
-    watched, countdown = is_watched(console), Countdown(steps)
-    rate = optax.cosine_decay_schedule(config.fit_learning_rate, config.fit_steps)
-    progress = Progress(
-        text_column("fitting the prior: {task.fields[accuracies]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        text_column("steps, left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not watched,
-    )
-    bar = progress.add_task("", total=config.fit_steps, accuracies="compiling")
+) -> tuple[Variables, dict[str, Any]]:
+    """What the student is to start from, and what is told of the last steps of its fit."""
+    images = jnp.zeros((1, *dataset.image_shape))
+    init_key, _ = jax.random.split(jax.random.key(config.seed))  # as `assemble` does
+    own = student.init(node_rng(init_key, STUDENT), images)
+    if config.aggregation == SELECT:
+        pair = Pair.of(teacher.fns, teacher.variables, student, own, dataset.image_shape)
+        return pair.start(teacher.variables, own), {}
+    rng = jax.random.key(config.seed)
+    plan: dict[str, Any] = {
+        "steps": config.fit_steps,
+        "batch_size": config.batch_size,
+        "learning_rate": config.fit_learning_rate,
+        "max_offset": min(dataset.image_shape[:2]) // 8 if config.augment else 0,
+        "flip": config.augment and config.mirror and dataset.flip,
+    }
+    fit = ktg.regress_stages if config.aggregation == "regression" else ktg.recast_stages
+    first_step, state = folder.fit()
+    train = dataset.train
+    with _Shown(config, first_step, console) as shown:
 
-    def show(step: int, metrics: Metrics) -> None:
-        nonlocal countdown
-        if step == 1:  # which compiled, unlike those that are left
-            countdown = Countdown(steps, done=1)
-        if step % (_SHOWN_EVERY if watched else max(steps // _LINES, 1)):
-            return
-        numbers = " ".join(f"{100 * a:.0f}" for a in metrics["accuracy"].tolist())
-        accuracies = f"heads {numbers} %"
-        progress.update(bar, completed=step, accuracies=accuracies)
-        if not watched:
-            left = countdown.left(step)
-            cli.say(console, f"fitting the prior: step {step}/{steps}, {accuracies}; {left}")
+        def on_step(step: int, state: FitState, metrics: Metrics) -> None:
+            if step % _KEPT_EVERY == 0 and step < config.fit_steps:
+                folder.keep_fit(step, state)
+            shown.step(step, metrics)
 
-    with progress:
-        return fit_readers(
+        fitted: Fitted = fit(
             teacher.fns,
-            teacher.params,
-            teacher.model_state,
-            kernels,
+            teacher.variables,
+            student,
+            own,
             train.images,
             train.labels,
-            rng=jax.random.key(config.seed),
-            steps=config.fit_steps,
-            batch_size=config.batch_size,
-            optimizer=optax.adamw(rate, weight_decay=config.fit_weight_decay),
-            max_offset=min(dataset.image_shape[:2]) // 8 if config.augment else 0,
-            flip=config.augment and config.mirror and dataset.flip,
-            on_step=show,
+            rng=rng,
+            state=state,
+            first_step=first_step,
+            on_step=on_step,
+            **plan,
         )
+    whole = ktg.with_own_statistics(
+        student, fitted[:2], train.images, FitPlan(**plan), rng=jax.random.fold_in(rng, 2)
+    )
+    return whole, fitted.metrics
+
+
+class _Shown:
+    """The progress of a fit: a bar where somebody watches, else some lines."""
+
+    def __init__(self, config: RepresentConfig, first_step: int, console: Console) -> None:
+        self._steps, self._console = config.fit_steps, console
+        self._what = "left of the stages" if config.aggregation == "regression" else "cross-entropy"
+        self._first, self._watched = first_step, is_watched(console)
+        self._countdown = Countdown(self._steps, done=first_step)
+        self._progress = Progress(
+            text_column("fitting the prior: {task.fields[numbers]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            text_column("steps, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self._watched,
+        )
+        self._bar = self._progress.add_task(
+            "", total=self._steps, completed=first_step, numbers="compiling"
+        )
+        if first_step:
+            cli.say(console, f"Going on with the fit after step {first_step} of {self._steps}.")
+
+    def __enter__(self) -> "_Shown":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Shows a step, now and then."""
+        if step == self._first + 1:  # which compiled, unlike those that are left
+            self._countdown = Countdown(self._steps, done=step)
+        if step % (_SHOWN_EVERY if self._watched else max(self._steps // _LINES, 1)):
+            return
+        stages = " ".join(f"{value:.2f}" for value in metrics["stages"].tolist())
+        numbers = f"{self._what} {stages}"
+        self._progress.update(self._bar, completed=step, numbers=numbers)
+        if not self._watched:
+            left = self._countdown.left(step)
+            at = f"fitting the prior: step {step}/{self._steps}"
+            cli.say(self._console, f"{at}, {numbers}; {left}")

@@ -1,16 +1,17 @@
 """Trains a student with a prior from a teacher's parameters: `python -m experiments.represent`.
 
-Without arguments: a small teacher, its prior and a student on scikit-learn's digits, in a minute
-and a half of processor time. `--help` lists all options.
+Without arguments: a small teacher, its prior, a student that starts from it and the same student
+alone, on scikit-learn's digits. `--help` lists all options.
 """
 
 import dataclasses
+import math
 
 from rich.console import Console
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.priors import KernelShapes, about_prior
+from ktg_jax.priors import about_prior
 
 from ..runs import cli
 from ..runs.assemble import check_steps, load
@@ -23,21 +24,26 @@ from ..runs.options import import_modules
 from ..runs.pictures import drawn
 from ..runs.process import check_platform, prepare
 from ..train import train
-from .account import account_of, trained_kernels
+from .account import account_of, beside_alone, draw_beside_alone, trained_kernels
 from .aggregation import (
     PRIOR_OPTIONS,
+    SELECT,
     check_given_prior,
+    check_models_match,
+    check_pair,
     make_prior,
     prior_fields,
+    steps_of,
 )
 from .config import RepresentConfig, check, default_workdir
 from .folder import StudentFolder
+from .options import TEACHER_MODEL
 from .teacher import (
     Teacher,
-    check_teacher_run,
+    check_teacher,
     facts_for_name,
     load_teacher,
-    student_kernels,
+    student_input,
     trained_teacher,
 )
 
@@ -50,7 +56,7 @@ def main() -> None:
 
 
 def represent(config: RepresentConfig, console: Console) -> None:
-    """Makes the prior and trains the student with it, or goes on with either.
+    """Makes the prior, trains the student with it and alone, or goes on with any of that.
 
     Raises:
         InputError: bad input; nearly all of it is found before anything is computed.
@@ -62,12 +68,15 @@ def represent(config: RepresentConfig, console: Console) -> None:
     if config.tensorboard:
         require_tensorboard()
     if config.teacher is not None:
-        check_teacher_run(config.teacher, config)
+        check_teacher(config, config.data)
     dataset = None
     if config.workdir is None:
         config, dataset = _with_workdir(config)
-    folder, graph = StudentFolder(config.folder), config.graph()
-    training = config.training(graph=str(folder.path / "graph.json"))
+    seen = student_input(config)
+    folder, graph = StudentFolder(config.folder), config.graph(seen)
+    training = config.training(
+        graph=str(folder.path / "graph.json"), learning_rate=config.student_learning_rate
+    )
     if config.resume:
         folder.check(resolved(training, graph))
     if config.resume and config.prior is None:  # as far as it is known before there is a teacher
@@ -76,7 +85,7 @@ def represent(config: RepresentConfig, console: Console) -> None:
     check_steps(config, dataset)
     models = {"student": config.student}
     if config.teacher is None and config.prior is None:
-        models["teacher_model"] = config.teacher_model
+        models["teacher_model"] = config.teacher_model or TEACHER_MODEL
     check_models(config.training(), models, dataset)
     with busy(console, "Preparing convolutions"):
         ktg.cpu_convolution()
@@ -84,14 +93,13 @@ def represent(config: RepresentConfig, console: Console) -> None:
         check_given_prior(config, dataset)
         teacher = None
     else:
-        kernels = student_kernels(config, dataset)
-        teacher = _teacher(config, kernels, dataset, console)
+        teacher = _teacher(config, dataset, console)
     if not config.resume and (aside := folder.set_aside()):
         cli.say(console, f"The former run is kept in {aside}.")
 
     if teacher is not None:
-        _make_prior(config, folder, teacher, kernels, dataset, console)
-    account = account_of(config, dataset, None if teacher is None else teacher.params)
+        _make_prior(config, folder, teacher, dataset, console)
+    account = account_of(config, dataset, teacher)
     drawn(console, folder.pictures, lambda: account.draw(folder.pictures))
     folder.note_graph(graph)
     train(training, console, dataset)
@@ -99,6 +107,8 @@ def represent(config: RepresentConfig, console: Console) -> None:
     kernels_after = trained_kernels(folder, account.prior)
     if drawn(console, folder.pictures, lambda: account.draw(folder.pictures, kernels_after)):
         cli.say(console, f"Pictures of the stages are in {folder.pictures}.")
+    if config.alone:
+        _train_alone(config, folder, config.alone_graph(seen), dataset, console)
 
 
 def _with_workdir(config: RepresentConfig) -> tuple[RepresentConfig, Dataset | None]:
@@ -109,13 +119,13 @@ def _with_workdir(config: RepresentConfig) -> tuple[RepresentConfig, Dataset | N
     return dataclasses.replace(config, workdir=str(default_workdir(config, facts))), dataset
 
 
-def _teacher(
-    config: RepresentConfig, kernels: KernelShapes, dataset: Dataset, console: Console
-) -> Teacher:
-    """The teacher that is given, or one that is trained alone first."""
+def _teacher(config: RepresentConfig, dataset: Dataset, console: Console) -> Teacher:
+    """The teacher that is given, or one that is trained alone first; it matches the student."""
     if config.teacher is None:
-        return trained_teacher(config, kernels, dataset, console)
-    teacher = load_teacher(config.teacher, kernels, dataset, config.aggregation)
+        check_models_match(config, dataset)
+        return trained_teacher(config, dataset, console)
+    teacher = load_teacher(config, dataset)
+    check_pair(config, teacher, dataset)
     if teacher.saw_others:
         cli.say(
             console,
@@ -129,16 +139,41 @@ def _make_prior(
     config: RepresentConfig,
     folder: StudentFolder,
     teacher: Teacher,
-    kernels: KernelShapes,
     dataset: Dataset,
     console: Console,
 ) -> None:
     """Makes the prior, unless it is there."""
-    fields = prior_fields(config, teacher, kernels, dataset)
+    fields = prior_fields(config, teacher, dataset)
     folder.prior.check(fields)
     if not folder.prior.is_finished:
-        is_fitted = config.aggregation == "fit"
-        how = f"fitted in {config.fit_steps} steps" if is_fitted else f"by {config.aggregation}"
+        is_fitted = config.aggregation != SELECT
+        how = f"fitted in {config.fit_steps} steps" if is_fitted else "a part of it"
         text = f"A prior for {config.student} from {teacher.source} ({teacher.model})"
-        cli.say(console, f"{text}, {how}.")
-    make_prior(folder.prior, fields, config, teacher, kernels, dataset, console)
+        cli.say(console, f"{text}, {how} ({config.aggregation}).")
+    make_prior(folder.prior, fields, config, teacher, dataset, console)
+
+
+def _train_alone(
+    config: RepresentConfig,
+    folder: StudentFolder,
+    graph: ktg.Graph,
+    dataset: Dataset,
+    console: Console,
+) -> None:
+    """Trains the student alone for as many steps as the fit and the training with the prior."""
+    fit_steps = steps_of(str(config.prior_path))
+    per_epoch = len(dataset.train.labels) // config.batch_size
+    epochs = config.epochs + math.ceil(fit_steps / per_epoch)
+    alone = folder.alone
+    if alone.result is None:
+        why = f" (the fit's {fit_steps} steps are as many as {epochs - config.epochs})"
+        text = f"The student alone, for {epochs} epochs{why if fit_steps else ''}."
+        cli.say(console, text)
+    file = folder.path / f"{alone.path.name}.json"
+    graph.save(file)
+    training = config.training(graph=str(file), workdir=str(alone.path), epochs=epochs)
+    train(training, console, dataset)
+    folder.note_alone(fit_steps)
+    console.print(beside_alone(folder))
+    picture = folder.path / "beside-alone.png"
+    drawn(console, picture, lambda: draw_beside_alone(picture, folder, fit_steps))

@@ -9,14 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import ktg_jax as ktg
 import ktg_jax.models
+from ktg_jax.checks import check_positive
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input
 
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig, resolved
 from ..runs.identity import data_kind, identity
 from ..runs.options import (
     DATA_AND_TRAINING,
+    MOST_RATE,
     Training,
+    at_least,
     check_training,
     hash_of,
     training_fields,
@@ -25,6 +29,7 @@ from ..runs.options import (
 from ..runs.places import place_of
 from .folder import PRIOR
 from .options import (
+    TEACHER_MODEL,
     FitOptions,
     StudentOptions,
     TeacherOptions,
@@ -40,10 +45,11 @@ class _PriorOptions:
     prior: Annotated[str | None, "DIR|FILE"] = None
     """Take this prior and fit none: a file, or the folder that it is in (WORKDIR/prior of another
     run). No teacher is needed then. Without it one is made."""
-    aggregation: Literal["fit", "svd", "cluster", "layers"] = "fit"
-    """fit: a downscaling layer for each stage of the teacher, fitted on the training images; svd,
-    cluster: the teacher's own kernels, stage by stage, reduced by truncated SVD or by clustering;
-    layers: no aggregation, one of the teacher's layers for each of the student's, by SVD."""
+    aggregation: Literal["regression", "recast", "select"] = "regression"
+    """regression: each of the student's stages, fed with what the teacher passes on, learns to put
+    out what the teacher's stage does; recast: the rest of the teacher goes on from each of the
+    student's stages; select: a part of the teacher, its channels and blocks chosen evenly, and
+    nothing fitted (a student of the teacher's family)."""
     prior_weight: float = 1.0
     """Weight of the prior's loss beside the cross-entropy; 0: the prior only says how the student
     begins, with --prior-matching initialise."""
@@ -54,6 +60,11 @@ class _PriorOptions:
     prior_matching: Literal["initialise", "assignment", "none"] = "initialise"
     """initialise: the student starts from the prior; assignment: the prior's filters are assigned
     to those that the student starts from; none: filter i speaks of filter i."""
+    student_learning_rate: float = 0.02
+    """Peak learning rate of the student, which starts from what the teacher knows; those that start
+    from nothing, a teacher that is trained first and the student alone, have --learning-rate."""
+    alone: bool = True
+    """Train the same student alone beside it, for as many steps, the fit's included."""
 
 
 GROUPS = {
@@ -70,9 +81,10 @@ EXAMPLES = r"""Examples:
   python -m experiments.represent
   python -m experiments.represent --teacher runs/teacher --student resnet8 \
       --data cifar10 --epochs 60 --workdir runs/student
+  python -m experiments.represent --teacher resnet56.pytorch.safetensors \
+      --teacher-input imagenet --student resnet20 --data cifar10
   python -m experiments.represent --teacher runs/dml:resnet32-1 \
-      --aggregation svd --data cifar100 --prior-quantile 0.9 \
-      --prior-schedule constant
+      --aggregation select --data cifar100 --prior-quantile 0.9
   python -m experiments.represent --prior runs/student/prior --prior-weight 0 \
       --data cifar10"""
 
@@ -83,9 +95,10 @@ class RepresentConfig(  # the last's fields come first
 ):
     """Train a student with prior knowledge from a teacher's parameters (Knowledge Representing).
 
-    The teacher's stages are aggregated into a prior, kernels of the student's shape; the student is
-    then trained with it as by the command train, whose files the workdir has, next to prior/.
-    Running the same command again goes on where it stopped.
+    The teacher's stages are aggregated into a prior, a student of which each stage does what the
+    teacher's does; the student starts from it and is trained as by the command train, whose files
+    the workdir has, next to prior/ and alone/. Running the same command again goes on where it
+    stopped.
     """
 
     command: ClassVar = Command("experiments.represent", GROUPS, EXAMPLES)
@@ -111,8 +124,11 @@ class RepresentConfig(  # the last's fields come first
         given = os.path.expanduser(self.prior or "")
         return Path(given).absolute() if self.prior else self.folder / PRIOR
 
-    def graph(self) -> ktg.Graph:
+    def graph(self, seen: Input | None = None) -> ktg.Graph:
         """The student alone, with its prior.
+
+        Args:
+            seen: how it sees its images.
 
         Raises:
             InputError: an option of the prior is out of range.
@@ -123,14 +139,19 @@ class RepresentConfig(  # the last's fields come first
             if field.name.startswith("prior_")
         }
         try:
-            node = ktg.Node(self.student, STUDENT, prior=str(self.prior_path), **options)
+            prior = str(self.prior_path)
+            node = ktg.Node(self.student, STUDENT, prior=prior, input=seen, **options)
             return ktg.graphs.independent([node])
         except InputError as error:
             field = error.field.removeprefix("nodes[0].")
             raise InputError(field, error.value, error.allowed) from None
 
+    def alone_graph(self, seen: Input | None = None) -> ktg.Graph:
+        """The same student without its prior, with the same initial weights."""
+        return ktg.graphs.independent([ktg.Node(self.student, STUDENT, input=seen)])
+
     def training(self, **changes: Any) -> TrainConfig:
-        """The training of the student, or, with changes, of another network in the same way."""
+        """The training of a network that starts from nothing, or, with changes, of another one."""
         fields = training_fields(self) | {
             "imports": self.imports,
             "compile_cache": self.compile_cache,
@@ -146,21 +167,19 @@ def check(config: RepresentConfig) -> None:
     ktg.models.check_model(config.student, "student")
     config.graph()
     check_fit(config)
-    default = RepresentConfig()
+    check_positive("student_learning_rate", config.student_learning_rate)
+    at_least(config, 0, "student_learning_rate", most=MOST_RATE)
     if config.prior is not None:
-        _check_left_out(config, default, "a prior", "teacher", "teacher_model", "student_layers")
-    if config.teacher is not None:
-        _check_left_out(config, default, "a teacher", "teacher_model")
-    elif config.prior is None:
-        ktg.models.check_model(config.teacher_model, "teacher_model")
+        _check_left_out(config, "a prior", "teacher", "teacher_model", "teacher_input")
+    elif config.teacher is None:
+        _check_left_out(config, "a teacher that is trained first", "teacher_input")
+        ktg.models.check_model(config.teacher_model or TEACHER_MODEL, "teacher_model")
 
 
-def _check_left_out(
-    config: RepresentConfig, default: RepresentConfig, given: str, *fields: str
-) -> None:
+def _check_left_out(config: RepresentConfig, given: str, *fields: str) -> None:
     for field in fields:
-        if getattr(config, field) != getattr(default, field):
-            raise InputError(field, getattr(config, field), f"nothing, for {given} is given")
+        if getattr(config, field) is not None:
+            raise InputError(field, getattr(config, field), f"nothing, for {given}")
 
 
 def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
@@ -172,7 +191,7 @@ def default_workdir(config: RepresentConfig, facts: Mapping[str, Any]) -> Path:
             that are given.
     """
     fields = without_unused(dataclasses.asdict(config))
-    for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache"):
+    for field in ("workdir", "resume", "tensorboard", "data_dir", "compile_cache", "alone"):
         del fields[field]
     name = f"represent-{data_kind(config.data)}-{config.student}"
     keys = (hash_of(identity({**fields, **facts})), hash_of(fields))

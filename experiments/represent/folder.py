@@ -5,27 +5,33 @@ import os
 from pathlib import Path
 
 import ktg_jax as ktg
-from ktg_jax.priors import PRIOR_FILE, READERS_FILE
+from ktg_jax.errors import InputError
+from ktg_jax.io.tensors import read_tensors, write_tensors
+from ktg_jax.io.trees import FlatTree, flatten
+from ktg_jax.priors import PRIOR_FILE, FitState
 
 from ..runs.folder import Folder
 from ..runs.workdir import Workdir
 
-PRIOR = "prior"
-"""Name of the prior's folder."""
+PRIOR, ALONE = "prior", "alone"
+"""Names of the folders of the prior, and of the run of the student alone."""
+
+FIT_FILE = "fit.safetensors"
+"""Where a fit stands, in the folder of its prior."""
 
 
 class PriorFolder(Folder):
     """A prior, what it was made of, and its pictures.
 
     `config.json` says what determines the prior; `prior.safetensors` is there when, and only when,
-    the prior is finished.
+    the prior is finished; until then `fit.safetensors` has where its fit stands.
 
     Args:
         path: the path of the folder; need not exist.
     """
 
     holds = "a prior"
-    traces = (PRIOR_FILE, READERS_FILE)
+    traces = (PRIOR_FILE, FIT_FILE)
     way_out = "represent --no-resume starts over; else take the folder away"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,17 +43,54 @@ class PriorFolder(Folder):
         """Whether the prior is there."""
         return self.file.is_file()
 
+    def keep_fit(self, step: int, state: FitState) -> None:
+        """Keeps where a fit stands after so many steps, in place of where it stood."""
+        texts = {"step": str(step)}
+        write_tensors(self.path / FIT_FILE, "prior", flatten(state), texts)
+
+    def fit(self) -> tuple[int, FlatTree | None]:
+        """How many steps an interrupted fit had made, and where it stood; 0, None: there is none.
+
+        A file that cannot be read is none: the fit then begins anew.
+        """
+        try:
+            state, texts = read_tensors(self.path / FIT_FILE, "prior")
+            return int(texts["step"]), state
+        except (InputError, LookupError, ValueError):
+            return 0, None
+
+    def forget_fit(self) -> None:
+        """Takes away what is kept of a fit that has come to its end."""
+        (self.path / FIT_FILE).unlink(missing_ok=True)
+
 
 class StudentFolder(Workdir):
     """The folder of a run, and what it is based on.
 
-    `prior/` has the prior that was made for it, `stages/` a picture for each of its stages.
+    `prior/` has the prior that was made for it, `alone/` the run of the same student without it,
+    `stages/` a picture for each of its stages.
     """
 
     @property
     def prior(self) -> PriorFolder:
         """The folder of the prior that was made here."""
         return PriorFolder(self.path / PRIOR)
+
+    @property
+    def alone(self) -> "StudentFolder":
+        """The folder of the run of the student alone."""
+        return StudentFolder(self.path / ALONE)
+
+    def note_alone(self, fit_steps: int) -> None:
+        """Says in `result.json` what the student alone came to, unless it is said there."""
+        beside, result = self.alone.result, self.result
+        assert beside is not None
+        assert result is not None
+        kept = ("val_accuracy", "test_accuracy")
+        alone = {field: beside["target"][field] for field in kept}
+        alone |= {"epochs": beside["epochs"], "steps": beside["steps"]}
+        if (result.get("alone"), result.get("fit_steps")) != (alone, fit_steps):
+            self.write("result.json", result | {"fit_steps": fit_steps, "alone": alone})
 
     @property
     def pictures(self) -> Path:

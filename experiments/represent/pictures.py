@@ -1,6 +1,6 @@
 """A picture for each stage of a prior: kernels before and after, and what the penalty keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +64,26 @@ def _draw_kept(ax: Axes, gradients: Mapping[str, np.ndarray], quantile: float) -
     ax.set(xlabel="quantile of the penalty", ylabel="kept of the prior's gradient (%)")
     ax.set(xlim=(0, 1), ylim=(0, 105))
     ax.legend()
+
+
+def draw_accuracies(
+    path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], fit_steps: int
+) -> None:
+    """Draws validation accuracies by steps, those of the fit counted.
+
+    Args:
+        path: file to write, `.svg` or `.png`.
+        curves: points (steps, accuracy in 0..1) by what learns, at most two.
+        fit_steps: how long the fit took; 0: there was none.
+    """
+    with style():
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        ax = figure.subplots()
+        for colour, (name, points) in zip(("#0072B2", "#666666"), curves.items(), strict=False):
+            steps, accuracies = zip(*points, strict=True)
+            ax.plot(steps, [100 * a for a in accuracies], color=colour, marker=".", label=name)
+        if fit_steps:
+            ax.axvspan(0, fit_steps, color="#EEEEEE", label="fit")
+        ax.set(xlabel="steps, the fit's included", ylabel="validation accuracy (%)", xlim=(0, None))
+        ax.legend(loc="lower right")
+        save_figure(figure, path)

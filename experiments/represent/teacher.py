@@ -1,9 +1,8 @@
-"""The teacher of a prior: read from its run, or trained first; and whether it fits the student."""
+"""The teacher of a prior: read from its run or file, or trained first; and how it sees images."""
 
+import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,16 @@ from rich.console import Console
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
-from ktg_jax.inputs import Input
+from ktg_jax.inputs import Input, checked_input, parsed_input, resolved_input
 from ktg_jax.io.trees import digest, unflatten
-from ktg_jax.models.input import with_input
-from ktg_jax.models.network import NodeFns, PyTree, stage_number
+from ktg_jax.models.foreign import is_foreign
+from ktg_jax.models.input import check_channels, with_input
+from ktg_jax.models.network import NodeFns
+from ktg_jax.models.recognise import model_of_state_dict
 from ktg_jax.models.streams import without_stream
-from ktg_jax.priors import (
-    KernelShapes,
-    layer_kernels,
-    stage_convolutions,
-    stage_kernels,
-    stage_outputs,
-)
+from ktg_jax.models.weights import NodeWeights
+from ktg_jax.priors import about_prior
+from ktg_jax.priors.channels import Variables
 from ktg_jax.training.warm_start import load_weights, weights_checksum
 
 from ..runs import cli
@@ -38,6 +35,7 @@ from ..runs.pretrained import trained_alone
 from ..runs.workdir import Workdir
 from ..train import train
 from .config import RepresentConfig
+from .options import TEACHER_MODEL, TeacherOptions
 
 
 @dataclass(frozen=True)
@@ -45,39 +43,23 @@ class Teacher:
     """A trained network.
 
     Attributes:
-        source: the folder of its run, or one node of it.
+        source: the folder of its run, one node of it, or its file.
         model: its name.
         checksum: the checksum of its weights.
-        fns: its functions.
-        params: its parameters.
-        model_state: its model state.
-        saw_others: whether it was trained on other images than the student will be.
+        fns: its functions, of images in 0..1.
+        variables: its parameters and its model state.
+        input: how it wants its images; the student sees them in the same way.
+        saw_others: whether it was trained on other images than the student will be; None: not
+            known.
     """
 
     source: str
     model: str
     checksum: int
     fns: NodeFns
-    params: PyTree
-    model_state: PyTree
-    saw_others: bool
-
-
-def student_kernels(config: RepresentConfig, dataset: Dataset) -> KernelShapes:
-    """The kernels of the student that the prior is to speak of.
-
-    Raises:
-        InputError: a student without stages, or one of its layers that does not exist.
-    """
-    params, _ = _shapes(ktg.build_model(config.student, dataset.num_classes), dataset)
-    try:
-        if config.aggregation == "layers" and not config.student_layers:
-            return layer_kernels(params)
-        return stage_kernels(params, config.student_layers or None)
-    except InputError as error:
-        if config.student_layers:
-            raise InputError("student_layers", error.value, error.allowed) from None
-        raise InputError("student", config.student, f"a model with {error.allowed}") from None
+    variables: Variables
+    input: Input
+    saw_others: bool | None
 
 
 def facts_for_name(config: Training, teacher: str | None) -> tuple[dict[str, Any], Dataset | None]:
@@ -102,114 +84,136 @@ def facts_for_name(config: Training, teacher: str | None) -> tuple[dict[str, Any
     return facts, dataset
 
 
-def check_teacher_run(source: str, config: RepresentConfig) -> None:
-    """Checks, before any data is loaded, that a teacher's run exists and is of this data.
+def check_teacher(config: TeacherOptions, data: str) -> None:
+    """Checks, before any data is loaded, that the teacher that is given exists and is of this data.
 
-    Imports the modules of that run, which may register its models.
+    Imports the modules of a teacher's run, which may register its models.
 
     Raises:
-        InputError: no such run or node, or a run on other data.
+        InputError: no such run, node or file, or one of other data.
     """
+    source = str(config.teacher)
+    if _is_file(source):
+        _weights(config)
+        return
+    for field in ("teacher_model", "teacher_input"):
+        if getattr(config, field) is not None:
+            raise InputError(
+                field, getattr(config, field), "nothing, for the teacher's run says it"
+            )
     workdir, name = _split(source)
     if not workdir.exists:
-        raise InputError("teacher", source, "the folder of a run, or DIR:node")
+        raise InputError("teacher", source, "the folder of a run, DIR:node, or a .safetensors file")
     import_modules(tuple(workdir.config["imports"]))
     names = [str(node.name) for node in workdir.graph.nodes]
     if name is not None and name not in names:
         raise InputError("teacher", source, f"one of the run's nodes: {', '.join(names)}")
-    data = workdir.config["data"]
-    if data_kind(data) != data_kind(config.data):
-        allowed = f"a run on the student's data (data: {config.data}, not {data})"
+    was = workdir.config["data"]
+    if data_kind(was) != data_kind(data):
+        allowed = f"a run on the student's data (data: {data}, not {was})"
         raise InputError("teacher", source, allowed)
 
 
-def load_teacher(source: str, kernels: KernelShapes, dataset: Dataset, how: str) -> Teacher:
-    """Reads a teacher of a run on this data and checks that its stages fit.
-
-    Args:
-        source: folder of the run, or `DIR:node`.
-        kernels: the kernels of the student.
-        dataset: that the prior is fitted on.
-        how: the value of `--aggregation`.
+def student_input(config: RepresentConfig) -> Input | None:
+    """How the student sees its images: as its teacher, or that of its prior, did; None: in 0..1.
 
     Raises:
-        InputError: a run on other data, a checkpoint that cannot be read, or other stages.
+        InputError: a teacher or a prior that cannot be read.
     """
-    workdir, _ = _split(source)
-    was, now = workdir.config["data_facts"], data_facts(dataset)
-    for field in ("classes", "image_shape", "class_names_crc32"):
-        if was.get(field, now[field]) != now[field]:
-            allowed = f"a run on the student's data ({field}: {now[field]}, not {was[field]})"
-            raise InputError("teacher", source, allowed)
-    try:
-        weights = load_weights(source)
-    except InputError as error:
-        raise InputError("teacher", source, error.allowed) from None
-    fns = ktg.build_model(weights.model, dataset.num_classes)
-    if weights.input is not None and weights.input != Input():
-        fns = with_input(fns, weights.input)
-    check_stages(weights.model, kernels, dataset, how)
+    if config.prior is not None:
+        given = json.loads(about_prior(config.prior).get("input", "null"))
+        wanted = None if given is None else checked_input("input", given)
+        return None if wanted is None else resolved_input(wanted)
+    if config.teacher is None:
+        return None
+    wanted = _input(config, _weights(config))
+    return None if wanted == Input() else wanted
+
+
+def load_teacher(config: TeacherOptions, dataset: Dataset) -> Teacher:
+    """Reads the teacher that is given.
+
+    Raises:
+        InputError: a run on other data, weights that cannot be read, or that do not fit the data.
+    """
+    source = str(config.teacher)
+    weights, saw_others = _weights(config, dataset.image_shape), None
+    if not _is_file(source):
+        saw_others = _check_facts(source, dataset)
+    wanted = _input(config, weights)
+    check_channels("teacher_input", wanted, dataset.image_shape[-1])
+    fns = network(weights.model, wanted, dataset)
     params, model_state = _shapes(fns, dataset)
-    return Teacher(
-        source,
-        weights.model,
-        digest(weights.params | weights.model_state),
-        fns,
-        unflatten(params, weights.params, f"weights of {source}"),
-        unflatten(without_stream(model_state), weights.model_state, f"weights of {source}"),
-        was.get("train_crc32") != now["train_crc32"],
+    where = f"teacher's weights of {source}"
+    variables = (
+        unflatten(params, weights.params, where),
+        unflatten(without_stream(model_state), without_stream(weights.model_state), where),
     )
+    checksum = digest(weights.params | weights.model_state)
+    return Teacher(source, weights.model, checksum, fns, variables, wanted, saw_others)
 
 
-def trained_teacher(
-    config: RepresentConfig, kernels: KernelShapes, dataset: Dataset, console: Console
-) -> Teacher:
+def trained_teacher(config: RepresentConfig, dataset: Dataset, console: Console) -> Teacher:
     """The teacher that is trained alone first, unless the cache has it.
 
     Raises:
-        InputError: its stages do not fit the student's kernels; found before it is trained.
         RunError: its training fails.
     """
-    model = config.teacher_model
-    check_stages(model, kernels, dataset, config.aggregation)
+    model = config.teacher_model or TEACHER_MODEL
 
     def train_first(alone: TrainConfig, dataset: Dataset) -> None:
         cli.say(console, f"The teacher, {model}, is trained first.")
         train(alone, console, dataset)
 
     folder = trained_alone(model, config.training(), dataset, train_first)
-    return load_teacher(str(folder), kernels, dataset, config.aggregation)
+    return load_teacher(TeacherOptions(teacher=str(folder)), dataset)
 
 
-def check_stages(model: str, kernels: KernelShapes, dataset: Dataset, how: str) -> None:
-    """Raises InputError unless a teacher's stages can be aggregated into these kernels.
-
-    Args:
-        model: the teacher's.
-        kernels: the kernels of the student.
-        dataset: that both are for.
-        how: the value of `--aggregation`: `fit` needs the stages' outputs, others their
-            convolutions, and `layers` has several kernels in a stage.
-    """
+def network(model: str, wanted: Input | None, dataset: Dataset) -> NodeFns:
+    """The functions of a network that sees its images as is wanted."""
     fns = ktg.build_model(model, dataset.num_classes)
-    params, model_state = _shapes(fns, dataset)
-    if how == "fit":
-        images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-        _, outputs = jax.eval_shape(partial(stage_outputs, fns), params, model_state, images)
-        number = len(outputs)
-    else:
-        number = len(stage_convolutions(params))
-    wanted, as_many = len(kernels), "as many as kernels of the student"
-    if how == "layers":
-        wanted, as_many = num_stages(kernels), "as the student"
-    if number != wanted:
-        allowed = f"one with {wanted} stages, {as_many} ({number})"
-        raise InputError("teacher's model", model, allowed)
+    return fns if wanted in (None, Input()) else with_input(fns, wanted)
 
 
-def num_stages(paths: Iterable[str]) -> int:
-    """The number of stages that kernels of these paths are in."""
-    return len({stage_number(path.split(".")) for path in paths})
+def _is_file(source: str) -> bool:
+    return os.path.isfile(os.path.expanduser(source))
+
+
+def _weights(config: TeacherOptions, image_shape: Any = (32, 32, 3)) -> NodeWeights:
+    """The weights of the teacher that is given; errors are of the option `teacher`."""
+    source = os.path.expanduser(str(config.teacher))
+    model = config.teacher_model
+    try:
+        if model is None and os.path.isfile(source) and is_foreign(source):
+            model = model_of_state_dict(source)
+        weights = load_weights(str(config.teacher), model, image_shape)
+    except InputError as error:
+        raise InputError("teacher", config.teacher, error.allowed) from None
+    if model not in (None, weights.model):
+        raise InputError("teacher_model", model, f"{weights.model}, which the file is of")
+    return weights
+
+
+def _input(config: TeacherOptions, weights: NodeWeights) -> Input:
+    """How the teacher wants its images."""
+    given = config.teacher_input
+    if given in (None, "none"):
+        return weights.input or Input()
+    wanted = resolved_input(parsed_input("teacher_input", str(given)))
+    if weights.input not in (None, wanted):
+        allowed = f"nothing: the file says it ({weights.input.to_json()})"
+        raise InputError("teacher_input", given, allowed)
+    return wanted
+
+
+def _check_facts(source: str, dataset: Dataset) -> bool:
+    """Whether a run's training images are others; raises InputError for a run on other data."""
+    was, now = _split(source)[0].config["data_facts"], data_facts(dataset)
+    for field in ("classes", "image_shape", "class_names_crc32"):
+        if was.get(field, now[field]) != now[field]:
+            allowed = f"a run on the student's data ({field}: {now[field]}, not {was[field]})"
+            raise InputError("teacher", source, allowed)
+    return was.get("train_crc32") != now["train_crc32"]
 
 
 def _split(source: str) -> tuple[Workdir, str | None]:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from ktg_jax.checks import is_whole
 from ktg_jax.errors import InputError, RunError
+from ktg_jax.io.trees import FlatTree, unflatten
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.priors.channels import Variables
 from ktg_jax.training.batches import Batches, steps_per_epoch, take_batch
@@ -175,6 +176,17 @@ def begun(start: Variables, projections: PyTree, plan: FitPlan) -> FitState:
     params, model_state = jax.tree.map(jnp.asarray, start)
     opt_state = plan.optimizer.init((params, projections))
     return FitState(params, model_state, projections, opt_state)
+
+
+def gone_on(start: FitState, state: FitState | FlatTree | None) -> FitState:
+    """Where a fit goes on: as it was given, or from arrays by path; None: at its start.
+
+    Raises:
+        InputError: arrays that are not those of such a fit.
+    """
+    if isinstance(state, FitState):
+        return state
+    return start if state is None else unflatten(start, state, "state")
 
 
 # Compiled once for the same objective, whatever the data, the teacher's weights and the key.

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.io.trees import FlatTree
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.channels import Variables, passed_on
-from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit
+from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit, gone_on
 from ktg_jax.priors.pair import Pair, projected, projection, rectified_places
 
 
@@ -31,7 +32,7 @@ def recast_stages(
     *,
     rng: jax.Array,
     select: bool = True,
-    state: FitState | None = None,
+    state: FitState | FlatTree | None = None,
     first_step: int = 0,
     on_step: OnStep | None = None,
     **options: Any,
@@ -53,7 +54,7 @@ def recast_stages(
         labels: int `[n]`, as the teacher numbers classes.
         rng: a random key.
         select: whether a student of the teacher's family starts as a part of it.
-        state: where a former fit stood.
+        state: where a former fit stood; also by path, as `flatten` makes it for a file.
         first_step: how many updates that one had made.
         on_step: as for `fit`.
         **options: the fields of `FitPlan`.
@@ -87,8 +88,7 @@ def recast_stages(
     first_images = to_float(jnp.asarray(images)[: plan.batch_size])
     rectified = rectified_places(teacher, teacher_variables, first_images)
     objective = _Recast(teacher, student, rectified)
-    if state is None:
-        state = begun(start, projections, plan)
+    state = gone_on(begun(start, projections, plan), state)
     more: dict[str, Any] = {"first_step": first_step, "on_step": on_step}
     return fit(objective, state, teacher_variables, (images, labels), plan, rng=rng, **more)
 

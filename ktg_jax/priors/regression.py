@@ -16,11 +16,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
+from ktg_jax.io.trees import FlatTree
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.channels import Variables, passed_on
-from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit
+from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit, gone_on
 from ktg_jax.priors.pair import Pair, projected, projection, rectified_places
 
 INPUTS = ("teacher", "own")
@@ -37,7 +38,7 @@ def regress_stages(
     rng: jax.Array,
     inputs: str = "teacher",
     select: bool = True,
-    state: FitState | None = None,
+    state: FitState | FlatTree | None = None,
     first_step: int = 0,
     on_step: OnStep | None = None,
     **options: Any,
@@ -64,7 +65,7 @@ def regress_stages(
             former stage, so that the stages are fitted as one chain.
         select: whether a student of the teacher's family starts as a part of it (`select_start`);
             else as it is.
-        state: where a former fit stood.
+        state: where a former fit stood; also by path, as `flatten` makes it for a file.
         first_step: how many updates that one had made.
         on_step: as for `fit`.
         **options: the fields of `FitPlan`.
@@ -101,8 +102,8 @@ def regress_stages(
         is_stem_fitted=is_stem_fitted and pair.is_shared(0),
         is_rectified=rectified_places(student, student_variables, first_images),
     )
-    if state is None:
-        state = begun(start, _projections(pair, jax.random.fold_in(rng, 1)), plan)
+    first = begun(start, _projections(pair, jax.random.fold_in(rng, 1)), plan)
+    state = gone_on(first, state)
     data = images, labels
     known = teacher_variables, pair.channels
     more: dict[str, Any] = {"first_step": first_step, "on_step": on_step}
