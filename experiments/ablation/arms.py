@@ -3,13 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ktg_jax as ktg
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input
 from ktg_jax.priors import SCHEDULES
 
-PLAIN = "plain"
-"""The student alone: the control of every other arm."""
+PLAIN, LONG = "plain", "-long"
+"""The student alone: the control of other arms; and the end of the names of longer arms."""
 
 STUDENT = "student"
 
@@ -22,41 +24,49 @@ class Setting:
         student: its model.
         teacher: source of the teacher's weights.
         teacher_model: its model.
+        input: how both see their images; None: in 0..1.
         weight: the weight of priors.
         schedule: the schedule of that weight.
         temperature: the temperature of the distillation.
         attention_weight: the weight of attention transfer.
-        feature_weight: the weight of feature transfer.
+        hint_weight: the weight of hints.
+        graph: that the arms `graph` and `graph+prior` put the student into; None: none is given.
         prior_of: the folder of the prior, by aggregation.
     """
 
     student: str
     teacher: str
     teacher_model: str
+    input: Input | None
     weight: float
     schedule: str
     temperature: float
     attention_weight: float
-    feature_weight: float
+    hint_weight: float
+    graph: ktg.Graph | None
     prior_of: Callable[[str], str]
+
+    @property
+    def bare(self) -> ktg.Node:
+        """The student without a prior."""
+        return ktg.Node(self.student, STUDENT, input=self.input)
 
     def node(
         self,
-        quantile: float,
-        weight: float | None = None,
-        matching: str = "initialise",
-        aggregation: str = "fit",
+        aggregation: str = "regression",
+        factor: float = 1.0,
+        quantile: float = 0.7,
         schedule: str | None = None,
+        **options: Any,
     ) -> ktg.Node:
-        """The student with its prior."""
-        return ktg.Node(
-            self.student,
-            STUDENT,
+        """The student with its prior, the weight of it times a factor."""
+        return dataclasses.replace(
+            self.bare,
             prior=self.prior_of(aggregation),
-            prior_weight=self.weight if weight is None else weight,
+            prior_weight=factor * self.weight,
             prior_quantile=quantile,
             prior_schedule=schedule or self.schedule,
-            prior_matching=matching,
+            **{f"prior_{field}": value for field, value in options.items()},
         )
 
     @property
@@ -66,23 +76,37 @@ class Setting:
 
     def distillation(self, student: ktg.Node) -> ktg.Graph:
         """From the frozen teacher to the student."""
-        teacher = ktg.Node(self.teacher_model, "teacher", weights=self.teacher)
-        return ktg.graphs.distillation(student, teacher, self.temperature)
+        return ktg.graphs.distillation(student, self._teacher, self.temperature)
 
     def attention(self, student: ktg.Node) -> ktg.Graph:
         """Attention transfer from the frozen teacher to the student, without its logits."""
         return self.distillation(student).carrying({"attention": self.attention_weight})
 
-    def features(self, student: ktg.Node) -> ktg.Graph:
-        """Feature transfer from the frozen teacher, seen through the readers of the prior's fit."""
+    def hints(self, student: ktg.Node) -> ktg.Graph:
+        """The student's stages, each through a 1x1 convolution, are to be the teacher's."""
+        hint = ktg.Edge(loss="features", weight=self.hint_weight, connector="conv")
         graph = self.distillation(student)
-        teacher = dataclasses.replace(graph.nodes[1], projection=self.prior_of("fit"))
-        graph = dataclasses.replace(graph, nodes=(graph.nodes[0], teacher))
-        return graph.carrying({"features": self.feature_weight})
+        (label, _), of_teacher = graph.edges
+        return dataclasses.replace(graph, edges=((label, hint), of_teacher))
 
     def mutual(self, student: ktg.Node) -> ktg.Graph:
         """Two students, the target and a peer that has no prior."""
-        return ktg.graphs.mutual([student, ktg.Node(self.student, "peer")])
+        peer = ktg.Node(self.student, "peer", input=self.input)
+        return ktg.graphs.mutual([student, peer])
+
+    def found(self, student: ktg.Node) -> ktg.Graph:
+        """The graph that is given, its target the student and its frozen networks the teacher."""
+        assert self.graph is not None
+        frozen = self.graph.frozen
+        nodes = [student, *self.graph.nodes[1:]]
+        for i, node in enumerate(self.graph.nodes):
+            if i in frozen and node.kind == "network":
+                nodes[i] = dataclasses.replace(self._teacher, name=node.name)
+        return dataclasses.replace(self.graph, nodes=tuple(nodes))
+
+    @property
+    def _teacher(self) -> ktg.Node:
+        return ktg.Node(self.teacher_model, "teacher", weights=self.teacher, input=self.input)
 
 
 @dataclass(frozen=True)
@@ -101,122 +125,163 @@ class Arm:
     about: str
     graph: Callable[[Setting], ktg.Graph]
     controls: tuple[str, ...] = (PLAIN,)
-    aggregations: tuple[str, ...] = ("fit",)
+    aggregations: tuple[str, ...] = ()
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is trained for as many steps more as a fit takes."""
+        return self.name.endswith(LONG)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it is of a graph that has to be given."""
+        return self.name.startswith("graph")
 
 
-def _alone(**options: float | str) -> Callable[[Setting], ktg.Graph]:
+def _alone(*aggregation: str, **options: Any) -> Callable[[Setting], ktg.Graph]:
     """The graph of a student alone with its prior."""
-    return lambda setting: ktg.graphs.independent([setting.node(**options)])  # type: ignore[arg-type]
+    return lambda setting: ktg.graphs.independent([setting.node(*aggregation, **options)])
 
 
-def _bare(setting: Setting) -> ktg.Node:
-    return ktg.Node(setting.student, STUDENT)
+def _without_prior() -> list[Arm]:
+    """Without a prior: as long as the students with one, and for as many steps more as a fit."""
+    ways: dict[str, tuple[str, Callable[[Setting], ktg.Graph]]] = {
+        PLAIN: ("the student alone", lambda s: ktg.graphs.independent([s.bare])),
+        "distillation": ("KL from the teacher", lambda s: s.distillation(s.bare)),
+        "hints": ("the teacher's stages, through 1x1 convolutions", lambda s: s.hints(s.bare)),
+        "attention": ("attention transfer from the teacher", lambda s: s.attention(s.bare)),
+    }
+    arms = []
+    for name, (about, graph) in ways.items():
+        arms.append(Arm(name, about, graph, () if name == PLAIN else (PLAIN,)))
+        controls = (PLAIN,) if name == PLAIN else (PLAIN + LONG, name)
+        longer = "the same, the fit's steps longer"
+        arms.append(Arm(name + LONG, longer, graph, controls))
+    return [
+        *arms,
+        Arm("mutual", "two students learn mutually", lambda s: s.mutual(s.bare)),
+        Arm("graph", "in the graph that is given", lambda s: s.found(s.bare)),
+    ]
 
 
-INITIALISED = "initialised"
+FAIR = (PLAIN, PLAIN + LONG, "distillation" + LONG)
+"""The controls of whatever takes a fit."""
 
-ARMS: dict[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm(PLAIN, "the student alone", lambda s: ktg.graphs.independent([_bare(s)]), (), ()),
-        Arm(INITIALISED, "starts from the prior, no loss", _alone(quantile=0.0, weight=0.0)),
-        Arm("prior", "starts from it, its loss, no penalty", _alone(quantile=0.0)),
-        *(
-            Arm(
-                f"prior-{quantile}",
-                f"the same, recoded at the quantile {quantile}",
-                _alone(quantile=quantile),
-                (PLAIN, INITIALISED, "prior"),
-            )
-            for quantile in (0.5, 0.7, 0.9)
+
+def _starts() -> list[Arm]:
+    """Students that only start from a prior."""
+    ways: dict[str, tuple[str, str, tuple[str, ...]]] = {
+        "select": ("select", "starts as a part of the teacher", (PLAIN,)),
+        "regression": ("regression", "starts from stages fitted to the teacher's", FAIR),
+        "chained": ("chained", "the same, the stages fitted as one chain", ("regression",)),
+        "random": ("random", "as regression, fitted from random", ("regression",)),
+        "chained-random": ("chained-random", "both", ("random",)),
+        "fit-statistics": (
+            "fit-statistics",
+            "as regression, statistics of the fit",
+            ("regression",),
         ),
+        "recast": ("recast", "starts from stages that the rest of the teacher can use", FAIR),
+    }
+    arms = [
         Arm(
-            "assigned",
-            "random start, the prior's filters assigned, quantile 0.7",
-            _alone(quantile=0.7, matching="assignment"),
-        ),
-        Arm(
-            "undecayed",
-            "as prior-0.7, fitted without weight decay",
-            _alone(quantile=0.7, aggregation="undecayed"),
-            (PLAIN, "prior-0.7"),
-            ("undecayed",),
-        ),
-        Arm(
-            "svd",
-            "as prior-0.7, the prior by SVD",
-            _alone(quantile=0.7, aggregation="svd"),
-            (PLAIN, "prior-0.7"),
-            ("svd",),
-        ),
-        Arm(
-            "layers",
-            "as svd, but each layer from one of the teacher's layers",
-            _alone(quantile=0.7, aggregation="layers"),
-            (PLAIN, "svd"),
-            ("layers",),
-        ),
-        Arm(
-            "schedule",
-            "as prior-0.7, with the other schedule",
-            lambda s: ktg.graphs.independent([s.node(0.7, schedule=s.other_schedule)]),
-            (PLAIN, "prior-0.7"),
-        ),
-        Arm(
-            "distillation", "KL from the teacher", lambda s: s.distillation(_bare(s)), (PLAIN,), ()
-        ),
-        Arm(
-            "distillation+prior",
-            "KL from the teacher, and prior-0.7",
-            lambda s: s.distillation(s.node(0.7)),
-            (PLAIN, "distillation", "prior-0.7"),
-        ),
-        Arm(
-            "attention",
-            "attention transfer from the teacher",
-            lambda s: s.attention(_bare(s)),
-            (PLAIN,),
-            (),
-        ),
-        Arm(
-            "attention+prior",
-            "the same, and prior-0.7",
-            lambda s: s.attention(s.node(0.7)),
-            (PLAIN, "attention", "prior-0.7"),
-        ),
-        Arm(
-            "features",
-            "stage features from the teacher, projected on its side",
-            lambda s: s.features(_bare(s)),
-            (PLAIN, "prior-0.7"),
-        ),
-        Arm(
-            "mutual",
-            "two students learn mutually",
-            lambda s: s.mutual(_bare(s)),
-            aggregations=(),
-        ),
-        Arm(
-            "mutual+prior",
-            "the same, the target with prior-0.7",
-            lambda s: s.mutual(s.node(0.7)),
-            (PLAIN, "mutual", "prior-0.7"),
-        ),
+            name,
+            about,
+            _alone(aggregation, factor=0.0),
+            controls,
+            (aggregation,),
+        )
+        for name, (aggregation, about, controls) in ways.items()
+    ]
+    kernels = Arm(
+        "kernels",
+        "as regression, but its kernels alone",
+        _alone(factor=0.0, matching="kernels"),
+        (PLAIN, "regression"),
+        ("regression",),
     )
-}
+    return [*arms, kernels]
+
+
+def _losses() -> list[Arm]:
+    """Students that start from the regression, with a loss of the prior."""
+    ways: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+        "prior": ("its loss, recoded at the quantile 0.7", {}, (*FAIR, "regression")),
+        "prior-0": ("the same without recoding", {"quantile": 0.0}, ("prior",)),
+        "prior-0.5": ("recoded at 0.5", {"quantile": 0.5}, ("prior",)),
+        "prior-0.9": ("recoded at 0.9", {"quantile": 0.9}, ("prior",)),
+        "light": ("0.3 times the weight", {"factor": 0.3}, ("prior",)),
+        "heavy": ("3 times the weight", {"factor": 3.0}, ("prior",)),
+        "l1": ("filters recoded with L1", {"kind": "l1", "quantile": 0.1}, ("prior",)),
+        "task": ("the task's gradient recoded, fading", {"kind": "task"}, ("regression", "prior")),
+        "distribution": ("filters as a distribution", {"kind": "distribution"}, ("prior",)),
+    }
+    arms = [
+        Arm(
+            name,
+            about,
+            _alone(**options),
+            controls,
+            ("regression",),
+        )
+        for name, (about, options, controls) in ways.items()
+    ]
+    other = Arm(
+        "schedule",
+        "as prior, with the other schedule",
+        lambda s: ktg.graphs.independent([s.node(schedule=s.other_schedule)]),
+        ("prior",),
+        ("regression",),
+    )
+    more = [
+        Arm(
+            f"{how}+prior",
+            f"{how}, and the prior's loss",
+            _alone(how),
+            (how, "prior"),
+            (how,),
+        )
+        for how in ("select", "recast")
+    ]
+    return [*arms, other, *more]
+
+
+def _combined() -> list[Arm]:
+    """The prior beside what comes from the teacher's outputs, or from peers."""
+    ways: dict[str, tuple[Callable[[Setting], ktg.Graph], str]] = {
+        "distillation": (lambda s: s.distillation(s.node()), "distillation" + LONG),
+        "attention": (lambda s: s.attention(s.node()), "attention" + LONG),
+        "hints": (lambda s: s.hints(s.node()), "hints" + LONG),
+        "mutual": (lambda s: s.mutual(s.node()), "mutual"),
+        "graph": (lambda s: s.found(s.node()), "graph"),
+    }
+    return [
+        Arm(f"{name}+prior", f"{name} and prior", graph, (control, "prior"), ("regression",))
+        for name, (graph, control) in ways.items()
+    ]
+
+
+ARMS = {arm.name: arm for arm in (*_without_prior(), *_starts(), *_losses(), *_combined())}
 """All arms by name, in the order in which they are run and shown."""
 
 
-def chosen(names: Sequence[str]) -> list[Arm]:
+def chosen(names: Sequence[str], with_graph: bool) -> list[Arm]:
     """The arms of these names, in the order of `ARMS`; all, where there are none.
 
-    Raises:
-        InputError: an unknown name.
+    Args:
+        names: of arms.
+        with_graph: whether a graph is given; those that need one are else left out of all.
 
-    >>> [arm.name for arm in chosen(["prior", "plain"])]
+    Raises:
+        InputError: an unknown name, or one that needs a graph where none is given.
+
+    >>> [arm.name for arm in chosen(["prior", "plain"], False)]
     ['plain', 'prior']
     """
     for name in names:
         if name not in ARMS:
             raise InputError("arms", name, ", ".join(ARMS))
-    return [arm for arm in ARMS.values() if not names or arm.name in names]
+        if ARMS[name].needs_graph and not with_graph:
+            raise InputError("arms", name, "an arm without a graph, or --graph")
+    listed = [arm for arm in ARMS.values() if with_graph or not arm.needs_graph]
+    return [arm for arm in listed if not names or arm.name in names]

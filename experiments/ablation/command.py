@@ -1,38 +1,41 @@
 """What of Knowledge Representing does what: `python -m experiments.ablation --help`.
 
-Named arms, each with several seeds, paired by seed: a student alone, started from the prior, with
-the prior's loss and its sparse recoding, with distillation, attention transfer and mutual learning,
-and combined.
+Named arms, each with several seeds, paired by seed, and each at its own best learning rate: a
+student alone, started from the prior, with the prior's loss and its sparse recoding, with
+distillation, hints, attention transfer and mutual learning, and combined; and the ways that need no
+fit once more for as many steps longer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
+from ktg_jax.inputs import Input
 from ktg_jax.io.files import write_text
-from ktg_jax.priors import KernelShapes
 
-from ..represent.aggregation import make_prior, prior_fields
+from ..represent.aggregation import check_models_match, check_pair, make_prior, prior_fields
 from ..represent.folder import PriorFolder
+from ..represent.options import TEACHER_MODEL
 from ..represent.teacher import (
     Teacher,
-    check_stages,
-    check_teacher_run,
+    check_teacher,
     facts_for_name,
     load_teacher,
-    student_kernels,
     trained_teacher,
 )
 from ..runs import cli
 from ..runs.assemble import check_steps, load
 from ..runs.command_line import parse
+from ..runs.config import TrainConfig
 from ..runs.console import busy, make_console
 from ..runs.facts import data_facts
+from ..runs.graphs import build_graph
 from ..runs.networks import check_models
 from ..runs.options import import_modules
 from ..runs.pictures import drawn
@@ -43,7 +46,7 @@ from ..train import train
 from .arms import Arm, Setting, chosen
 from .config import AblationConfig, check, default_workdir, resolved
 from .folder import AblationFolder
-from .study import Record, results_of
+from .study import Record, mean_validation, results_of
 from .tables import markdown, table
 
 
@@ -64,10 +67,9 @@ def ablate(config: AblationConfig, console: Console) -> None:
     import_modules(config.imports)
     check_platform()
     check(config)
-    arms = chosen(config.arms)
+    arms = chosen(config.arms, config.graph is not None)
     if config.teacher is not None:
-        first = config.represent(config.students[0], config.seed, "fit")
-        check_teacher_run(config.teacher, first)
+        check_teacher(config, config.data)
     dataset = None
     if config.workdir is None:
         config, dataset = _with_workdir(config)
@@ -78,33 +80,39 @@ def ablate(config: AblationConfig, console: Console) -> None:
     check_steps(config, dataset)
     models = {f"students[{i}]": student for i, student in enumerate(config.students)}
     if config.teacher is None:
-        models["teacher_model"] = config.teacher_model
+        models["teacher_model"] = config.teacher_model or TEACHER_MODEL
     check_models(config.training(config.seed), models, dataset)
     if dataset.test is None:
         raise InputError("data", config.data, "data with test images")
     with busy(console, "Preparing convolutions"):
         ktg.cpu_convolution()
-    kernels = _kernels(config, arms, dataset)
-    teacher = _teacher(config, kernels, dataset, console)
+    teacher = _teacher(config, arms, dataset, console)
     facts = {"data_facts": data_facts(dataset), "teacher": teacher.checksum}
-    studies = [
-        Study(config, student, teacher, kernels[student], dataset, console)
-        for student in config.students
-    ]
+    studies = [Study(config, student, teacher, dataset, console) for student in config.students]
     with ExitStack() as locks:
         for study in studies:
             whose = fields | {"student": study.student} | facts
             locks.enter_context(study.folder.begun(whose, config.data_dir))
-        progress = _Progress(studies, arms, console)
-        for done, seed in enumerate(config.all_seeds, start=1):
-            for study in studies:
-                for arm in arms:
-                    progress.run(study, arm, seed)
-                results = study.sum_up(arms, config.all_seeds[:done])
-                if done == config.seeds:
-                    cli.say(console, f"{study.student}:")
-                    console.print(table(results))
+        _run(config, studies, arms, console)
     cli.say(console, f"Results, tables and curves are in {config.folder}.")
+
+
+def _run(
+    config: AblationConfig, studies: Sequence["Study"], arms: Sequence[Arm], console: Console
+) -> None:
+    """Runs all arms seed by seed: first with all rates, then with the best of each arm."""
+    progress = _Progress(config, studies, arms, console)
+    for done, seed in enumerate(config.all_seeds, start=1):
+        for study in studies:
+            for arm in arms:
+                for rate in study.rates(arm, seed):
+                    progress.run(study, arm, rate, seed)
+            if done < len(config.all_rate_seeds):
+                continue
+            results = study.sum_up(arms, config.all_seeds[:done])
+            if done == config.seeds:
+                cli.say(console, f"{study.student}:")
+                console.print(table(results))
 
 
 def _with_workdir(config: AblationConfig) -> tuple[AblationConfig, Dataset | None]:
@@ -113,59 +121,60 @@ def _with_workdir(config: AblationConfig) -> tuple[AblationConfig, Dataset | Non
     return replace(config, workdir=str(default_workdir(config, facts))), dataset
 
 
-def _kernels(
-    config: AblationConfig, arms: Sequence[Arm], dataset: Dataset
-) -> dict[str, dict[str, KernelShapes]]:
-    """For each student, and each aggregation that an arm asks for, the kernels it speaks of."""
-    used = dict.fromkeys(["fit", *(how for arm in arms for how in arm.aggregations)])
-    return {
-        student: {
-            how: student_kernels(config.represent(student, config.seed, how), dataset)
-            for how in used
-        }
-        for student in config.students
-    }
-
-
 def _teacher(
-    config: AblationConfig,
-    kernels: Mapping[str, Mapping[str, KernelShapes]],
-    dataset: Dataset,
-    console: Console,
+    config: AblationConfig, arms: Sequence[Arm], dataset: Dataset, console: Console
 ) -> Teacher:
     """The teacher that is given, or one that is trained alone first; it fits every student."""
-    first, *_ = config.students
+    used = dict.fromkeys(how for arm in arms for how in arm.aggregations)
+    ways = [
+        config.represent(student, config.seed, aggregation)
+        for student in config.students
+        for aggregation in used
+    ]
     if config.teacher is None:
-        how = config.represent(first, config.seed, "fit")
-        teacher = trained_teacher(how, kernels[first]["fit"], dataset, console)
-    else:
-        teacher = load_teacher(config.teacher, kernels[first]["fit"], dataset, "fit")
-    for student, of_student in kernels.items():
-        for aggregation, of_prior in of_student.items():
-            how = config.represent(student, config.seed, aggregation)
-            check_stages(teacher.model, of_prior, dataset, how.aggregation)
+        for how in ways:
+            check_models_match(how, dataset)
+        first = config.represent(config.students[0], config.seed, "regression")
+        return trained_teacher(first, dataset, console)
+    teacher = load_teacher(config, dataset)
+    for how in ways:
+        check_pair(how, teacher, dataset)
     return teacher
 
 
 class _Progress:
     """Says which run is made, how many there are, and how long they take."""
 
-    def __init__(self, studies: Sequence["Study"], arms: Sequence[Arm], console: Console) -> None:
+    def __init__(
+        self,
+        config: AblationConfig,
+        studies: Sequence["Study"],
+        arms: Sequence[Arm],
+        console: Console,
+    ) -> None:
         self._console = console
-        seeds = studies[0].config.all_seeds
-        runs = [study.is_done(arm, seed) for study in studies for arm in arms for seed in seeds]
-        self._total, self._done = len(runs), sum(runs)
+        rates = len(config.learning_rates)
+        with_all = len(config.all_rate_seeds)
+        self._total = len(studies) * len(arms) * (with_all * rates + config.seeds - with_all)
+        self._done = sum(
+            study.is_done(arm, rate, seed)
+            for study in studies
+            for arm in arms
+            for seed in config.all_seeds
+            for rate in config.learning_rates
+        )
         self._countdown = Countdown(self._total, self._done)
 
-    def run(self, study: "Study", arm: Arm, seed: int) -> None:
-        """Trains an arm with a seed, unless that is done."""
-        if study.is_done(arm, seed):
+    def run(self, study: "Study", arm: Arm, rate: float, seed: int) -> None:
+        """Trains an arm with a rate and a seed, unless that is done."""
+        if study.is_done(arm, rate, seed):
             return
         left = self._countdown.left(self._done)
         self._done += 1
         at = f"run {self._done} of {self._total}, {left}"
-        cli.say(self._console, f"{study.student}, {arm.name}, seed {seed}: {arm.about}; {at}")
-        study.run(arm, seed)
+        what = f"{study.student}, {arm.name}, rate {rate:g}, seed {seed}"
+        cli.say(self._console, f"{what}: {arm.about}; {at}")
+        study.run(arm, rate, seed)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,6 @@ class Study:
         config: the configuration of the ablation.
         student: its model.
         teacher: the teacher of the priors and of the arms that hear it.
-        kernels: the kernels of the student, by aggregation.
         dataset: for all trainings.
         console: where to say what is done.
     """
@@ -184,7 +192,6 @@ class Study:
     config: AblationConfig
     student: str
     teacher: Teacher
-    kernels: Mapping[str, KernelShapes]
     dataset: Dataset
     console: Console
 
@@ -193,46 +200,70 @@ class Study:
         """The folder of the priors and runs."""
         return AblationFolder(self.config.folder_of(self.student))
 
-    def is_done(self, arm: Arm, seed: int) -> bool:
-        """Whether an arm was trained with a seed."""
-        return self.folder.run(arm.name, seed).result is not None
+    def is_done(self, arm: Arm, rate: float, seed: int) -> bool:
+        """Whether an arm was trained with a rate and a seed."""
+        return self.folder.run(arm.name, rate, seed).result is not None
 
-    def run(self, arm: Arm, seed: int) -> None:
-        """Trains an arm with a seed, and makes its priors before."""
-        run = self.folder.run(arm.name, seed)
+    def rates(self, arm: Arm, seed: int) -> Sequence[float]:
+        """The rates that an arm is trained with: all, or its best once that can be said."""
+        known = self.config.learning_rates
+        return known if seed in self.config.all_rate_seeds else (self.best_rate(arm),)
+
+    def best_rate(self, arm: Arm) -> float:
+        """The rate with the best mean validation accuracy; of equal ones the first."""
+        rates = self.config.learning_rates
+        return rates[0] if len(rates) == 1 else max(rates, key=self.by_rate(arm).__getitem__)
+
+    def by_rate(self, arm: Arm) -> dict[float, float]:
+        """The mean validation accuracy of an arm with each rate."""
+        runs = {
+            rate: [self.folder.run(arm.name, rate, seed) for seed in self.config.all_rate_seeds]
+            for rate in self.config.learning_rates
+        }
+        return {rate: mean_validation(of_rate) for rate, of_rate in runs.items()}
+
+    def run(self, arm: Arm, rate: float, seed: int) -> None:
+        """Trains an arm with a rate and a seed, and makes its priors before."""
+        run = self.folder.run(arm.name, rate, seed)
         for aggregation in arm.aggregations:
             how = self.config.represent(self.student, seed, aggregation)
-            kernels = self.kernels[aggregation]
-            fields = prior_fields(how, self.teacher, kernels, self.dataset)
+            fields = prior_fields(how, self.teacher, self.dataset)
             prior = PriorFolder(how.prior_path)
-            make_prior(prior, fields, how, self.teacher, kernels, self.dataset, self.console)
-        graph = self.folder.graph_file(arm.name, seed)
+            make_prior(prior, fields, how, self.teacher, self.dataset, self.console)
+        graph = self.folder.graph_file(arm.name, rate, seed)
         graph.parent.mkdir(parents=True, exist_ok=True)
         arm.graph(self._setting(seed)).save(graph)
-        training = self.config.training(seed, graph=str(graph), workdir=str(run.path))
+        changes: dict[str, Any] = {"graph": str(graph), "workdir": str(run.path)}
+        changes["epochs"] = self.config.epochs_of(arm, len(self.dataset.train.labels))
+        training = self.config.training(seed, learning_rate=rate, **changes)
         train(training, self.console, self.dataset)
 
     def _setting(self, seed: int) -> Setting:
-        config = self.config
+        config, seen = self.config, self.teacher.input
         return Setting(
             self.student,
             self.teacher.source,
             self.teacher.model,
+            None if seen == Input() else seen,
             config.prior_weight,
             config.prior_schedule,
             config.temperature,
             config.attention_weight,
-            config.feature_weight,
+            config.hint_weight,
+            None if config.graph is None else build_graph(TrainConfig(graph=config.graph)),
             lambda aggregation: str(config.represent(self.student, seed, aggregation).prior_path),
         )
 
     def sum_up(self, arms: Sequence[Arm], seeds: Sequence[int]) -> Record:
         """Writes, and returns, what is known after these seeds."""
         folder = self.folder
+        rates = {arm.name: self.best_rate(arm) for arm in arms}
         runs: dict[str, list[Workdir]] = {
-            arm.name: [folder.run(arm.name, seed) for seed in seeds] for arm in arms
+            name: [folder.run(name, rate, seed) for seed in seeds] for name, rate in rates.items()
         }
-        results = results_of(arms, runs, seeds)
+        compared = len(self.config.learning_rates) > 1
+        by_rate = {arm.name: self.by_rate(arm) for arm in arms} if compared else {}
+        results = results_of(arms, runs, seeds, rates, by_rate)
         write_text(folder.path / "results.md", markdown(results))
         folder.write("results.json", results)
         paths = [folder.path / "curves.svg", folder.path / "curves.png"]

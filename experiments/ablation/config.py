@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from ..represent.config import RepresentConfig
 from ..represent.options import FitOptions, TeacherOptions
 from ..runs.command_line import Command
 from ..runs.config import TrainConfig
+from ..runs.graphs import build_graph
 from ..runs.identity import data_kind, identity
 from ..runs.options import (
     DATA_AND_TRAINING,
+    MOST_RATE,
     MOST_SEEDS,
     Training,
     at_least,
@@ -30,9 +33,15 @@ from ..runs.options import (
     without_unused,
 )
 from ..runs.places import place_of
-from .arms import ARMS, chosen
+from .arms import ARMS, Arm, chosen
 
-VARIANTS: dict[str, dict[str, Any]] = {"undecayed": {"aggregation": "fit", "fit_weight_decay": 0.0}}
+_RANDOM, _CHAINED = {"fit_start": "random"}, {"fit_inputs": "own"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "chained": {"aggregation": "regression", **_CHAINED},
+    "random": {"aggregation": "regression", **_RANDOM},
+    "chained-random": {"aggregation": "regression", **_CHAINED, **_RANDOM},
+    "fit-statistics": {"aggregation": "regression", "fit_statistics": "fit"},
+}
 """What an arm calls an aggregation, where it is one with options of its own."""
 
 
@@ -45,6 +54,14 @@ class _StudyOptions:
     seeds: int = 5
     """With how many seeds, --seed and those after it; arms are paired by seed, and each seed has
     priors of its own."""
+    learning_rates: Annotated[tuple[float, ...], "X"] = (0.02, 0.05, 0.1)
+    """Peak learning rates of the students, of which each arm has its own best, by the mean
+    accuracy on the validation images after the last epoch. The teacher has --learning-rate."""
+    rate_seeds: int = 2
+    """With how many of the seeds the rates are compared; with the others the best is used."""
+    graph: Annotated[str | None, "FILE|DIR"] = None
+    """A graph, as of a search, for the arms `graph` and `graph+prior`: its target is the student,
+    its frozen networks are the teacher."""
     temperature: float = 4.0
     """Temperature of the distillation."""
     prior_weight: float = 1.0
@@ -54,8 +71,8 @@ class _StudyOptions:
     has the other one."""
     attention_weight: float = 1000.0
     """Weight of attention transfer."""
-    feature_weight: float = 1.0
-    """Weight of feature transfer."""
+    hint_weight: float = 1.0
+    """Weight of the hints, the mean square error of a stage."""
 
 
 GROUPS = {
@@ -73,10 +90,11 @@ EXAMPLES = rf"""Arms:
 {_ARMS}
 
 Examples:
-  python -m experiments.ablation --arms plain initialised prior-0.7 --seeds 3
-  python -m experiments.ablation --data cifar10 --train-limit 10000 \
-      --image-size 16 --teacher-model resnet20 --students resnet8 resnet8_8 \
-      --epochs 20"""
+  python -m experiments.ablation --arms plain plain-long regression prior \
+      --seeds 3 --learning-rates 0.02 0.1
+  python -m experiments.ablation --data cifar10 --train-limit 5000 \
+      --val-fraction 0.2 --image-size 16 --teacher-model resnet20 \
+      --students resnet8 resnet8_8 --epochs 20"""
 
 
 @dataclass(frozen=True)
@@ -108,8 +126,13 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
         """The seeds."""
         return [self.seed + i for i in range(self.seeds)]
 
+    @property
+    def all_rate_seeds(self) -> list[int]:
+        """The seeds that learning rates are compared with: with one rate, none has to be."""
+        return self.all_seeds[: self.rate_seeds if len(self.learning_rates) > 1 else 0]
+
     def represent(self, student: str, seed: int, aggregation: str) -> RepresentConfig:
-        """How a prior is made, `undecayed` being a fit without weight decay."""
+        """How a prior is made; an arm may have a variant of an aggregation."""
         shared = {
             field.name: getattr(self, field.name)
             for options in (Training, FitOptions, TeacherOptions)
@@ -134,21 +157,43 @@ class AblationConfig(Training, FitOptions, _StudyOptions, TeacherOptions):  # th
         own = {"imports": self.imports, "compile_cache": self.compile_cache, "seed": seed}
         return TrainConfig(**training_fields(self) | own | changes)
 
+    def epochs_of(self, arm: Arm, num_images: int) -> int:
+        """For how many epochs of so many images an arm is trained."""
+        per_epoch = num_images // self.batch_size
+        return self.epochs + (math.ceil(self.fit_steps / per_epoch) if arm.is_long else 0)
+
 
 def check(config: AblationConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     at_least(config, 1, "seeds", most=MOST_SEEDS)
     check_seeds(config.seed, config.seeds)
-    chosen(config.arms)
+    chosen(config.arms, config.graph is not None)
+    _check_rates(config)
+    if config.graph is not None:
+        build_graph(TrainConfig(graph=config.graph))
     if not config.students or len(set(config.students)) < len(config.students):
         raise InputError("students", list(config.students), "different models, at least one")
     for i, student in enumerate(config.students):
         check_model(student, f"students[{i}]")
-        representing.check(config.represent(student, config.seed, "fit"))
+        representing.check(config.represent(student, config.seed, "regression"))
     checked_temperature("temperature", config.temperature)
-    for field in ("attention_weight", "feature_weight"):
+    for field in ("attention_weight", "hint_weight"):
         check_positive(field, getattr(config, field))
         checked_number(field, getattr(config, field))
+
+
+def _check_rates(config: AblationConfig) -> None:
+    rates = config.learning_rates
+    if not rates or len(set(rates)) < len(rates):
+        raise InputError("learning_rates", list(rates), "different rates, at least one")
+    for i, rate in enumerate(rates):
+        check_positive(f"learning_rates[{i}]", rate)
+        if rate > MOST_RATE:
+            raise InputError(f"learning_rates[{i}]", rate, f"at most {MOST_RATE:g}")
+    at_least(config, 1, "rate_seeds", most=MOST_SEEDS)
+    if len(rates) > 1 and not config.val_fraction:
+        allowed = "above 0: learning rates are compared on validation images"
+        raise InputError("val_fraction", config.val_fraction, allowed)
 
 
 def resolved(config: AblationConfig) -> dict[str, Any]:
@@ -157,6 +202,10 @@ def resolved(config: AblationConfig) -> dict[str, Any]:
     more = ("students", "arms", "seeds")
     for field in ("workdir", "data_dir", "compile_cache", "teacher", *more):
         del fields[field]
+    if config.graph is None:
+        del fields["graph"]
+    else:
+        fields["graph"] = json.loads(build_graph(TrainConfig(graph=config.graph)).to_json())
     return json.loads(json.dumps(fields))
 
 

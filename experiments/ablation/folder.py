@@ -11,8 +11,8 @@ class AblationFolder(Folder):
     """A study's folder.
 
     `config.json` says what is studied; `priors/<aggregation>-<seed>/prior` have the priors,
-    `arms/<arm>/seed-<seed>` the runs; `results.json`, `results.md` and `curves.*` what came of the
-    seeds that all arms are done with.
+    `arms/<arm>/rate-<rate>/seed-<seed>` the runs; `results.json`, `results.md` and `curves.*` what
+    came of the seeds that all arms are done with.
 
     Args:
         path: the path of the folder; need not exist.
@@ -21,10 +21,10 @@ class AblationFolder(Folder):
     holds = "an ablation"
     shapes: ClassVar = {"config.json": {"config": {}}, "results.json": {"entries": list}}
 
-    def run(self, arm: str, seed: int) -> Workdir:
-        """The run of an arm with a seed."""
-        return Workdir(self.path / "arms" / arm / f"seed-{seed}")
+    def run(self, arm: str, rate: float, seed: int) -> Workdir:
+        """The run of an arm with a learning rate and a seed."""
+        return Workdir(self.path / "arms" / arm / f"rate-{rate:g}" / f"seed-{seed}")
 
-    def graph_file(self, arm: str, seed: int) -> Path:
+    def graph_file(self, arm: str, rate: float, seed: int) -> Path:
         """The graph of that run, before the run begins."""
-        return self.path / "arms" / arm / f"seed-{seed}.json"
+        return self.run(arm, rate, seed).path.with_suffix(".json")

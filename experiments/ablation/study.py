@@ -1,5 +1,6 @@
 """What came of the arms' runs: numbers for `results.json`, from the files that the runs wrote."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ktg_jax.errors import RunError
-from ktg_jax.priors import load_prior
+from ktg_jax.priors import about_prior, load_prior
 
 from ..comparison import Contender, compare
 from ..runs.shapes import Record
@@ -22,21 +23,32 @@ REACH = tuple(percent / 100 for percent in range(10, 100, 5))
 """Validation accuracies of which is told in which epoch they are reached."""
 
 
-def results_of(arms: Sequence[Arm], runs: Runs, seeds: Sequence[int]) -> Record:
+def results_of(
+    arms: Sequence[Arm],
+    runs: Runs,
+    seeds: Sequence[int],
+    rates: Mapping[str, float],
+    by_rate: Mapping[str, Mapping[float, float]],
+) -> Record:
     """The content of `results.json`.
 
     Args:
         arms: that were run.
         runs: finished, of each arm.
         seeds: the seeds of the runs, in their order.
+        rates: the learning rate of each arm's runs.
+        by_rate: the mean validation accuracy of each arm with each rate; empty where there is one.
 
     Returns:
         As `comparison.compare` returns it, the accuracies being those on the test images after the
-        last epoch; each entry with `about`, `epochs_to` (by accuracy in `REACH`: with each seed the
+        last epoch; each entry with `about`, `epochs`, `learning_rate`, `val_accuracy_by_rate`,
+        `epochs_to` (by accuracy in `REACH`: with each seed the
         first epoch in which the validation accuracy is no less, None if there is none),
         `val_accuracy_by_epoch` (mean over seeds; None without validation images), `prior_kernels`
-        (the parameters that the prior speaks of; None without one) and `prior_distance_by_epoch`
-        (mean over seeds, a number for each of these).
+        (the parameters that the prior speaks of; None without one), `prior_distance_by_epoch` (mean
+        over seeds, a number for each of these), and of the fit, by stage, mean over seeds and None
+        without one, `fit_left` and `fit_errors`: what it left, and what the whole student gets
+        wrong after it.
 
     Raises:
         RunError: a run without a result on test images.
@@ -57,6 +69,10 @@ def results_of(arms: Sequence[Arm], runs: Runs, seeds: Sequence[int]) -> Record:
         targets = [[line["nodes"][0] for line in run.records()] for run in runs[arm.name]]
         curves = [[node["val_accuracy"] for node in nodes] for nodes in targets]
         entry["about"] = arm.about
+        entry["epochs"], entry["learning_rate"] = len(curves[0]), rates[arm.name]
+        entry["val_accuracy_by_rate"] = {
+            f"{rate:g}": accuracy for rate, accuracy in by_rate.get(arm.name, {}).items()
+        }
         entry["epochs_to"] = {
             str(share): [first_epoch(curve, share) for curve in curves] for share in REACH
         }
@@ -65,6 +81,8 @@ def results_of(arms: Sequence[Arm], runs: Runs, seeds: Sequence[int]) -> Record:
         entry["prior_kernels"] = None if prior is None else list(load_prior(prior).paths)
         distances = [[node.get("prior_distance") for node in nodes] for nodes in targets]
         entry["prior_distance_by_epoch"] = _mean(distances)
+        for field, text in (("fit_left", "stages"), ("fit_errors", "whole")):
+            entry[field] = _mean_of_fits(runs[arm.name], text)
     return results
 
 
@@ -73,8 +91,27 @@ def prior_of(run: Workdir) -> Path | None:
     prior = run.graph.nodes[0].prior
     if prior is None or Path(prior).exists():
         return None if prior is None else Path(prior)
-    study = run.path.parents[2]  # of arms/<arm>/seed-<seed>
+    study = run.path.parents[3]  # of arms/<arm>/rate-<rate>/seed-<seed>
     return study.joinpath(*Path(prior).parts[-3:])  # priors/<aggregation>-<seed>/prior
+
+
+def _mean_of_fits(runs: Sequence[Workdir], text: str) -> list[float] | None:
+    """The mean of the numbers that the priors' files have; None: they have none."""
+    priors = [prior_of(run) for run in runs]
+    said = [json.loads(about_prior(p).get(text, "[]")) for p in priors if p is not None]
+    return np.mean(said, axis=0).tolist() if said and said[0] else None
+
+
+def mean_validation(runs: Sequence[Workdir]) -> float:
+    """The target's mean accuracy on the validation images after the last epoch.
+
+    Raises:
+        RunError: a run is not finished.
+    """
+    results = [run.result for run in runs]
+    if None in results:
+        raise RunError(f"{runs[results.index(None)].path}: a run of the ablation is not finished")
+    return float(np.mean([result["target"]["val_accuracy"] for result in results if result]))
 
 
 def final_accuracy(run: Workdir) -> float:

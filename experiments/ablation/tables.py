@@ -28,10 +28,22 @@ def markdown(results: Record) -> str:
         "seeds it is, where not with all).",
         _table(*_epochs(results)),
     ]
+    if any(entry["val_accuracy_by_rate"] for entry in results["entries"]):
+        parts += [
+            "Mean accuracy on the validation images by learning rate, in per cent, of the seeds "
+            "that the rates were compared with.",
+            _table(*_rates(results)),
+        ]
+    if any(entry["fit_left"] or entry["fit_errors"] for entry in results["entries"]):
+        parts += [
+            "Fits, by stage: what they left (of regressions shares of the variance, of `recast` "
+            "cross-entropies), and what the whole student gets wrong before it is trained, in "
+            "shares of the variance.",
+            _table(*_fits(results)),
+        ]
     if any(entry["prior_distance_by_epoch"] for entry in results["entries"]):
         parts += [
-            "Distance from the prior, mean over seeds, a number for each kernel that it speaks of: "
-            "of each stage the last one, in the arm `layers` all.",
+            "Distance from the prior, mean over seeds and kernels.",
             _table(*_distances(results)),
         ]
     return "\n\n".join(parts) + "\n"
@@ -59,11 +71,14 @@ Rows = list[list[str]]
 
 
 def _accuracies(results: Record) -> tuple[Titles, Rows]:
-    titles = ["arm", "what", "mean", *(f"seed {seed}" for seed in results["seeds"])]
+    seeds = [f"seed {seed}" for seed in results["seeds"]]
+    titles = ["arm", "what", "epochs", "rate", "mean", *seeds]
     return titles, [
         [
             entry["name"],
             entry["about"],
+            str(entry["epochs"]),
+            f"{entry['learning_rate']:g}",
             mean_and_std(entry),
             *map(per_cent, entry["accuracies"]),
         ]
@@ -90,6 +105,28 @@ def _epochs(results: Record) -> tuple[Titles, Rows]:
     return ["arm", *(f"{100 * float(share):g} %" for share in shares)], rows
 
 
+def _rates(results: Record) -> tuple[Titles, Rows]:
+    rates = list(results["entries"][0]["val_accuracy_by_rate"])
+    rows = [
+        [entry["name"], *(per_cent(entry["val_accuracy_by_rate"][rate]) for rate in rates)]
+        for entry in results["entries"]
+    ]
+    return ["arm", *rates], rows
+
+
+def _fits(results: Record) -> tuple[Titles, Rows]:
+    rows = [
+        [entry["name"], *(_numbers(entry[field]) for field in ("fit_left", "fit_errors"))]
+        for entry in results["entries"]
+        if entry["fit_left"] or entry["fit_errors"]
+    ]
+    return ["arm", "left by the fit", "of the whole"], rows
+
+
+def _numbers(values: Sequence[float] | None) -> str:
+    return "-" if values is None else ", ".join(f"{value:.3f}" for value in values)
+
+
 def _tells(results: Record, share: str) -> bool:
     """Whether some run reaches the accuracy, and not every run does so in its first epoch."""
     epochs = [epoch for entry in results["entries"] for epoch in entry["epochs_to"][share]]
@@ -101,11 +138,8 @@ def _distances(results: Record) -> tuple[Titles, Rows]:
     for entry in results["entries"]:
         by_epoch = entry["prior_distance_by_epoch"]
         if by_epoch:
-            first, middle, last = (
-                ", ".join(f"{distance:.3f}" for distance in by_epoch[i])
-                for i in (0, len(by_epoch) // 2, -1)
-            )
-            rows.append([entry["name"], first, middle, last])
+            moments = (by_epoch[i] for i in (0, len(by_epoch) // 2, -1))
+            rows.append([entry["name"], *(f"{np.mean(distances):.3f}" for distances in moments)])
     return ["arm", "first epoch", "half-way", "last epoch"], rows
 
 

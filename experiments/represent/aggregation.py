@@ -1,6 +1,7 @@
 """From a teacher to a prior in its folder: chosen, or fitted with progress, and gone on with."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,11 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
 from ktg_jax.models.network import NodeFns
+from ktg_jax.models.pixels import to_float
 from ktg_jax.priors import about_prior
 from ktg_jax.priors.channels import Variables
 from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics
-from ktg_jax.priors.pair import Pair
+from ktg_jax.priors.pair import Pair, stage_residuals
 from ktg_jax.training.state import node_rng
 
 from ..runs import cli
@@ -35,6 +37,7 @@ from .teacher import Teacher, network
 _SHOWN_EVERY = 20  # steps; reading a number waits for the device
 _LINES = 10  # of a fit that nobody watches
 _KEPT_EVERY = 50  # steps
+_JUDGED = 500  # images
 
 PRIOR_OPTIONS = ("student", "data", "aggregation")
 """Options that determine any prior."""
@@ -135,9 +138,21 @@ def make_prior(
                 "input": json.dumps(None if teacher.input == Input() else teacher.input.to_json()),
                 "fit_steps": str(steps),
                 "stages": json.dumps([float(left) for left in metrics.get("stages", ())]),
+                "whole": json.dumps(_errors(teacher, student, variables, dataset)),
             },
         )
         folder.forget_fit()
+
+
+def _errors(
+    teacher: Teacher, student: NodeFns, variables: Variables, dataset: Dataset
+) -> list[float]:
+    """What the whole student gets wrong of each stage, on some training images."""
+    pair = Pair.of(teacher.fns, teacher.variables, student, variables, dataset.image_shape)
+    images = to_float(jnp.asarray(dataset.train.images[:_JUDGED]))
+    given = teacher.fns, teacher.variables, student, variables, images
+    found = stage_residuals(pair, *given)
+    return [] if found is None else [float(error) for error in found]
 
 
 def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
@@ -183,7 +198,9 @@ def _aggregated(
         "max_offset": min(dataset.image_shape[:2]) // 8 if config.augment else 0,
         "flip": config.augment and config.mirror and dataset.flip,
     }
-    fit = ktg.regress_stages if config.aggregation == "regression" else ktg.recast_stages
+    fit: Any = ktg.recast_stages
+    if config.aggregation == "regression":
+        fit = functools.partial(ktg.regress_stages, inputs=config.fit_inputs)
     first_step, state = folder.fit()
     train = dataset.train
     with _Shown(config, first_step, console) as shown:
@@ -201,15 +218,17 @@ def _aggregated(
             train.images,
             train.labels,
             rng=rng,
+            select=config.fit_start == "selected",
             state=state,
             first_step=first_step,
             on_step=on_step,
             **plan,
         )
-    whole = ktg.with_own_statistics(
-        student, fitted[:2], train.images, FitPlan(**plan), rng=jax.random.fold_in(rng, 2)
-    )
-    return whole, fitted.metrics
+    variables: Variables = fitted[:2]
+    if config.fit_statistics == "own":
+        rng, how = jax.random.fold_in(rng, 2), FitPlan(**plan)
+        variables = ktg.with_own_statistics(student, variables, train.images, how, rng=rng)
+    return variables, fitted.metrics
 
 
 class _Shown:

@@ -1,7 +1,7 @@
 """What is asked of a teacher, a student, and the fit of the one to the other."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ktg_jax.checks import check_positive
 
@@ -45,6 +45,14 @@ class FitOptions:
     """Updates, of --batch-size images each; none with --aggregation select."""
     fit_learning_rate: float = 0.003
     """Learning rate of the fit's optimiser, Adam; down to 0 along a cosine."""
+    fit_inputs: Literal["teacher", "own"] = "teacher"
+    """With --aggregation regression: what each stage is fed with, what the teacher passes on, or
+    what the student's own former stage does, so that all are one chain."""
+    fit_start: Literal["selected", "random"] = "selected"
+    """What is fitted: a part of the teacher, where the student can be one, or a random student."""
+    fit_statistics: Literal["own", "fit"] = "own"
+    """The statistics of normalisation afterwards: of what the student passes on itself, computed
+    anew, or as they were in the fit."""
 
 
 def check_fit(options: FitOptions) -> None:

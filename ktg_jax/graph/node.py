@@ -19,8 +19,11 @@ LEARNING = ("optimizer", "learning_rate", "weight_decay", "clip", "trainable")
 COMBINED = ("logits", "probabilities")
 """Of what an ensemble may be."""
 
-MATCHINGS = ("initialise", "assignment", "none")
-"""How a prior's filters meet a student's; see `ktg_jax.priors.match_prior`."""
+MATCHINGS = ("initialise", "kernels", "assignment", "none")
+"""How a prior meets a student; see `ktg_jax.priors.with_priors`."""
+
+PRIOR_KINDS = ("filters", "distribution", "l1", "task")
+"""What a prior asks of a student; see `ktg_jax.priors.NodePrior`."""
 
 SCHEDULES = ("linear", "constant")
 """How a prior's weight goes over the training."""
@@ -43,8 +46,13 @@ class Node:
             0: the prior only acts on how the node begins.
         prior_quantile: in [0, 1], of the sparse recoding penalty on the prior's gradient.
         prior_schedule: "linear": the weight falls to 0 over the training; "constant": it stays.
-        prior_matching: "initialise": the node starts from the prior's kernels; "assignment": the
-            prior's filters are assigned to the node's initial ones; "none": neither.
+        prior_matching: "initialise": the node starts from the prior, from all of it where it is of
+            a whole student; "kernels": from its kernels alone; "assignment": the prior's filters
+            are assigned to the node's initial ones; "none": none of that.
+        prior_kind: "filters": filters are to resemble the prior's, one by one; "distribution": all
+            filters of a kernel together; "l1": filters are recoded by the prior's, with an L1
+            penalty of `prior_quantile` on the coefficients; "task": nothing is compared, but of
+            each kernel's own gradient the smallest entries are cut off.
         projection: where the readers are through which others see its stage outputs (a file of
             `save_readers`, or its folder); None: they see them as they are. For frozen nodes.
         input: how the network wants its images, in place of 0..1 as the data has them: an `Input`,
@@ -83,6 +91,7 @@ class Node:
     prior_quantile: float = 0.7
     prior_schedule: str = "linear"
     prior_matching: str = "initialise"
+    prior_kind: str = "filters"
     projection: str | None = None
     input: "str | Input | Mapping[str, Any] | None" = None
     optimizer: str | None = None
@@ -116,7 +125,10 @@ class Node:
         """
         if self.prior is None:
             return {}
-        return {field: getattr(self, field) for field in ("prior", *PRIOR_DEFAULTS)}
+        options = {field: getattr(self, field) for field in ("prior", *PRIOR_DEFAULTS)}
+        if self.prior_kind == PRIOR_KINDS[0]:  # what runs had before there were others
+            del options["prior_kind"]
+        return options
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON; beside name, model and weights those that say something."""

@@ -17,6 +17,7 @@ from ktg_jax.graph.node import (
     MATCHINGS,
     OPTIMIZERS,
     PRIOR_DEFAULTS,
+    PRIOR_KINDS,
     RECORDED,
     SCHEDULES,
     Node,
@@ -189,9 +190,10 @@ def _with_checked_prior(where: str, node: Node) -> Node:
         return node
     weight = checked_number(f"{where}.prior_weight", node.prior_weight)
     check_share(f"{where}.prior_quantile", node.prior_quantile)
-    for field, names in (("prior_schedule", SCHEDULES), ("prior_matching", MATCHINGS)):
-        if getattr(node, field) not in names:
-            raise InputError(f"{where}.{field}", getattr(node, field), ", ".join(names))
+    named = {"schedule": SCHEDULES, "matching": MATCHINGS, "kind": PRIOR_KINDS}
+    for option, names in named.items():
+        if (value := getattr(node, f"prior_{option}")) not in names:
+            raise InputError(f"{where}.prior_{option}", value, ", ".join(names))
     quantile = float(node.prior_quantile)
     return dataclasses.replace(node, prior_weight=weight, prior_quantile=quantile)
 

@@ -18,10 +18,11 @@ a named option:
 Layers: recoding, stages -> prior -> matching, kernels, readers, files -> aggregate, composition.
 """
 
-from ktg_jax.graph.node import MATCHINGS, SCHEDULES
+from ktg_jax.graph.node import MATCHINGS, PRIOR_KINDS, SCHEDULES
 from ktg_jax.priors.aggregate import aggregate_prior, fit_readers
 from ktg_jax.priors.channels import place_shapes, select_channels, select_start
 from ktg_jax.priors.composition import NodePrior, with_priors
+from ktg_jax.priors.distribution import distribution_distance
 from ktg_jax.priors.files import PRIOR_FILE, about_prior, load_prior, save_prior
 from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, with_own_statistics
 from ktg_jax.priors.kernels import cluster_prior, layer_prior, svd_prior
@@ -67,6 +68,7 @@ __all__ = [
     "MATCHINGS",
     "NORMALISATIONS",
     "PRIOR_FILE",
+    "PRIOR_KINDS",
     "READERS_FILE",
     "SCHEDULES",
     "FitPlan",
@@ -83,6 +85,7 @@ __all__ = [
     "check_prior",
     "cluster_prior",
     "dead_zone_loss",
+    "distribution_distance",
     "feature_transfer_loss",
     "fit_readers",
     "initialised",

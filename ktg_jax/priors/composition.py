@@ -14,12 +14,13 @@ from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.graph.graph import Graph
-from ktg_jax.graph.node import SCHEDULES, Node
+from ktg_jax.graph.node import PRIOR_KINDS, SCHEDULES, Node
 from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.models.network import PyTree
+from ktg_jax.priors.distribution import distribution_distance
 from ktg_jax.priors.files import load_prior
 from ktg_jax.priors.matching import match_prior, started
-from ktg_jax.priors.prior import Prior, check_prior, prior_distance
+from ktg_jax.priors.prior import Prior, check_prior, prior_distance, recoding_loss
 from ktg_jax.priors.recoding import sparse_recoding
 from ktg_jax.training.state import GraphState
 
@@ -33,6 +34,11 @@ class NodePrior:
         weight: float scalar `[]` of the prior's loss.
         quantile: the quantile of the sparse recoding penalty, in [0, 1]. Static.
         schedule: "linear": the weight times 1 - progress; "constant": the weight. Static.
+        kind: what is added to a node's gradient, times the scheduled weight. "filters": the
+            gradient of `prior_loss`, soft-thresholded kernel by kernel; "distribution": that of
+            `distribution_distance`, likewise; "l1": that of `recoding_loss`, the quantile being its
+            penalty. "task": nothing; the node's own gradient of each of the prior's kernels gives
+            way to the soft-thresholded one, by a share of the scheduled weight, at most 1. Static.
 
     >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",))
     >>> NodePrior(prior, weight=0.5, quantile=0.9).schedule
@@ -43,14 +49,15 @@ class NodePrior:
     weight: ArrayLike = 1.0
     quantile: float = flax.struct.field(pytree_node=False, default=0.7)
     schedule: str = flax.struct.field(pytree_node=False, default="linear")
+    kind: str = flax.struct.field(pytree_node=False, default="filters")
 
     def add_to(
         self, gradients: PyTree, params: PyTree, progress: ArrayLike
     ) -> tuple[PyTree, jax.Array]:
         """Adds the prior's gradient, soft-thresholded and weighted, to the node's own.
 
-        The penalty sees the prior's gradient alone (`prior_loss`, kernel by kernel); parameters of
-        which the prior does not speak keep their gradients as they are.
+        The penalty sees the prior's gradient alone, kernel by kernel; parameters of which the prior
+        does not speak keep their gradients as they are. Other kinds: see above.
 
         Args:
             gradients: the gradients of the node's edges, in the structure of the parameters.
@@ -58,7 +65,8 @@ class NodePrior:
             progress: scalar in [0, 1], k / k_end.
 
         Returns:
-            The sum, and the `prior_distance` of each stage, float32 `[G]`.
+            The sum, and the `prior_distance` of each kernel, or its `distribution_distance`,
+            float32 `[G]`.
 
         Raises:
             InputError: a prior of another student, or a bad option.
@@ -70,26 +78,43 @@ class NodePrior:
         >>> gradients["stage1_conv"]["kernel"].ravel().tolist(), distance.tolist()
         ([0.0, -1.5], [2.0])
         """
-        if self.schedule not in SCHEDULES:
-            raise InputError("schedule", self.schedule, ", ".join(SCHEDULES))
+        for field, names in (("schedule", SCHEDULES), ("kind", PRIOR_KINDS)):
+            if getattr(self, field) not in names:
+                raise InputError(field, getattr(self, field), ", ".join(names))
         check_prior(params, self.prior)
         leaves, own = by_path(params), by_path(gradients)
-
-        def loss_of(kernels: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            distance = prior_distance(kernels, self.prior)
-            return jnp.mean(distance), distance
-
         kernels = {path: leaves[path] for path in self.prior.paths}
-        from_prior, distance = jax.grad(loss_of, has_aux=True)(kernels)
-        penalty = sparse_recoding(self.quantile)
-        penalised, _ = penalty.update(from_prior, penalty.init(from_prior))
         share = 1 - jnp.asarray(progress, jnp.float32) if self.schedule == "linear" else 1
         strength = jnp.asarray(self.weight, jnp.float32) * share
+        if self.kind == "task":
+            before = {path: own[path] for path in self.prior.paths}
+            share, distance = jnp.minimum(strength, 1), prior_distance(kernels, self.prior)
+            cut = self._penalised(before)
+            changed = {path: cut[path] - before[path] for path in before}
+        else:
+            changed, distance = jax.grad(self._loss, has_aux=True)(kernels)
+            share = strength
+            if self.kind != "l1":
+                changed = self._penalised(changed)
         sums = {
-            path: own[path] + (strength * gradient).astype(own[path].dtype)
-            for path, gradient in penalised.items()
+            path: own[path] + (share * gradient).astype(own[path].dtype)
+            for path, gradient in changed.items()
         }
         return replaced(gradients, sums), distance
+
+    def _penalised(self, gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        penalty = sparse_recoding(self.quantile)
+        return penalty.update(gradients, penalty.init(gradients))[0]
+
+    def _loss(self, kernels: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """What the kernels are drawn by, and how far each is from the prior."""
+        if self.kind == "distribution":
+            distance = distribution_distance(kernels, self.prior)
+            return jnp.mean(distance), distance
+        distance = prior_distance(kernels, self.prior)
+        if self.kind == "l1":
+            return recoding_loss(kernels, self.prior, self.quantile), distance
+        return jnp.mean(distance), distance
 
 
 def with_priors(state: GraphState, graph: Graph) -> tuple[GraphState, tuple[NodePrior | None, ...]]:
@@ -145,5 +170,5 @@ def _matched(
         allowed = f"{error.allowed}; found {error.field} {error.value!r}"
         raise InputError(field, node.prior, allowed) from None
     prior = dataclasses.replace(prior, start=None)  # it has begun
-    how = node.prior_weight, node.prior_quantile, node.prior_schedule
+    how = node.prior_weight, node.prior_quantile, node.prior_schedule, node.prior_kind
     return params, model_state, NodePrior(prior, *how)

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from ktg_jax.connectors import network_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.graph.node import MATCHINGS
 from ktg_jax.io.trees import by_path, is_float, replaced, unflatten
@@ -27,10 +28,10 @@ def match_prior(
     Args:
         params: the student's initial parameters.
         prior: fitted for this student.
-        matching: "initialise": the student starts from the prior's filters, with the sizes of its
-            own (`initialised`); "assignment": the
-            prior's filters are permuted, per stage, so that they are as near as can be to the
-            student's initial ones; "none": filter i speaks of filter i.
+        matching: "initialise" or "kernels": the student starts from the prior's filters, with the
+            sizes of its own (`initialised`; all that a prior's `start` says is `started`'s);
+            "assignment": the prior's filters are permuted, per stage, so that they are as near as
+            can be to the student's initial ones; "none": filter i speaks of filter i.
         normalise: how filters are compared, as for `normalised`.
 
     Returns:
@@ -47,7 +48,7 @@ def match_prior(
     if matching not in MATCHINGS:
         raise InputError("matching", matching, ", ".join(MATCHINGS))
     check_prior(params, prior)
-    if matching == "initialise":
+    if matching in ("initialise", "kernels"):
         return initialised(params, prior), prior
     if matching == "assignment":
         return params, assigned(params, prior, normalise=normalise)
@@ -110,7 +111,8 @@ def started(params: PyTree, model_state: PyTree, prior: Prior) -> tuple[PyTree, 
         return params, model_state
     trees = []
     for own, given in zip((params, model_state), prior.start, strict=True):
-        floats = {path: leaf for path, leaf in by_path(own).items() if is_float(leaf)}
+        leaves = network_arrays(by_path(own))  # connectors are of its edges
+        floats = {path: leaf for path, leaf in leaves.items() if is_float(leaf)}
         unflatten(floats, {p: np.asarray(leaf) for p, leaf in given.items()}, "prior")
         trees.append(replaced(own, {p: jnp.asarray(given[p], floats[p].dtype) for p in floats}))
     return trees[0], trees[1]

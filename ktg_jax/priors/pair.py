@@ -87,6 +87,41 @@ class Pair:
         return place > 0 or (self.image_shape not in (a, b) and a[:2] == b[:2])
 
 
+def stage_residuals(
+    pair: Pair,
+    teacher: NodeFns,
+    teacher_variables: Variables,
+    student: NodeFns,
+    student_variables: Variables,
+    images: jax.Array,
+) -> np.ndarray | None:
+    """How much of what the teacher passes on a whole student gets wrong, stage by stage.
+
+    Both are run in evaluation, the student on what it passes on itself.
+
+    Args:
+        pair: of the two.
+        teacher: the network.
+        teacher_variables: its own.
+        student: the network.
+        student_variables: its own.
+        images: float `[B, H, W, C]`.
+
+    Returns:
+        The mean square error in shares of the variance of the teacher's chosen channels, float32
+        `[G]`; None: the student's channels are not the teacher's.
+    """
+    if pair.channels is None:
+        return None
+    theirs, _ = passed_on(teacher, teacher_variables, images)
+    own, _ = passed_on(student, student_variables, images)
+    shares = []
+    for made, place, chosen in zip(own.stages, theirs.stages, pair.channels, strict=True):
+        target = place[..., chosen]
+        shares.append(jnp.mean(jnp.square(made - target)) / jnp.mean(jnp.var(target, (0, 1, 2))))
+    return np.asarray(jnp.stack(shares[1:]))
+
+
 def projection(rng: jax.Array, channels: int, features: int) -> dict[str, jax.Array]:
     """What `projected` begins with: the first channels evenly chosen, or more of them mixed."""
     kernel: Any = jax.random.normal(rng, (channels, features)) / np.sqrt(channels)
