@@ -138,9 +138,9 @@ class Arm:
         return self.name.startswith("graph")
 
 
-def _alone(*aggregation: str, **options: Any) -> Callable[[Setting], ktg.Graph]:
+def _alone(aggregation: str = "regression", **options: Any) -> Callable[[Setting], ktg.Graph]:
     """The graph of a student alone with its prior."""
-    return lambda setting: ktg.graphs.independent([setting.node(*aggregation, **options)])
+    return lambda setting: ktg.graphs.independent([setting.node(aggregation, **options)])
 
 
 def _without_prior() -> list[Arm]:

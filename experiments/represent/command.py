@@ -169,9 +169,10 @@ def _train_alone(
         why = f" (the fit's {fit_steps} steps are as many as {epochs - config.epochs})"
         text = f"The student alone, for {epochs} epochs{why if fit_steps else ''}."
         cli.say(console, text)
-    file = folder.path / f"{alone.path.name}.json"
-    graph.save(file)
-    training = config.training(graph=str(file), workdir=str(alone.path), epochs=epochs)
+    name = f"{alone.path.name}.json"
+    folder.note_graph(graph, name)
+    paths = {"graph": str(folder.path / name), "workdir": str(alone.path)}
+    training = config.training(epochs=epochs, **paths)
     train(training, console, dataset)
     folder.note_alone(fit_steps)
     console.print(beside_alone(folder))

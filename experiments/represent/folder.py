@@ -109,7 +109,7 @@ class StudentFolder(Workdir):
         with self.prior.locked():
             return super().set_aside()
 
-    def note_graph(self, graph: ktg.Graph) -> None:
-        """Writes `graph.json`, for `--graph` of the training, unless it says the same."""
-        if self._content("graph.json") != json.loads(graph.to_json()):
-            graph.save(self.path / "graph.json")
+    def note_graph(self, graph: ktg.Graph, name: str = "graph.json") -> None:
+        """Writes a graph to a file, for `--graph` of a training, unless it says the same."""
+        if self._content(name) != json.loads(graph.to_json()):
+            graph.save(self.path / name)

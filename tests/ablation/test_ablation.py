@@ -20,16 +20,18 @@ from experiments.ablation.study import first_epoch
 from experiments.ablation.tables import markdown
 from ktg_jax.priors import load_prior
 
-NAMES = ("plain", "prior-0.7", "distillation+prior")
+NAMES = ("plain", "plain-long", "prior", "distillation+prior")
 SETTING = Setting(
     student="resnet8",
     teacher="runs/t",
     teacher_model="resnet20",
+    input=None,
     weight=2.0,
     schedule="constant",
     temperature=4.0,
     attention_weight=10.0,
-    feature_weight=3.0,
+    hint_weight=3.0,
+    graph=ktg.graphs.distillation(ktg.Node("cnn"), ktg.Node("cnn", "frozen", weights="x"), 2.0),
     prior_of=lambda how: f"prior/{how}",
 )
 
@@ -50,6 +52,8 @@ def small(workdir: Path, **changes: Any) -> AblationConfig:
         "fit_steps": 6,
         "batch_size": 32,
         "seeds": 2,
+        "learning_rates": (0.02, 0.1),
+        "rate_seeds": 1,
     }
     return AblationConfig(**fields | {"workdir": str(workdir)} | changes)
 
@@ -94,7 +98,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stopping.setattr(ablation, "train", stop_at_second)
             with pytest.raises(KeyboardInterrupt):
                 ablate(study)
-        assert (folder / "arms" / "plain" / "seed-1" / "result.json").is_file()
+        assert len(list(folder.glob("arms/plain/rate-*/seed-1/result.json"))) == 1
         assert results_in(folder)["seeds"] == [0]
         ablate(study)
     after = times(folder)
@@ -128,34 +132,44 @@ def test_every_arm_is_a_graph_of_the_same_student() -> None:
     for name in ARMS:
         node = node_of(name)
         assert (node.name, node.model, node.weights) == ("student", "resnet8", None)
-    assert node_of("plain").prior is None
-    assert (node_of("initialised").prior_weight, node_of("initialised").prior) == (0, "prior/fit")
-    assert node_of("layers").prior == "prior/layers"
-    assert (node_of("schedule").prior, node_of("schedule").prior_schedule) == (
-        "prior/fit",
-        "linear",
-    )
-    expected = {"prior": 0.0, "prior-0.5": 0.5, "prior-0.7": 0.7, "prior-0.9": 0.9, "svd": 0.7}
-    for name, quantile in expected.items():
+    for name in ("plain", "plain-long", "distillation-long", "mutual", "graph"):
+        assert node_of(name).prior is None
+    starts = {"select": "select", "regression": "regression", "chained": "chained"}
+    for name, aggregation in {**starts, "kernels": "regression"}.items():
+        node = node_of(name)
+        assert (node.prior, node.prior_weight) == (f"prior/{aggregation}", 0)
+        assert node.prior_matching == ("kernels" if name == "kernels" else "initialise")
+    quantiles = {"prior": 0.7, "prior-0": 0.0, "prior-0.5": 0.5, "prior-0.9": 0.9, "l1": 0.1}
+    for name, quantile in quantiles.items():
         node = node_of(name)
         assert (node.prior_quantile, node.prior_weight) == (quantile, 2.0)
         assert (node.prior_schedule, node.prior_matching) == ("constant", "initialise")
-    assert node_of("svd").prior == "prior/svd"
-    assert node_of("assigned").prior_matching == "assignment"
+    assert (node_of("light").prior_weight, node_of("heavy").prior_weight) == (0.6, 6.0)
+    assert (node_of("schedule").prior, node_of("schedule").prior_schedule) == (
+        "prior/regression",
+        "linear",
+    )
+    kinds = [node_of(name).prior_kind for name in ("prior", "l1", "task", "distribution")]
+    assert kinds == ["filters", "l1", "task", "distribution"]
+    assert node_of("recast+prior").prior == "prior/recast"
 
 
-@pytest.mark.parametrize("kind", ["distillation", "attention", "mutual"])
+@pytest.mark.parametrize("kind", ["distillation", "attention", "hints", "mutual", "graph"])
 def test_a_graph_with_a_prior_differs_in_the_prior_alone(kind: str) -> None:
     without, combined = (ARMS[name].graph(SETTING) for name in (kind, f"{kind}+prior"))
-    assert without.gates == combined.gates
-    assert without.temperature == combined.temperature == (1.0 if kind == "mutual" else 4.0)
-    losses = {"attention": 10.0} if kind == "attention" else {"kl": 1.0}
+    temperatures = {"mutual": 1.0, "graph": 2.0}
+    assert without.temperature == combined.temperature == temperatures.get(kind, 4.0)
+    losses = {"attention": {"attention": 10.0}, "hints": {"features": 3.0}}
     assert without.edges == combined.edges
-    assert combined.edges[0][1].losses == losses
+    assert combined.edges[0][1].losses == losses.get(kind, {"kl": 1.0})
+    assert combined.edges[0][1].connector == ("conv" if kind == "hints" else None)
     assert without.nodes[1] == combined.nodes[1]
     assert without.nodes[0].prior is None
-    assert combined.nodes[0] == node_of("prior-0.7")
+    assert combined.nodes[0] == node_of("prior")
     assert without.frozen == (() if kind == "mutual" else (1,))
+    if kind == "graph":
+        teacher = combined.nodes[1]
+        assert (teacher.name, teacher.model, teacher.weights) == ("frozen", "resnet20", "runs/t")
 
 
 def test_controls_are_arms_that_come_before() -> None:
@@ -163,7 +177,9 @@ def test_controls_are_arms_that_come_before() -> None:
     for arm in ARMS.values():
         assert set(arm.controls) <= set(seen)
         seen.append(arm.name)
-    assert [arm.name for arm in chosen(())] == seen
+    assert [arm.name for arm in chosen((), with_graph=True)] == seen
+    without = [name for name in seen if not name.startswith("graph")]
+    assert [arm.name for arm in chosen((), with_graph=False)] == without
 
 
 # --- runs
@@ -175,23 +191,34 @@ def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
     assert results["seeds"] == [0, 1]
     assert [entry["name"] for entry in results["entries"]] == list(NAMES)
     for entry in results["entries"]:
-        runs = [whole / "arms" / entry["name"] / f"seed-{seed}" for seed in (0, 1)]
+        compared = {
+            rate: result(whole / "arms" / entry["name"] / f"rate-{rate}" / "seed-0")["target"]
+            for rate in ("0.02", "0.1")
+        }
+        by_rate = {rate: target["val_accuracy"] for rate, target in compared.items()}
+        assert entry["val_accuracy_by_rate"] == pytest.approx(by_rate)
+        best = f"{entry['learning_rate']:g}"
+        assert by_rate[best] == max(by_rate.values())
+        assert entry["epochs"] == (4 if entry["name"] == "plain-long" else 2)
+        runs = [whole / "arms" / entry["name"] / f"rate-{best}" / f"seed-{s}" for s in (0, 1)]
         found = [result(run)["target"]["test_accuracy"] for run in runs]
         assert entry["accuracies"] == found
         nodes = [[line["nodes"][0] for line in metrics(run)] for run in runs]
         by_epoch = np.mean([[n["val_accuracy"] for n in of_run] for of_run in nodes], axis=0)
         np.testing.assert_allclose(entry["val_accuracy_by_epoch"], by_epoch)
-        if entry["name"] == "plain":
-            assert entry["prior_distance_by_epoch"] is None
+        if entry["name"].startswith("plain"):
+            assert entry["prior_distance_by_epoch"] is entry["fit_left"] is None
         else:
             distances = np.mean([[n["prior_distance"] for n in of_run] for of_run in nodes], axis=0)
             assert distances.shape == (2, 2)
             np.testing.assert_allclose(entry["prior_distance_by_epoch"], distances)
+            assert len(entry["fit_left"]) == len(entry["fit_errors"]) == 2
     pairs = [(found["entry"], found["baseline"]) for found in results["comparisons"]]
     assert pairs == [
-        ("prior-0.7", "plain"),
-        ("distillation+prior", "plain"),
-        ("distillation+prior", "prior-0.7"),
+        ("plain-long", "plain"),
+        ("prior", "plain"),
+        ("prior", "plain-long"),
+        ("distillation+prior", "prior"),
     ]
     accuracies = {entry["name"]: np.array(entry["accuracies"]) for entry in results["entries"]}
     for found in results["comparisons"]:
@@ -201,29 +228,33 @@ def test_accuracies_are_those_of_the_runs(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_all_arms_can_be_run_with_several_students(tmp_path: Path) -> None:
-    short = {"seeds": 1, "epochs": 1, "fit_steps": 2, "arms": ()}
+    graph = tmp_path / "graph.json"
+    assert SETTING.graph is not None
+    SETTING.graph.save(graph)
+    short: dict[str, Any] = {"seeds": 1, "epochs": 1, "fit_steps": 2, "arms": ()}
+    short |= {"learning_rates": (0.02,), "graph": str(graph)}
+    # The second is as wide as its teacher.
     said = ablate(tmp_path / "study", students=("staged", "staged_wide"), **short)
     for student, widths in (("staged", (4, 6)), ("staged_wide", (8, 12))):
         results = results_in(tmp_path / "study" / student)
-        entries = {entry["name"]: entry for entry in results["entries"]}
-        assert list(entries) == list(ARMS)
+        assert [entry["name"] for entry in results["entries"]] == list(ARMS)
         assert f"\n{student}:" in said
-        run = tmp_path / "study" / student / "arms" / "attention+prior" / "seed-0"
+        run = tmp_path / "study" / student / "arms" / "attention+prior" / "rate-0.02" / "seed-0"
         (line,) = metrics(run)
         assert line["nodes"][0]["edge_losses"][1] > 0  # from the teacher, without its logits
-        assert entries["layers"]["prior_kernels"] == ["stage1_conv.kernel", "stage2_conv.kernel"]
-        prior = load_prior(tmp_path / "study" / student / "priors" / "layers-0" / "prior")
+        prior = load_prior(tmp_path / "study" / student / "priors" / "chained-0" / "prior")
         assert tuple(kernel.shape[-1] for kernel in prior.kernels) == widths
 
 
 @pytest.mark.slow
 def test_each_seed_has_its_prior_and_arms_share_it(whole: Path) -> None:
-    priors = [load_prior(whole / "priors" / f"fit-{seed}" / "prior") for seed in (0, 1)]
+    folders = [whole / "priors" / f"regression-{seed}" / "prior" for seed in (0, 1)]
+    priors = [load_prior(folder) for folder in folders]
     assert not np.allclose(priors[0].kernels[0], priors[1].kernels[0])
-    assert not (whole / "priors" / "svd-0").exists()
-    for arm in NAMES[1:]:
-        node = ktg.Graph.load(whole / "arms" / arm / "seed-1" / "graph.json").nodes[0]
-        assert node.prior == str(whole / "priors" / "fit-1" / "prior")
+    assert not (whole / "priors" / "select-0").exists()
+    for arm in NAMES[2:]:
+        (file,) = whole.glob(f"arms/{arm}/rate-*/seed-1/graph.json")
+        assert ktg.Graph.load(file).nodes[0].prior == str(folders[1])
 
 
 @pytest.mark.slow
@@ -231,7 +262,7 @@ def test_a_study_that_was_stopped_and_extended_has_the_runs_of_another(
     whole: Path, tmp_path: Path
 ) -> None:
     ablate(tmp_path / "study", seed=1, seeds=1, arms=("plain",))
-    path = Path("arms") / "plain" / "seed-1"
+    (path,) = (p.relative_to(whole) for p in whole.glob("arms/plain/rate-*/seed-1"))
     assert_same_end(tmp_path / "study" / "staged" / path, whole / path)
 
 
@@ -269,7 +300,8 @@ def test_tables_and_curves_are_written(whole: Path) -> None:
     assert text == markdown(results_in(whole))
     (plain, *_) = results_in(whole)["entries"]
     mean = np.mean(plain["accuracies"])
-    assert f"| plain | the student alone | {100 * mean:.2f} ±" in text
+    rate = f"{plain['learning_rate']:g}"
+    assert f"| plain | the student alone | 2 | {rate} | {100 * mean:.2f} ±" in text
 
 
 # --- tables
@@ -290,6 +322,11 @@ def entry(name: str, accuracies: list[float], epochs: list[int | None]) -> dict[
         "std": float(np.std(accuracies, ddof=1)),
         "epochs_to": {"0.1": [1, 1], "0.5": epochs, "0.95": [None, None]},
         "val_accuracy_by_epoch": None,
+        "epochs": 3,
+        "learning_rate": 0.05,
+        "val_accuracy_by_rate": {"0.02": 0.25, "0.05": 0.5},
+        "fit_left": [0.125, 0.5] if name == "b" else None,
+        "fit_errors": None,
         "prior_kernels": ["x", "y"] if name == "b" else None,
         "prior_distance_by_epoch": [[1.0, 2.0], [0.5, 1.0], [0.25, 0.125]] if name == "b" else None,
     }
@@ -305,13 +342,16 @@ def test_tables_say_what_the_results_are() -> None:
     }
     text = markdown(results)
     for line in (
-        "| arm | what | mean | seed 3 | seed 4 |",
-        "| a | about a | 55.00 ± 7.07 | 50.00 | 60.00 |",
+        "| arm | what | epochs | rate | mean | seed 3 | seed 4 |",
+        "| a | about a | 3 | 0.05 | 55.00 ± 7.07 | 50.00 | 60.00 |",
+        "| arm | 0.02 | 0.05 |",
+        "| a | 25.00 | 50.00 |",
+        "| b | 0.125, 0.500 | - |",
         "| b | a | +5.00 | +1.00 to +9.00 | < 0.001 | 0.020 |",
         "| arm | 50 % |",
         "| a | 2.0 (1) |",
         "| b | 2.5 |",
-        "| b | 1.000, 2.000 | 0.500, 1.000 | 0.250, 0.125 |",
+        "| b | 1.500 | 0.750 | 0.188 |",
     ):
         assert line in text.splitlines(), line
 
@@ -319,25 +359,28 @@ def test_tables_say_what_the_results_are() -> None:
 # --- bad input
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"arms": ("plain", "magic")}, "arms", "got 'magic'; allowed: plain, initialised"),
+    ({"arms": ("plain", "magic")}, "arms", "got 'magic'; allowed: plain, plain-long"),
+    ({"arms": ("plain", "graph")}, "arms", "got 'graph'; allowed: an arm without a graph, or --g"),
+    ({"graph": "gone.json"}, "graph", "got 'gone.json'; allowed: "),
+    ({"learning_rates": ()}, "learning_rates", "got []; allowed: different rates, at least one"),
+    ({"learning_rates": (0.1, 0.1)}, "learning_rates", "allowed: different rates"),
+    ({"learning_rates": (0.1, -1.0)}, "learning_rates[1]", "got -1.0; allowed: a finite number"),
+    ({"rate_seeds": 0}, "rate_seeds", "got 0; allowed: at least 1"),
+    ({"val_fraction": 0.0}, "val_fraction", "got 0.0; allowed: above 0: learning rates are comp"),
     ({"seeds": 0}, "seeds", "got 0; allowed: at least 1"),
     ({"seeds": 10**9}, "seeds", "got 1000000000; allowed: at most 1,000"),
     ({"seed": 2**32 - 1, "seeds": 2}, "seed", "allowed: at most 4,294,967,295, the 2 seeds from"),
     ({"temperature": 1e300}, "temperature", "got 1e+300; allowed: 1e-15 to 1e+15"),
-    ({"feature_weight": 1e300}, "feature_weight", "got 1e+300; allowed: at most 1e+30"),
+    ({"hint_weight": 1e300}, "hint_weight", "got 1e+300; allowed: at most 1e+30"),
     ({"students": ("staged", "stagd")}, "students[1]", "got 'stagd'; allowed: cnn, resnet8"),
     ({"temperature": 0.0}, "temperature", "got 0.0; allowed: a finite number above 0"),
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
-    (
-        {"teacher": "gone", "teacher_model": "resnet14"},
-        "teacher",
-        "got 'gone'; allowed: the folder",
-    ),
-    ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),
+    ({"teacher": "gone", "teacher_model": None}, "teacher", "got 'gone'; allowed: the folder"),
+    ({"teacher_model": "cnn"}, "student", "got '2 stages'; allowed: the teacher's 3 stages"),
     ({"students": ()}, "students", "got []; allowed: different models, at least one"),
     ({"students": ("staged", "staged")}, "students", "allowed: different models"),
     ({"attention_weight": 0.0}, "attention_weight", "got 0.0; allowed: a finite number above 0"),
-    ({"students": ("staged", "tiny")}, "student", "got 'tiny'; allowed: a model with convolutions"),
+    ({"students": ("staged", "tiny")}, "stages", "got 'Tiny'; allowed: a module with submodules"),
 ]
 
 

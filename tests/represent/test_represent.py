@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 from rich.console import Console
 from runs import (
@@ -22,6 +24,7 @@ from runs import (
     in_process,
     metrics,
     options,
+    result,
     start,
     train,
 )
@@ -32,7 +35,10 @@ from experiments.represent import command as command
 from experiments.represent.account import Account
 from experiments.represent.config import RepresentConfig
 from experiments.represent.measures import prior_gradients, share_kept, singular_values
-from ktg_jax.priors import about_prior, fit_readers, layer_prior, load_prior, svd_prior
+from ktg_jax.inputs import Input
+from ktg_jax.io.trees import flatten
+from ktg_jax.models.weights import save_node
+from ktg_jax.priors import about_prior, load_prior, select_channels, select_start
 from ktg_jax.training.warm_start import load_weights
 
 pytestmark = pytest.mark.slow
@@ -87,19 +93,48 @@ def test_the_student_is_trained_with_the_teachers_prior(
     folder, said = whole
     prior, about = load_prior(folder / "prior"), about_prior(folder / "prior")
     assert prior.shapes == {PATHS[0]: (3, 3, 1, 4), PATHS[1]: (1, 1, 4, 6)}
-    assert prior.accuracy is not None
-    assert prior.accuracy.shape == (2,)
+    assert prior.start is not None
+    assert "classifier.kernel" in prior.start[0]
     assert (about["student"], about["teacher"]) == ("staged", str(teacher))
-    assert (about["data"], about["aggregation"]) == ("digits", "fit")
+    assert (about["data"], about["aggregation"]) == ("digits", "regression")
+    assert (about["fit_steps"], about["input"]) == ("12", "null")
     (node,) = ktg.Graph.load(folder / "graph.json").nodes
     assert node.prior == str(folder / "prior")
     assert (node.name, node.model, node.prior_quantile) == ("student", "staged", 0.7)
+    assert json.loads((folder / "config.json").read_text())["config"]["learning_rate"] == 0.02
     distances = [record["nodes"][0]["prior_distance"] for record in metrics(folder)]
     assert np.shape(distances) == (2, 2)
     assert json.loads((folder / "result.json").read_text())["epochs"] == 2
-    for path, share, first, last in zip(PATHS, prior.accuracy.tolist(), *distances, strict=True):
+    left = json.loads(about["stages"])
+    assert len(left) == len(json.loads(about["whole"])) == 2
+    for path, share, first, last in zip(PATHS, left, *distances, strict=True):
         (line,) = (line.split() for line in said.splitlines() if f" {path} " in line)
-        assert line[2:6] == [f"{100 * share:.1f}", "%", f"{first:.3f}", f"{last:.3f}"]
+        assert line[2:5] == [f"{share:.3f}", f"{first:.3f}", f"{last:.3f}"]
+
+
+def test_the_same_student_is_trained_alone_for_as_many_steps(whole: tuple[Path, str]) -> None:
+    folder, said = whole
+    own, alone = result(folder), result(folder / "alone")
+    assert (own["fit_steps"], own["steps"]) == (12, 10)
+    assert own["alone"] == {
+        "val_accuracy": alone["target"]["val_accuracy"],
+        "test_accuracy": alone["target"]["test_accuracy"],
+        "epochs": 5,  # of 5 steps each: the fit's 12 are three epochs
+        "steps": 25,
+    }
+    (node,) = ktg.Graph.load(folder / "alone" / "graph.json").nodes
+    assert (node.name, node.model, node.prior) == ("student", "staged", None)
+    config = json.loads((folder / "alone" / "config.json").read_text())["config"]
+    assert config["learning_rate"] == 0.1
+    lines = [line.split() for line in said.splitlines()[-2:]]
+    numbers = (
+        f"{100 * own['target']['test_accuracy']:.2f}",
+        f"{100 * own['alone']['test_accuracy']:.2f}",
+    )
+    assert [line[-2] for line in lines] == list(numbers)
+    assert " 12 + 10 " in said.splitlines()[-2]
+    with Image.open(folder / "beside-alone.png") as picture:
+        assert np.ptp(np.asarray(picture.convert("L"))) > 200
 
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line(
@@ -121,7 +156,9 @@ def test_a_fit_says_how_far_it_is(whole: tuple[Path, str]) -> None:
     assert steps == [str(step) for step in range(1, 13)]  # of 12 steps all
     assert lines[0].endswith("; time left -")
     for line in lines[1:]:
-        assert re.search(r"/12, heads \d+ \d+ %; time left \d:\d\d:\d\d$", line)
+        assert re.search(
+            r"/12, left of the stages \d\.\d\d \d\.\d\d; time left \d:\d\d:\d\d$", line
+        )
     assert "epoch 2/2, student: train " in whole[1]
 
 
@@ -144,47 +181,67 @@ def test_a_finished_student_says_so_and_nothing_is_made_again(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     said = represent(folder, teacher=str(teacher))
     assert f"{folder} is finished; nothing to do." in said
-    assert said.splitlines()[-4:] == whole[1].splitlines()[-4:]  # the table of the stages
+    assert said.splitlines()[-3:] == whole[1].splitlines()[-3:]  # the student and it alone
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert after == before
 
 
 def test_a_node_is_the_teacher_where_it_is_named(teacher: Path, tmp_path: Path) -> None:
     source = f"{teacher}:staged_wide-1"
-    represent(tmp_path / "run", teacher=source, aggregation="svd", epochs=1)
+    said = represent(tmp_path / "run", teacher=source, aggregation="select", epochs=1)
+    assert "a part of it (select)" in said
     found = load_prior(tmp_path / "run" / "prior")
-    assert found.accuracy is None
-    expected, other = (
-        svd_prior({path: load_weights(node).params[path] for path in PATHS}, found.shapes)
-        for node in (source, str(teacher))
-    )
-    for ours, theirs in zip(found.kernels, expected.kernels, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert not np.allclose(found.kernels[0], other.kernels[0])
+    assert about_prior(tmp_path / "run" / "prior")["fit_steps"] == "0"
+    images = jnp.zeros((1, 8, 8, 1))
+    own = ktg.build_model("staged", 10).init(jax.random.key(0), images)
+    channels = select_channels((1, 8, 12), (1, 4, 6))
+    weights = load_weights(source)
+    theirs = (nested(weights.params), nested(weights.model_state))
+    expected = select_start(theirs, own, channels, (1, 8, 12))
+    assert found.start is not None
+    chex.assert_trees_all_equal(found.start, tuple(map(flatten, expected)))
+    assert result(tmp_path / "run")["alone"]["epochs"] == 1
 
 
-def test_a_prior_of_all_layers_has_no_aggregation(teacher: Path, tmp_path: Path) -> None:
-    represent(tmp_path / "run", teacher=str(teacher), aggregation="layers", epochs=1)
-    found = load_prior(tmp_path / "run" / "prior")
-    params = load_weights(str(teacher)).params
-    expected = layer_prior({path: params[path] for path in PATHS}, found.shapes)
-    chex.assert_trees_all_close(found, expected)
-    assert about_prior(tmp_path / "run" / "prior")["aggregation"] == "layers"
+def nested(flat: Any) -> Any:
+    return unflatten_dict({tuple(name.split(".")): array for name, array in flat.items()})
 
 
-def test_pictures_of_layers_are_named_so(tmp_path: Path) -> None:
-    kernels = [np.ones((3, 3, 2, 2)), np.eye(9 * 2)[:, :2].reshape(3, 3, 2, 2)]
-    paths = ("stage1_a.kernel", "stage1_b.kernel")
-    prior = ktg.Prior(tuple(map(jnp.asarray, kernels)), paths)
-    Account(prior, teacher=None, before=kernels[::-1], quantile=0.5).draw(tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"layer1-before.png", "layer2-before.png"}
+def test_a_teacher_from_a_file_is_seen_with_its_input_and_so_is_the_student(
+    tmp_path: Path,
+) -> None:
+    fns = ktg.build_model("staged_wide", 10)
+    variables = fns.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
+    file, seen = tmp_path / "teacher.safetensors", Input((0.5,), (0.25,))
+    about: dict[str, Any] = {"num_classes": 10, "image_shape": (8, 8, 1)}
+    save_node(file, *variables, model="staged_wide", input=seen, **about)
+    represent(tmp_path / "run", teacher=str(file), epochs=1, alone=False)
+    prior = about_prior(tmp_path / "run" / "prior")
+    assert json.loads(prior["input"]) == {"mean": [0.5], "std": [0.25]}
+    (node,) = ktg.Graph.load(tmp_path / "run" / "graph.json").nodes
+    assert node.input == seen
+    assert "alone" not in result(tmp_path / "run")
+    # The prior says it to who takes it from here, too.
+    given = str(tmp_path / "run" / "prior")
+    represent(tmp_path / "other", prior=given, epochs=1)
+    for folder in (tmp_path / "other", tmp_path / "other" / "alone"):
+        (node,) = ktg.Graph.load(folder / "graph.json").nodes
+        assert node.input == seen
+    assert result(tmp_path / "other")["fit_steps"] == 12
+
+
+@pytest.mark.parametrize("option", [{"aggregation": "recast"}, {"fit_start": "random"}])
+def test_other_ways_to_fit(teacher: Path, tmp_path: Path, option: dict[str, str]) -> None:
+    said = represent(tmp_path / "run", teacher=str(teacher), epochs=1, alone=False, **option)
+    what = "cross-entropy" if "aggregation" in option else "left of the stages"
+    assert f"/12, {what} " in said
+    assert load_prior(tmp_path / "run" / "prior").start is not None
 
 
 def test_without_a_teacher_one_is_trained_and_kept(tmp_path: Path) -> None:
-    said = represent(tmp_path / "a", epochs=1, aggregation="cluster")
+    said = represent(tmp_path / "a", epochs=1, aggregation="select")
     assert "staged_wide, is trained first" in said
-    again = represent(tmp_path / "b", epochs=1, aggregation="svd")
+    again = represent(tmp_path / "b", epochs=1, aggregation="select", prior_weight=0.0)
     assert "is trained first" not in again
     sources = [about_prior(tmp_path / name / "prior")["teacher"] for name in "ab"]
     assert sources[0] == sources[1]
@@ -210,7 +267,7 @@ def test_it_is_said_where_the_teacher_saw_other_images(
     text = "The teacher was trained on other images"
     assert text not in whole[1]
     said = represent(
-        tmp_path / "run", teacher=str(teacher), split_seed=1, epochs=1, aggregation="svd"
+        tmp_path / "run", teacher=str(teacher), split_seed=1, epochs=1, aggregation="select"
     )
     assert text in said
 
@@ -240,27 +297,42 @@ def test_what_the_penalty_keeps_of_the_priors_gradient() -> None:
 # --- interrupted
 
 
-def test_a_stopped_fit_begins_anew_and_ends_alike(
+def test_a_stopped_fit_goes_on_and_ends_alike(
     whole: tuple[Path, str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: Any, on_step: Any, **kwargs: Any) -> None:
-        def stopping(step: int, numbers: Any) -> None:
-            on_step(step, numbers)
-            if step == 3:
+        def stopping(step: int, *more: Any) -> None:
+            on_step(step, *more)
+            if step == 9:
                 raise KeyboardInterrupt
 
-        fit_readers(*args, on_step=stopping, **kwargs)
+        ktg.priors.regress_stages(*args, on_step=stopping, **kwargs)
 
+    monkeypatch.setattr(aggregation, "_KEPT_EVERY", 4)
+    prior = tmp_path / "run" / "prior"
     with monkeypatch.context() as patch:
-        patch.setattr(aggregation, "fit_readers", stop)
+        patch.setattr(ktg, "regress_stages", stop)
         with pytest.raises(KeyboardInterrupt):
             represent(tmp_path / "run", teacher=str(teacher))
-    assert not (tmp_path / "run" / "prior" / "prior.safetensors").exists()
-    assert "fitted in 12 steps" in represent(tmp_path / "run", teacher=str(teacher))
-    ours, theirs = (load_prior(path / "prior") for path in (tmp_path / "run", whole[0]))
-    for a, b in zip(ours.kernels, theirs.kernels, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert sorted(path.name for path in prior.glob("*.safetensors")) == ["fit.safetensors"]
+    said = represent(tmp_path / "run", teacher=str(teacher))
+    assert "Going on with the fit after step 8 of 12." in said
+    assert sorted(path.name for path in prior.glob("*.safetensors")) == ["prior.safetensors"]
+    ours, theirs = load_prior(prior), load_prior(whole[0] / "prior")
+    chex.assert_trees_all_equal(ours, theirs)
+    assert about_prior(prior) == about_prior(whole[0] / "prior")
     assert_same_end(tmp_path / "run", whole[0])
+
+
+def test_a_damaged_fit_begins_anew(whole: tuple[Path, str], teacher: Path, tmp_path: Path) -> None:
+    prior = tmp_path / "run" / "prior"
+    shutil.copytree(whole[0] / "prior", prior)
+    (prior / "prior.safetensors").unlink()
+    (prior / "fit.safetensors").write_bytes(b"half")
+    said = represent(tmp_path / "run", teacher=str(teacher), epochs=1, alone=False)
+    assert "Going on" not in said
+    assert "fitting the prior: step 1/12" in said
+    assert not (prior / "fit.safetensors").exists()
 
 
 def test_a_killed_command_goes_on_where_it_was(
@@ -307,27 +379,42 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"teacher": "gone:cnn-0"}, "teacher", "got 'gone:cnn-0'; allowed: the folder of"),
     ({"teacher": "{teacher}:x"}, "teacher", "allowed: one of the run's nodes: staged_wide-0, st"),
     ({"teacher": "{teacher}", "teacher_model": "cnn"}, "teacher_model", "got 'cnn'; allowed: no"),
-    ({"teacher_model": "cnn"}, "teacher's model", "got 'cnn'; allowed: one with 2 stages"),
-    ({"teacher_model": "cnn", "aggregation": "svd"}, "teacher's model", "got 'cnn'; allowed: one"),
+    ({"teacher": "{teacher}", "teacher_input": "half"}, "teacher_input", "got 'half'; allowed: no"),
+    ({"teacher": "{other}"}, "teacher", "allowed: a .safetensors file"),
+    (
+        {"teacher_input": "half", "teacher_model": "cnn"},
+        "teacher_input",
+        "got 'half'; allowed: nothing, for a teacher th",
+    ),
+    ({"teacher_model": "cnn"}, "student", "got '2 stages'; allowed: the teacher's 3 stages"),
+    (
+        {"teacher_model": "resnet8", "student": "shufflenet_v2"},
+        "student stage 1",
+        "got (4, 4); allowed: the teacher's size, (8, 8)",
+    ),
+    (
+        {"teacher_model": "staged", "student": "staged_wide", "aggregation": "select"},
+        "student",
+        "got 'staged_wide'; allowed: a student of the family of staged, no wider or deeper",
+    ),
     ({"teacher_model": "tiny"}, "stages", "allowed: a module with submodules stage1_"),
-    ({"student": "tiny"}, "student", "got 'tiny'; allowed: a model with convolutions in stage1_"),
+    ({"student": "tiny"}, "stages", "got 'Tiny'; allowed: a module with submodules stage1_"),
     ({"student": "no"}, "student", "got 'no'; allowed: cnn"),
     ({"teacher_model": "no"}, "teacher_model", "got 'no'; allowed: cnn"),
     ({"student": "resnet999999998"}, "student", "got 'resnet999999998'; allowed: cnn"),
     ({"prior_weight": 1e300}, "prior_weight", "got 1e+300; allowed: at most 1e+30"),
     ({"fit_steps": 10**30}, "fit_steps", "allowed: at most 2,147,483,647"),
     ({"fit_learning_rate": 1e300}, "fit_learning_rate", "got 1e+300; allowed: at most 1e+30"),
+    ({"student_learning_rate": 0.0}, "student_learning_rate", "got 0.0; allowed: a finite numbe"),
     ({"epochs": 2**31 - 1}, "epochs", "got 2147483647; allowed: at most "),
-    ({"student_layers": ("stem.kernel",)}, "student_layers", "got 'stem.kernel'; allowed: a conv"),
     ({"prior_quantile": 1.5}, "prior_quantile", "got 1.5; allowed: a number from 0 to 1"),
     ({"prior_quantile": -0.1}, "prior_quantile", "got -0.1; allowed: a number from 0 to 1"),
     ({"prior_weight": -1.0}, "prior_weight", "got -1.0; allowed: a finite number"),
     ({"fit_steps": 0}, "fit_steps", "got 0; allowed: at least 1"),
     ({"fit_learning_rate": 0.0}, "fit_learning_rate", "got 0.0; allowed: a finite number"),
-    ({"fit_weight_decay": -1.0}, "fit_weight_decay", "got -1.0; allowed: a finite number"),
     ({"batch_size": 500}, "batch_size", "got 500; allowed: "),
     ({"prior": "gone"}, "prior", "got 'gone'; allowed: a whole .safetensors file"),
-    ({"prior": "gone", "student_layers": ("a",)}, "student_layers", "allowed: nothing, for a pri"),
+    ({"prior": "{prior}", "teacher_input": "half"}, "teacher_input", "allowed: nothing, for a pri"),
     ({"prior": "{prior}", "student": "cnn"}, "prior", "a prior fitted for this student (student"),
     ({"prior": "{prior}", "data": "npz:{other}"}, "prior", "this student (num_classes: 10, now 4"),
 ]
@@ -404,5 +491,5 @@ def test_a_folder_of_another_prior_or_student_is_refused(
 def test_help_has_examples() -> None:
     ended = in_process(command.main, "--help")
     assert ended.code == 0
-    for words in ("Examples:", "--prior-quantile", "--fit-weight-decay", "--aggregation"):
+    for words in ("Examples:", "--prior-quantile", "--fit-inputs", "--aggregation"):
         assert words in ended.out
