@@ -71,7 +71,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prior": "p", "prior_quantile": -0.1}, "prior_quantile: got -0.1", "from 0 to 1"),
     ({"prior": "p", "prior_quantile": None}, "prior_quantile: got None", "from 0 to 1"),
     ({"prior": "p", "prior_schedule": "cosine"}, "prior_schedule: got 'cosine'", "linear, con"),
-    ({"prior": "p", "prior_matching": []}, "prior_matching: got []", "initialise, assignment, n"),
+    ({"prior": "p", "prior_matching": []}, "prior_matching: got []", "initialise, kernels, ass"),
     ({"prior_weight": 2.0}, "prior_weight: got 2.0", "nothing: the node has no prior"),
     ({"prior_quantile": 0.5}, "prior_quantile: got 0.5", "nothing: the node has no prior"),
     ({"prior_schedule": "constant"}, "prior_schedule: got 'constant'", "no prior"),
