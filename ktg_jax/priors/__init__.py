@@ -3,19 +3,26 @@
 The paper's: a prior is the distribution of a teacher's *parameters*, aggregated into a more
 abstract level; a sparse recoding penalty on the student's gradients decides what of it matters; it
 combines with knowledge from logits. From its authors' patent (US 11106945 B2): the aggregation is a
-downscaling layer on the teacher with the student's own kernel shape. No code of theirs is public
+group of downscaling layers on the teacher, of the student's own shapes. No code of theirs is public
 and we have read the abstract alone; everything more exact than that is our reading, each choice
 a named option:
 
-- aggregated is each resolution stage, not each layer, through an auxiliary head (`aggregate`), or
-  without fitting, by SVD or clustering (`kernels`);
-- the prior's loss compares normalised filters, index by index (`prior`), after the student started
-  from the prior's or filters were assigned (`matching`);
-- the penalty is a soft threshold at a quantile of the prior's gradient, with a dead-zone loss or an
-  L1 recoding of filters as alternatives (`recoding`);
+- aggregated is each resolution stage, into the student's own stage, which learns to do what the
+  teacher's does (`regression`), or what the rest of the teacher can go on from (`recast`); it
+  begins as a part of the teacher, its channels chosen consistently (`channels`);
+- the prior is the whole student that comes of it: the student starts from all its parameters and
+  statistics (`matching`), and every convolution has the prior's loss, which compares normalised
+  filters (`prior`), or all filters of a kernel as a distribution (`distribution`);
+- the penalty is a soft threshold at a quantile of the prior's gradient, with a dead-zone loss, an
+  L1 recoding of filters and a penalty on the task's own gradient as alternatives (`recoding`);
 - a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Layers: recoding, stages -> prior -> matching, kernels, readers, files -> aggregate, composition.
+Our former reading, single kernels that were fitted through an averaging head (`aggregate`) and put
+into random surroundings, does harm; what reads a teacher's stages for it (`readers`) still serves
+to compare features.
+
+Layers: recoding, stages, channels -> prior, pair -> matching, distribution, fitting, readers, files
+-> aggregate, regression, recast, composition.
 """
 
 from ktg_jax.graph.node import MATCHINGS, PRIOR_KINDS, SCHEDULES
@@ -25,7 +32,6 @@ from ktg_jax.priors.composition import NodePrior, with_priors
 from ktg_jax.priors.distribution import distribution_distance
 from ktg_jax.priors.files import PRIOR_FILE, about_prior, load_prior, save_prior
 from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, with_own_statistics
-from ktg_jax.priors.kernels import cluster_prior, layer_prior, svd_prior
 from ktg_jax.priors.matching import assigned, initialised, match_prior, started
 from ktg_jax.priors.prior import (
     NORMALISATIONS,
@@ -56,7 +62,6 @@ from ktg_jax.priors.recoding import (
 from ktg_jax.priors.regression import INPUTS, regress_stages
 from ktg_jax.priors.stages import (
     KernelShapes,
-    layer_kernels,
     stage_convolutions,
     stage_kernels,
     stage_outputs,
@@ -83,15 +88,12 @@ __all__ = [
     "assigned",
     "attention_transfer_loss",
     "check_prior",
-    "cluster_prior",
     "dead_zone_loss",
     "distribution_distance",
     "feature_transfer_loss",
     "fit_readers",
     "initialised",
     "l1_recoding",
-    "layer_kernels",
-    "layer_prior",
     "load_prior",
     "load_readers",
     "match_prior",
@@ -115,7 +117,6 @@ __all__ = [
     "stage_kernels",
     "stage_outputs",
     "started",
-    "svd_prior",
     "whole_prior",
     "with_own_statistics",
     "with_priors",

@@ -87,28 +87,6 @@ def stage_kernels(params: PyTree, paths: Sequence[str] | None = None) -> KernelS
     return {path: tuple(convolutions[path].shape) for path in paths}
 
 
-def layer_kernels(params: PyTree) -> KernelShapes:
-    """Every convolution of the stages, in their order, shortcuts (1x1) left out: for `layer_prior`.
-
-    Args:
-        params: arrays or their shapes (`jax.eval_shape`).
-
-    Returns:
-        `{path: (height, width, in, out)}`.
-
-    Raises:
-        InputError: no stages with convolutions.
-
-    >>> import ktg_jax as ktg
-    >>> fns = ktg.build_model("resnet8", num_classes=10)
-    >>> params, _ = fns.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
-    >>> list(layer_kernels(params))[:2]
-    ['stage1_block1.conv1.kernel', 'stage1_block1.conv2.kernel']
-    """
-    stages = stage_convolutions(params)
-    return {path: tuple(stage[path].shape) for stage in stages for path in layers_of(stage)}
-
-
 def stage_convolutions(params: PyTree) -> tuple[dict[str, Any], ...]:
     """All kernels `[h, w, in, out]` of each stage by path, in the order of their names.
 
@@ -133,13 +111,8 @@ def stage_convolutions(params: PyTree) -> tuple[dict[str, Any], ...]:
 
 def last_of_stage(stage: Mapping[str, Any]) -> str:
     """The path of a stage's last convolution; of a shortcut (1x1) only if it has no others."""
-    return layers_of(stage)[-1]
-
-
-def layers_of(stage: Mapping[str, Any]) -> list[str]:
-    """The paths of a stage's convolutions, shortcuts (1x1) only if it has no others."""
     spatial = [path for path, kernel in stage.items() if kernel.shape[:2] != (1, 1)]
-    return spatial or list(stage)
+    return (spatial or list(stage))[-1]
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
