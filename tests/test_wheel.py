@@ -91,10 +91,22 @@ def test_all_commands_work_where_it_is_installed(installed: Path, tmp_path: Path
     assert "<span>ktg</span> <span>search</span>" in page
     assert "<span>ktg</span> <span>train</span>" in page
     assert "test" in ktg("train", "--graph", "search", *SMALL, "--workdir", "found")
-    fit = ("--teacher", "run", "--fit-steps", "2", "--aggregation", "fit")
+    fit = ("--teacher", "run", "--fit-steps", "2")
     ktg("represent", "--student", "cnn", *fit, *SMALL, "--workdir", "represented")
-    arms = ("--teacher", "run", "--students", "cnn", "--arms", "plain", "initialised")
-    ktg("ablation", *arms, "--seeds", "1", "--fit-steps", "2", *SMALL, "--workdir", "ablated")
+    arms = ("--teacher", "run", "--students", "cnn", "--arms", "plain", "select")
+    ktg(
+        "ablation",
+        *arms,
+        "--learning-rates",
+        "0.1",
+        "--seeds",
+        "1",
+        "--fit-steps",
+        "2",
+        *SMALL,
+        "--workdir",
+        "ablated",
+    )
     for name in commands.COMMANDS:
         said = ktg(name, "--help")
         assert said.startswith(f"usage: ktg {name} [-h]")
