@@ -57,9 +57,15 @@ class _PriorOptions:
     """Share of the prior's gradient, the smallest entries, that is cut off; 0 to 1."""
     prior_schedule: Literal["linear", "constant"] = "linear"
     """linear: the weight falls to 0 over the training; constant: it stays."""
-    prior_matching: Literal["initialise", "assignment", "none"] = "initialise"
-    """initialise: the student starts from the prior; assignment: the prior's filters are assigned
-    to those that the student starts from; none: filter i speaks of filter i."""
+    prior_matching: Literal["initialise", "kernels", "assignment", "none"] = "initialise"
+    """initialise: the student starts from the prior; kernels: from its kernels alone, in random
+    surroundings; assignment: the prior's filters are assigned to those that the student starts
+    from; none: filter i speaks of filter i."""
+    prior_kind: Literal["filters", "distribution", "l1", "task"] = "filters"
+    """What the prior's loss compares: filters one by one; all filters of a kernel as a
+    distribution; l1: filters as sparse recodings of the prior's, --prior-quantile being the penalty
+    on coefficients; task: nothing, but the smallest entries of the student's own gradient are cut
+    off, fading as the weight does."""
     student_learning_rate: float = 0.02
     """Peak learning rate of the student, which starts from what the teacher knows; those that start
     from nothing, a teacher that is trained first and the student alone, have --learning-rate."""

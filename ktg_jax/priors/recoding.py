@@ -66,7 +66,25 @@ def recoding_threshold(array: ArrayLike, quantile: float) -> jax.Array:
     cut_off = round(quantile * array.size)
     if cut_off == 0:
         return jnp.zeros((), array.dtype)
-    return jnp.sort(jnp.abs(array), axis=None)[cut_off - 1]
+    return _kth_smallest(jnp.abs(array), cut_off)
+
+
+def _kth_smallest(magnitudes: jax.Array, k: int) -> jax.Array:
+    """The k-th smallest of floats that are not negative, bit by bit; NaN is larger than all.
+
+    Such floats are in the order of their bits read as integers. Each bit takes a pass over the
+    array, which for large kernels is several times as fast as to sort them.
+    """
+    width = 8 * magnitudes.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(magnitudes, jnp.dtype(f"uint{width}"))
+
+    def with_bit(i: jax.Array, known: jax.Array) -> jax.Array:
+        larger = known + (jnp.ones((), bits.dtype) << (width - 2 - i).astype(bits.dtype))
+        return jnp.where(jnp.sum(bits < larger) < k, larger, known)
+
+    # The sign is none; from the highest bit on.
+    found = jax.lax.fori_loop(0, width - 1, with_bit, jnp.zeros((), bits.dtype))
+    return jax.lax.bitcast_convert_type(found, magnitudes.dtype)
 
 
 def soft_threshold(array: ArrayLike, threshold: ArrayLike) -> jax.Array:

@@ -187,3 +187,23 @@ def test_without_a_penalty_a_multiple_is_found_and_zero_filters_have_none() -> N
     prior = jnp.asarray(RNG.standard_normal((9, 3)), jnp.float32).at[:, 1].set(0.0)
     alpha = l1_recoding(prior * jnp.array([2.0, 5.0, -0.5]), prior, 0.0)
     np.testing.assert_allclose(alpha, [2.0, 0.0, -0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_threshold_is_the_entry_that_sorting_finds(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.standard_normal((3, 3, 7, 5)),
+        np.round(rng.standard_normal(50)),  # with ties, and zeros of both signs
+        np.array([0.0, -0.0, 1e-40, -1e-38, 65000.0, np.inf, -np.inf]),
+        np.array([np.nan, 2.0, -1.0]),
+        np.zeros(4),
+    ]
+    threshold = jax.jit(recoding_threshold, static_argnums=1)
+    for given in arrays:
+        array = jnp.asarray(given, dtype)
+        ordered = jnp.sort(jnp.abs(array), axis=None)
+        for k in range(1, array.size + 1, max(array.size // 9, 1)):
+            found = threshold(array, k / array.size)
+            assert found.dtype == array.dtype
+            np.testing.assert_array_equal(found, ordered[k - 1])
