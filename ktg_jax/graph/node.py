@@ -43,7 +43,8 @@ class Node:
             0: the prior only acts on how the node begins.
         prior_quantile: in [0, 1], of the sparse recoding penalty on the prior's gradient.
         prior_schedule: "linear": the weight falls to 0 over the training; "constant": it stays.
-        prior_matching: "initialise": the node starts from the prior's kernels; "assignment": the
+        prior_matching: "initialise": the node starts from the prior's kernels, or from all of it
+            where it is of a whole student; "assignment": the
             prior's filters are assigned to the node's initial ones; "none": neither.
         projection: where the readers are through which others see its stage outputs (a file of
             `save_readers`, or its folder); None: they see them as they are. For frozen nodes.

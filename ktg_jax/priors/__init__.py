@@ -15,7 +15,12 @@ a named option:
   L1 recoding of filters as alternatives (`recoding`);
 - a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Layers: recoding, stages -> prior -> matching, kernels, readers, files -> aggregate, composition.
+Beside the kernels there is a reading that fits whole students: they begin as a part of the teacher
+(`channels`), each stage learns to do what the teacher's does (`regression`), or what the rest of it
+can go on from (`recast`), and the prior is all that comes of it (`whole_prior`).
+
+Layers: recoding, stages, channels -> prior, pair, fitting -> matching, kernels, readers, files
+-> aggregate, regression, recast, composition.
 """
 
 from ktg_jax.graph.node import MATCHINGS, SCHEDULES
@@ -52,7 +57,7 @@ from ktg_jax.priors.recoding import (
     soft_threshold,
     sparse_recoding,
 )
-from ktg_jax.priors.regression import INPUTS, regress_stages
+from ktg_jax.priors.regression import regress_stages
 from ktg_jax.priors.stages import (
     KernelShapes,
     layer_kernels,
@@ -63,7 +68,6 @@ from ktg_jax.priors.stages import (
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 
 __all__ = [
-    "INPUTS",
     "MATCHINGS",
     "NORMALISATIONS",
     "PRIOR_FILE",
