@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +28,16 @@ from ktg_jax.io.trees import flatten
 
 OURS = (
     Variant("fused", "tf32"),
-    Variant("fused", "tf32", 20),
-    Variant("batched", "tf32"),
     Variant("fused", "bfloat16"),
-    Variant("batched", "tf32", 20),
+    Variant("fused", "tf32", 20),
     Variant("fused", "bfloat16", 20),
     Variant("per_node", "tf32"),
-    Variant("fused", "float32"),
+    Variant("batched", "tf32"),
+    Variant("batched", "tf32", 20),
     Variant("batched", "bfloat16", 20),
+    Variant("fused", "float32"),
 )
+"""In this order they are compiled: what the compiler has tried once it need not try again."""
 THEIRS = (
     Variant("eager", "tf32"),
     Variant("graph", "tf32"),
@@ -163,15 +165,10 @@ class Case:
                 arrays: dict[str, Any] = flatten({"params": params, **stats})
                 np.savez(Path(folder) / f"{i}.npz", **arrays)
             task = dataclasses.asdict(dataclasses.replace(self.task, weights=folder))
-            # What must be compiled, for minutes, does not keep the others from taking turns.
-            slow = [variant for variant in theirs if variant.engine.startswith("compile")]
-            torch = {}
-            for group in (slow, [variant for variant in theirs if variant not in slow]):
-                process = stack.enter_context(Torch()) if group else None
-                for variant in group:
-                    assert process is not None
-                    torch[variant] = process
-                    process.ask({"prepare": variant, "task": task})
+            # An error on the device ends all that a process has there, hence one for each.
+            torch = {variant: stack.enter_context(Torch()) for variant in theirs}
+            for variant, process in torch.items():
+                process.ask({"prepare": variant, "task": task})
             ours = self._ours(state)
             ready = [*self._beside(torch, theirs), *ours]
             times = self._times(torch, list(self._agreeing(ready)))
@@ -225,19 +222,27 @@ class Case:
         self, torch: Mapping[Variant, Torch], ready: Sequence[Ready]
     ) -> dict[Variant, list[float]]:
         """The seconds a step, one number a round, of all variants that can take their turns."""
+        failed: set[Variant] = set()
+
+        def take_turn(each: Ready, calls: int) -> float:
+            if each.variant not in failed:
+                try:
+                    return self._turn(torch, each, calls)
+                except (RunError, jax.errors.JaxRuntimeError) as error:
+                    failed.add(each.variant)
+                    self._leave_out(each.variant, str(error))
+            return math.nan
+
         turns = {}
         for each in ready:
-            make = partial(self._turn, torch, each)
-            try:
-                make(1)
-                seconds = make(3) * each.variant.steps
-            except RunError as error:
-                self._leave_out(each.variant, str(error))
-            else:
-                turns[str(each.variant)] = partial(make, max(round(_TURN_SECONDS / seconds), 1))
+            take_turn(each, 1)
+            seconds = take_turn(each, 3) * each.variant.steps
+            if each.variant not in failed:
+                calls = max(round(_TURN_SECONDS / seconds), 1)
+                turns[str(each.variant)] = partial(take_turn, each, calls)
         times = interleaved(turns, self.rounds, warm_up=1)
         return {
-            each.variant: times[str(each.variant)] for each in ready if str(each.variant) in times
+            each.variant: times[str(each.variant)] for each in ready if each.variant not in failed
         }
 
     def _turn(self, torch: Mapping[Variant, Torch], ready: Ready, calls: int) -> float:

@@ -83,7 +83,11 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(step: Callable[[], None] = step) -> None:  # its memory is kept with it
+        graph.replay()
+
+    return replay
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -201,13 +202,16 @@ def _aggregated(
     fit: Any = ktg.recast_stages
     if config.aggregation == "regression":
         fit = functools.partial(ktg.regress_stages, inputs=config.fit_inputs)
-    first_step, state = folder.fit()
+    state = folder.fit()
+    first_step = 0 if state is None else int(state["step"])
+    counted = itertools.count(first_step + 1)
     train = dataset.train
     with _Shown(config, first_step, console) as shown:
 
-        def on_step(step: int, state: FitState, metrics: Metrics) -> None:
+        def on_step(state: FitState, metrics: Metrics) -> None:
+            step = next(counted)
             if step % _KEPT_EVERY == 0 and step < config.fit_steps:
-                folder.keep_fit(step, state)
+                folder.keep_fit(state)
             shown.step(step, metrics)
 
         fitted: Fitted = fit(
@@ -220,7 +224,6 @@ def _aggregated(
             rng=rng,
             select=config.fit_start == "selected",
             state=state,
-            first_step=first_step,
             on_step=on_step,
             **plan,
         )

@@ -43,21 +43,19 @@ class PriorFolder(Folder):
         """Whether the prior is there."""
         return self.file.is_file()
 
-    def keep_fit(self, step: int, state: FitState) -> None:
-        """Keeps where a fit stands after so many steps, in place of where it stood."""
-        texts = {"step": str(step)}
-        write_tensors(self.path / FIT_FILE, "prior", flatten(state), texts)
+    def keep_fit(self, state: FitState) -> None:
+        """Keeps where a fit stands, in place of where it stood."""
+        write_tensors(self.path / FIT_FILE, "prior", flatten(state), {})
 
-    def fit(self) -> tuple[int, FlatTree | None]:
-        """How many steps an interrupted fit had made, and where it stood; 0, None: there is none.
+    def fit(self) -> FlatTree | None:
+        """Where an interrupted fit stood; None: there is none.
 
         A file that cannot be read is none: the fit then begins anew.
         """
         try:
-            state, texts = read_tensors(self.path / FIT_FILE, "prior")
-            return int(texts["step"]), state
-        except (InputError, LookupError, ValueError):
-            return 0, None
+            return read_tensors(self.path / FIT_FILE, "prior")[0]
+        except InputError:
+            return None
 
     def forget_fit(self) -> None:
         """Takes away what is kept of a fit that has come to its end."""

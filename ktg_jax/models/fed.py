@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ktg_jax.errors import InputError
+from ktg_jax.models.network import PyTree, check_found
 
 Keep = Callable[[int, jax.Array], Any]
 
@@ -72,6 +73,44 @@ class Passages:
         if np.shape(given) != np.shape(made):
             raise InputError(f"inputs[{place}]", np.shape(given), f"shape {np.shape(made)}")
         return given.astype(made.dtype)
+
+
+def fed(
+    name: str,
+    variables: tuple[PyTree, PyTree],
+    inputs: Sequence[jax.Array | None],
+    run: Callable[[Passages, PyTree, PyTree], Any],
+    paths: Sequence[str] | None = None,
+) -> Any:
+    """Runs a network with its stages fed from outside, after it was seen which are called.
+
+    Args:
+        name: the network's.
+        variables: its parameters and model state.
+        inputs: as of `Passages`.
+        run: runs it, its stages called by way of the passages.
+        paths: of its stages, stage 0 the first; None: they are known by their names.
+
+    Returns:
+        What `run` returns.
+
+    Raises:
+        InputError: a network that calls no stages, or not those of all paths; inputs that do not
+            fit.
+    """
+    watching = Passages(name)
+    jax.eval_shape(lambda *of: run(watching, *of), *variables)
+    calls = watching.watched
+    if paths is not None:
+        check_found(name, paths, [paths[stage] for stage in set(calls)])
+    if not calls:
+        raise without_stages(name)
+    return run(Passages(name, calls, inputs), *variables)
+
+
+def without_stages(name: str) -> InputError:
+    """What is raised of a network of this name that has no stages."""
+    return InputError("stages", name, "a module with submodules stage1_..., stage2_...")
 
 
 def _last(calls: Sequence[int], stage: int) -> int:

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from ktg_jax.errors import InputError
 from ktg_jax.models import streams
-from ktg_jax.models.fed import Passages
+from ktg_jax.models.fed import Passages, fed, without_stages
 from ktg_jax.models.modes import Call, Mode, known_flags, said_flags, unknown_mode
 from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import STREAM
@@ -133,7 +133,7 @@ class _LinenNode:
         if paths is not None:
             check_found(self._name, paths, [paths[stage] for stage in outputs])
         if not outputs:
-            raise self._without_stages()
+            raise without_stages(self._name)
         in_order = tuple(outputs[stage] for stage in sorted(outputs))
         return Outputs(logits, in_order), captured if train else model_state
 
@@ -159,14 +159,7 @@ class _LinenNode:
                 capture = {"capture_intermediates": lambda *_: False}
                 return self._run(params, model_state, images, train, **capture)
 
-        watching = Passages(self._name)
-        jax.eval_shape(lambda *variables: run(watching, *variables)[0], params, model_state)
-        calls = watching.watched
-        if self._stages is not None:
-            check_found(self._name, self._stages, [self._stages[stage] for stage in set(calls)])
-        if not calls:
-            raise self._without_stages()
-        logits, captured = run(Passages(self._name, calls, inputs), params, model_state)
+        logits, captured = fed(self._name, (params, model_state), inputs, run, self._stages)
         sown = flatten_dict(captured.pop("intermediates"))
         places = {path[-1]: calls[0] for path, calls in sown.items() if path[-1].startswith(_PLACE)}
         in_order = tuple(places[f"{_PLACE}{place}"] for place in range(len(places)))
@@ -178,9 +171,6 @@ class _LinenNode:
             is_one = _is_named(self._stages, submodule, method)
             return self._stages.index(".".join(submodule.path)) if is_one else None
         return stage_number(submodule.path[-1:]) if _is_stage(submodule, method) else None
-
-    def _without_stages(self) -> InputError:
-        return InputError("stages", self._name, "a module with submodules stage1_..., stage2_...")
 
     def _run(
         self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool, **capture: Any

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.errors import InputError
-from ktg_jax.models.fed import Keep, Passages
+from ktg_jax.models.fed import Keep, Passages, fed
 from ktg_jax.models.modes import Call, known_flags, unknown_mode
 from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
 from ktg_jax.models.streams import batch_is_spread, of_this_device
@@ -156,11 +156,7 @@ class _NnxNode:
 
             return self._passed(params, model_state, train, outputs_of)
 
-        watching = Passages(self._name)
-        jax.eval_shape(lambda *variables: run(watching, *variables), params, model_state)
-        calls = watching.watched
-        check_found(self._name, self._stages, [self._stages[stage] for stage in set(calls)])
-        return run(Passages(self._name, calls, inputs), params, model_state)
+        return fed(self._name, (params, model_state), inputs, run, self._stages)
 
     def _made(self, rngs: "nnx.Rngs") -> "nnx.Module":
         from flax import nnx

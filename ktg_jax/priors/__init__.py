@@ -21,8 +21,8 @@ Our former reading, single kernels that were fitted through an averaging head (`
 into random surroundings, does harm; what reads a teacher's stages for it (`readers`) still serves
 to compare features.
 
-Layers: recoding, stages, channels -> prior, pair -> matching, distribution, fitting, readers, files
--> aggregate, regression, recast, composition.
+Layers: recoding, stages, channels -> prior, pair, fitting -> matching, distribution, readers,
+files -> aggregate, regression, recast, composition.
 """
 
 from ktg_jax.graph.node import MATCHINGS, PRIOR_KINDS, SCHEDULES
@@ -59,7 +59,7 @@ from ktg_jax.priors.recoding import (
     soft_threshold,
     sparse_recoding,
 )
-from ktg_jax.priors.regression import INPUTS, regress_stages
+from ktg_jax.priors.regression import regress_stages
 from ktg_jax.priors.stages import (
     KernelShapes,
     stage_convolutions,
@@ -69,7 +69,6 @@ from ktg_jax.priors.stages import (
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 
 __all__ = [
-    "INPUTS",
     "MATCHINGS",
     "NORMALISATIONS",
     "PRIOR_FILE",

@@ -23,10 +23,11 @@ from ktg_jax.errors import InputError, RunError
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.pixels import to_float
+from ktg_jax.priors.fitting import check_classes, checked_data
 from ktg_jax.priors.prior import Prior
 from ktg_jax.priors.readers import Aggregator, Readers
 from ktg_jax.priors.stages import KernelShapes, stage_outputs
-from ktg_jax.training.batches import Batches, steps_per_epoch, take_batch
+from ktg_jax.training.batches import Batches, take_batch
 from ktg_jax.training.updates import init_opt_state, node_update
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -277,14 +278,8 @@ def _checked(
     how: Fit,
 ) -> tuple[int, list[tuple[int, ...]]]:
     """The number of classes and the shape of each stage's output, if the teacher fits the rest."""
-    shape, labels = np.shape(images), np.asarray(labels)
-    if len(shape) != 4 or jnp.result_type(images) != jnp.uint8:
-        raise InputError("images", shape, "uint8 [n, H, W, C]")
-    if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError("labels", labels.shape, f"int [{shape[0]}], one an image")
-    steps_per_epoch(len(labels), how.batch_size)
-    if not 0 <= how.max_offset < min(shape[1:3]):
-        raise InputError("max_offset", how.max_offset, f"0 to {min(shape[1:3]) - 1}")
+    checked_data(images, labels, how.batch_size, how.max_offset)
+    shape = np.shape(images)
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     logits, outputs = jax.eval_shape(partial(stage_outputs, teacher), *variables, image)
     if len(outputs) != len(student_kernels):
@@ -294,7 +289,5 @@ def _checked(
         if len(kernel_shape) != 4 or min(kernel_shape) < 1:
             raise InputError(f"student_kernels {path}", kernel_shape, "(height, width, in, out)")
     num_classes = logits.shape[-1]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        found = f"{labels.min()} to {labels.max()}"
-        raise InputError("labels", found, f"the teacher's classes, 0 to {num_classes - 1}")
+    check_classes(labels, num_classes)
     return num_classes, [output.shape for output in outputs]

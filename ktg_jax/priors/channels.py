@@ -54,6 +54,19 @@ def passed_on(
     return fns.fed_stages(*variables, images, inputs, train)
 
 
+def output_shapes(fns: NodeFns, variables: Variables, image_shape: Sequence[int]) -> Outputs:
+    """The shapes of what `passed_on` gives for one image; arguments and errors as `place_shapes`.
+
+    >>> import ktg_jax as ktg
+    >>> fns = ktg.build_model("cnn", num_classes=10)
+    >>> variables = jax.eval_shape(fns.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> output_shapes(fns, variables, (8, 8, 1)).logits.shape
+    (1, 10)
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda v, x: passed_on(fns, v, x)[0], variables, image)
+
+
 def place_shapes(
     fns: NodeFns, variables: Variables, image_shape: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
@@ -73,9 +86,8 @@ def place_shapes(
     >>> place_shapes(fns, variables, (32, 32, 3))
     ((32, 32, 16), (32, 32, 16), (16, 16, 32), (8, 8, 64))
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    made, _ = jax.eval_shape(lambda v, x: passed_on(fns, v, x), variables, image)
-    return tuple(tuple(place.shape[1:]) for place in made.stages)
+    places = output_shapes(fns, variables, image_shape).stages
+    return tuple(tuple(place.shape[1:]) for place in places)
 
 
 def select_channels(teacher: Sequence[int], student: Sequence[int]) -> Channels:

@@ -107,11 +107,16 @@ def about_prior(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _start_tensors(prior: Prior) -> FlatTree:
-    """What a file has of a start, beside the prior's kernels; those that are the start's, too."""
+    """What a file has of a start beside the prior's kernels, which mostly are the start's, too."""
     if prior.start is None:
         return {}
     params, state = prior.start
-    others = {path: leaf for path, leaf in params.items() if path not in prior.paths}
+    kernels = dict(zip(prior.paths, prior.kernels, strict=True))
+    others = {
+        path: leaf
+        for path, leaf in params.items()
+        if path not in kernels or not np.array_equal(kernels[path], leaf)
+    }
     parts = {_PARAMS: others, _STATE: state}
     return {
         f"{kind}{p}": np.array(leaf) for kind, part in parts.items() for p, leaf in part.items()

@@ -73,16 +73,53 @@ class FitState:
     """Where a fit stands. A pytree.
 
     Attributes:
+        step: int scalar, the updates made.
         params: the student's.
         model_state: the student's.
         projections: what is fitted beside it, and left behind.
         opt_state: of Adam, over params and projections.
     """
 
+    step: jax.Array
     params: PyTree
     model_state: PyTree
     projections: PyTree
     opt_state: optax.OptState
+
+
+def checked_data(images: ArrayLike, labels: ArrayLike, batch_size: int, max_offset: int) -> Data:
+    """Training images and labels on the device, if a fit can have batches of them.
+
+    Args:
+        images: uint8 `[n, H, W, C]`.
+        labels: int `[n]`.
+        batch_size: images a step.
+        max_offset: of random crops.
+
+    Returns:
+        The images, and the labels as int32.
+
+    Raises:
+        InputError: another shape or dtype, a batch larger than the data, or crops as large as the
+            images.
+    """
+    shape, labels = np.shape(images), np.asarray(labels)
+    if len(shape) != 4 or jnp.result_type(images) != jnp.uint8:
+        raise InputError("images", shape, "uint8 [n, H, W, C]")
+    if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError("labels", labels.shape, f"int [{shape[0]}], one an image")
+    steps_per_epoch(len(labels), batch_size)
+    if not 0 <= max_offset < min(shape[1:3]):
+        raise InputError("max_offset", max_offset, f"0 to {min(shape[1:3]) - 1}")
+    return jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+
+
+def check_classes(labels: ArrayLike, num_classes: int) -> None:
+    """Raises InputError for labels, int `[n]`, that are no classes of the teacher."""
+    least, most = int(np.min(labels)), int(np.max(labels))
+    if least < 0 or most >= num_classes:
+        allowed = f"the teacher's classes, 0 to {num_classes - 1}"
+        raise InputError("labels", f"{least} to {most}", allowed)
 
 
 class Fitted(NamedTuple):
@@ -123,70 +160,66 @@ class Objective(Protocol):
         ...
 
 
-OnStep: TypeAlias = Callable[[int, FitState, Metrics], None]
+OnStep: TypeAlias = Callable[[FitState, Metrics], None]
 
 
 def fit(
     objective: Objective,
-    start: FitState,
+    start: Variables,
+    projections: PyTree,
     known: PyTree,
-    data: tuple[ArrayLike, ArrayLike],
+    data: Data,
     plan: FitPlan,
     *,
     rng: jax.Array,
-    first_step: int = 0,
+    state: FitState | FlatTree | None = None,
     on_step: OnStep | None = None,
 ) -> Fitted:
     """Minimises an objective over batches of the data.
 
     Args:
         objective: static.
-        start: of `begun`, or where a former fit stood.
+        start: the student's parameters and model state.
+        projections: what is fitted beside it.
         known: see `Objective`.
-        data: images uint8 `[n, H, W, C]`, and labels int `[n]`.
+        data: images uint8 `[n, H, W, C]`, and labels int32 `[n]`.
         plan: how.
         rng: a random key, for the order of the data.
-        first_step: how many updates `start` has had.
-        on_step: called with the number of updates made, the state after them and their metrics, on
-            the device.
+        state: where a former fit of the same start stood, or its arrays by path, as `flatten`
+            makes them; None: there was none.
+        on_step: called after each update with the state and the metrics, on the device.
 
     Raises:
-        InputError: a batch larger than the data.
+        InputError: arrays by path that are not those of such a fit.
         RunError: the fit diverged.
     """
-    images, labels = jnp.asarray(data[0]), jnp.asarray(data[1], jnp.int32)
-    steps_per_epoch(len(labels), plan.batch_size)
     static: dict[str, Any] = {"objective": objective, "optimizer": plan.optimizer}
-    static["batches"] = plan.batches(len(labels))
-    state, last = start, []
-    for count in range(first_step, plan.steps):
-        state, metrics = _step(state, known, (images, labels), rng, count, **static)
+    static["batches"] = plan.batches(len(data[1]))
+    now, last = _gone_on(_begun(start, projections, plan), state), []
+    for count in range(int(now.step), plan.steps):
+        now, metrics = _step(now, known, data, rng, **static)
         if on_step is not None:
-            on_step(count + 1, state, metrics)
+            on_step(now, metrics)
         if count >= plan.steps - max(plan.steps // 10, 1):
             last.append(metrics)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(now.params)):
         raise RunError(f"step {plan.steps} of the fit: a parameter of the student is not finite")
     means = jax.tree.map(lambda *each: np.mean(np.stack(each), axis=0), *last) if last else {}
-    return Fitted(state.params, state.model_state, means)
+    return Fitted(now.params, now.model_state, means)
 
 
-def begun(start: Variables, projections: PyTree, plan: FitPlan) -> FitState:
+def _begun(start: Variables, projections: PyTree, plan: FitPlan) -> FitState:
     """The state of a fit before its first step."""
     params, model_state = jax.tree.map(jnp.asarray, start)
     opt_state = plan.optimizer.init((params, projections))
-    return FitState(params, model_state, projections, opt_state)
+    return FitState(jnp.zeros((), jnp.int32), params, model_state, projections, opt_state)
 
 
-def gone_on(start: FitState, state: FitState | FlatTree | None) -> FitState:
-    """Where a fit goes on: as it was given, or from arrays by path; None: at its start.
-
-    Raises:
-        InputError: arrays that are not those of such a fit.
-    """
-    if isinstance(state, FitState):
-        return state
-    return start if state is None else unflatten(start, state, "state")
+def _gone_on(start: FitState, state: FitState | FlatTree | None) -> FitState:
+    """Where a fit goes on."""
+    if state is None:
+        return start
+    return state if isinstance(state, FitState) else unflatten(start, state, "state")
 
 
 # Compiled once for the same objective, whatever the data, the teacher's weights and the key.
@@ -196,20 +229,19 @@ def _step(
     known: PyTree,
     data: Data,
     rng: jax.Array,
-    count: jax.Array | int,
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     batches: Batches,
 ) -> tuple[FitState, Metrics]:
-    images, labels = take_batch(*data, batches.plan(rng, count))
+    images, labels = take_batch(*data, batches.plan(rng, state.step))
     learned = state.params, state.projections
     gradients, (model_state, metrics) = jax.grad(objective, has_aux=True)(
         learned, state.model_state, known, images, labels
     )
     updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
     params, projections = optax.apply_updates(learned, updates)
-    return FitState(params, model_state, projections, opt_state), metrics
+    return FitState(state.step + 1, params, model_state, projections, opt_state), metrics
 
 
 def with_own_statistics(
@@ -244,9 +276,8 @@ def with_own_statistics(
     """
     params, model_state = variables
     images = jnp.asarray(images)
-    labels, batches = jnp.zeros(len(images), jnp.int32), plan.batches(len(images))
+    data, batches = (images, jnp.zeros(len(images), jnp.int32)), plan.batches(len(images))
     for count in range(number):
-        data = images, labels
         model_state = _restated(params, model_state, data, rng, count, student, batches)
     return params, model_state
 

@@ -10,14 +10,15 @@ import numpy as np
 
 from ktg_jax.errors import InputError
 from ktg_jax.models.network import NodeFns
+from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.channels import (
     Channels,
     Variables,
     check_places,
     evenly,
     is_part_of,
+    output_shapes,
     passed_on,
-    place_shapes,
     select_channels,
     select_start,
 )
@@ -37,12 +38,14 @@ class Pair:
         image_shape: of the images.
         channels: which of the teacher's the student's stand for; None: the student is of another
             family, or wider, and what it sees of the teacher is projected.
+        num_classes: of both.
     """
 
     teacher: tuple[Shape, ...]
     student: tuple[Shape, ...]
     image_shape: Shape
     channels: Channels | None
+    num_classes: int
 
     @classmethod
     def of(
@@ -56,11 +59,18 @@ class Pair:
         """The pair of two networks.
 
         Raises:
-            InputError: they differ in their number of stages, or in the height or width of what a
-                stage puts out; or one of them cannot be fed.
+            InputError: they differ in their number of classes or stages, or in the height or width
+                of what a stage puts out; or one of them cannot be fed.
         """
-        theirs = place_shapes(teacher, teacher_variables, image_shape)
-        own = place_shapes(student, student_variables, image_shape)
+        whole, made = (
+            output_shapes(fns, variables, image_shape)
+            for fns, variables in ((teacher, teacher_variables), (student, student_variables))
+        )
+        num_classes = whole.logits.shape[-1]
+        if made.logits.shape[-1] != num_classes:
+            allowed = f"the teacher's {num_classes} classes"
+            raise InputError("student", f"{made.logits.shape[-1]} classes", allowed)
+        theirs, own = (tuple(tuple(p.shape[1:]) for p in each.stages) for each in (whole, made))
         check_places(len(theirs), len(own))
         for g, (a, b) in enumerate(zip(theirs, own, strict=True)):
             if g and a[:2] != b[:2]:
@@ -69,7 +79,7 @@ class Pair:
         channels = None
         if is_narrower and is_part_of(teacher_variables, student_variables):
             channels = select_channels([a[2] for a in theirs], [b[2] for b in own])
-        return cls(theirs, own, tuple(image_shape), channels)
+        return cls(theirs, own, tuple(image_shape), channels, num_classes)
 
     def start(self, teacher_variables: Variables, student_variables: Variables) -> Variables:
         """What the student starts from: a part of the teacher where it can be one, else itself."""
@@ -159,7 +169,7 @@ def rectified_places(fns: NodeFns, variables: Variables, images: jax.Array) -> t
     Args:
         fns: the network.
         variables: its own.
-        images: float `[B, H, W, C]` to see it by.
+        images: uint8 `[B, H, W, C]` to see it by.
     """
-    made, _ = passed_on(fns, variables, images)
+    made, _ = passed_on(fns, variables, to_float(images))
     return tuple(bool(jnp.min(place) >= 0) for place in made.stages)

@@ -10,15 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.io.trees import FlatTree
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
-from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.channels import Variables, passed_on
-from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit, gone_on
+from ktg_jax.priors.fitting import (
+    FitPlan,
+    FitState,
+    Fitted,
+    Metrics,
+    OnStep,
+    check_classes,
+    checked_data,
+    fit,
+)
 from ktg_jax.priors.pair import Pair, projected, projection, rectified_places
 
 
@@ -33,7 +40,6 @@ def recast_stages(
     rng: jax.Array,
     select: bool = True,
     state: FitState | FlatTree | None = None,
-    first_step: int = 0,
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Fitted:
@@ -54,29 +60,33 @@ def recast_stages(
         labels: int `[n]`, as the teacher numbers classes.
         rng: a random key.
         select: whether a student of the teacher's family starts as a part of it.
-        state: where a former fit stood; also by path, as `flatten` makes it for a file.
-        first_step: how many updates that one had made.
-        on_step: as for `fit`.
+        state: where a former fit stood, which this one goes on with; also by path, as `flatten`
+            makes it for a file.
+        on_step: called after each update with the state and its metrics, on the device.
         **options: the fields of `FitPlan`.
 
     Returns:
         The student; `metrics["stages"]` is the cross-entropy by way of each stage, float `[G]`.
 
     Raises:
-        InputError: networks whose stages do not match, a bad option, or as `fit`.
+        InputError: networks whose stages or classes do not match, a bad option, images or labels
+            that are not as above, or a batch larger than the data.
         RunError: the fit diverged.
 
     >>> import ktg_jax as ktg
-    >>> fns, labels = ktg.build_model("cnn", num_classes=2), np.arange(8) % 2
-    >>> images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
+    >>> fns, labels = ktg.build_model("cnn", num_classes=2), jnp.arange(8) % 2
+    >>> images = jnp.arange(8 * 64).astype(jnp.uint8).reshape(8, 8, 8, 1)
     >>> theirs, own = (fns.init(jax.random.key(i), jnp.zeros((1, 8, 8, 1))) for i in (0, 1))
     >>> fitted = recast_stages(fns, theirs, fns, own, images, labels, rng=jax.random.key(2),
     ...                        steps=2, batch_size=4)
     >>> fitted.metrics["stages"].shape
     (3,)
     """
-    plan, image_shape = FitPlan(**options), np.shape(images)[1:]
-    pair = Pair.of(teacher, teacher_variables, student, student_variables, image_shape)
+    plan = FitPlan(**options)
+    data = checked_data(images, labels, plan.batch_size, plan.max_offset)
+    networks = teacher, teacher_variables, student, student_variables
+    pair = Pair.of(*networks, data[0].shape[1:])
+    check_classes(data[1], pair.num_classes)
     is_part = select and pair.channels is not None
     start = pair.start(teacher_variables, student_variables) if is_part else student_variables
     rng_of_projections = jax.random.fold_in(rng, 1)
@@ -85,12 +95,10 @@ def recast_stages(
         for g, (theirs, own) in enumerate(zip(pair.teacher, pair.student, strict=True))
         if g and not (is_part and theirs == own)
     }
-    first_images = to_float(jnp.asarray(images)[: plan.batch_size])
-    rectified = rectified_places(teacher, teacher_variables, first_images)
+    rectified = rectified_places(teacher, teacher_variables, data[0][: plan.batch_size])
     objective = _Recast(teacher, student, rectified)
-    state = gone_on(begun(start, projections, plan), state)
-    more: dict[str, Any] = {"first_step": first_step, "on_step": on_step}
-    return fit(objective, state, teacher_variables, (images, labels), plan, rng=rng, **more)
+    given = objective, start, projections, teacher_variables, data, plan
+    return fit(*given, rng=rng, state=state, on_step=on_step)
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from ktg_jax.errors import InputError
 from ktg_jax.io.trees import FlatTree
 from ktg_jax.losses import cross_entropy, is_correct
 from ktg_jax.models.network import NodeFns, PyTree
-from ktg_jax.models.pixels import to_float
 from ktg_jax.priors.channels import Variables, passed_on
-from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics, OnStep, begun, fit, gone_on
+from ktg_jax.priors.fitting import (
+    FitPlan,
+    FitState,
+    Fitted,
+    Metrics,
+    OnStep,
+    check_classes,
+    checked_data,
+    fit,
+)
 from ktg_jax.priors.pair import Pair, projected, projection, rectified_places
 
 INPUTS = ("teacher", "own")
@@ -39,7 +46,6 @@ def regress_stages(
     inputs: str = "teacher",
     select: bool = True,
     state: FitState | FlatTree | None = None,
-    first_step: int = 0,
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Fitted:
@@ -65,9 +71,9 @@ def regress_stages(
             former stage, so that the stages are fitted as one chain.
         select: whether a student of the teacher's family starts as a part of it (`select_start`);
             else as it is.
-        state: where a former fit stood; also by path, as `flatten` makes it for a file.
-        first_step: how many updates that one had made.
-        on_step: as for `fit`.
+        state: where a former fit stood, which this one goes on with; also by path, as `flatten`
+            makes it for a file.
+        on_step: called after each update with the state and its metrics, on the device.
         **options: the fields of `FitPlan`.
 
     Returns:
@@ -75,12 +81,13 @@ def regress_stages(
         `[G]`. Statistics of normalisation are those of the fit: see `with_own_statistics`.
 
     Raises:
-        InputError: networks whose stages do not match, a bad option, or as `fit`.
+        InputError: networks whose stages or classes do not match, a bad option, images or labels
+            that are not as above, or a batch larger than the data.
         RunError: the fit diverged.
 
     >>> import ktg_jax as ktg
-    >>> fns, labels = ktg.build_model("cnn", num_classes=2), np.arange(8) % 2
-    >>> images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
+    >>> fns, labels = ktg.build_model("cnn", num_classes=2), jnp.arange(8) % 2
+    >>> images = jnp.arange(8 * 64).astype(jnp.uint8).reshape(8, 8, 8, 1)
     >>> theirs, own = (fns.init(jax.random.key(i), jnp.zeros((1, 8, 8, 1))) for i in (0, 1))
     >>> fitted = regress_stages(fns, theirs, fns, own, images, labels, rng=jax.random.key(2),
     ...                         steps=2, batch_size=4)
@@ -89,25 +96,25 @@ def regress_stages(
     """
     if inputs not in INPUTS:
         raise InputError("inputs", inputs, ", ".join(INPUTS))
-    plan, image_shape = FitPlan(**options), np.shape(images)[1:]
-    pair = Pair.of(teacher, teacher_variables, student, student_variables, image_shape)
+    plan = FitPlan(**options)
+    data = checked_data(images, labels, plan.batch_size, plan.max_offset)
+    networks = teacher, teacher_variables, student, student_variables
+    pair = Pair.of(*networks, data[0].shape[1:])
+    check_classes(data[1], pair.num_classes)
     start = pair.start(teacher_variables, student_variables) if select else student_variables
-    last, first_images = len(pair.teacher) - 1, to_float(jnp.asarray(images)[: plan.batch_size])
     is_stem_fitted = pair.channels is None or not select
     objective = _Regression(
         teacher,
         student,
-        is_known=tuple(map(pair.is_shared, range(last + 1))),
+        is_known=tuple(map(pair.is_shared, range(len(pair.teacher)))),
         is_chained=inputs == "own",
         is_stem_fitted=is_stem_fitted and pair.is_shared(0),
-        is_rectified=rectified_places(student, student_variables, first_images),
+        is_rectified=rectified_places(student, student_variables, data[0][: plan.batch_size]),
     )
-    first = begun(start, _projections(pair, jax.random.fold_in(rng, 1)), plan)
-    state = gone_on(first, state)
-    data = images, labels
+    projections = _projections(pair, jax.random.fold_in(rng, 1))
     known = teacher_variables, pair.channels
-    more: dict[str, Any] = {"first_step": first_step, "on_step": on_step}
-    return fit(objective, state, known, data, plan, rng=rng, **more)
+    given = objective, start, projections, known, data, plan
+    return fit(*given, rng=rng, state=state, on_step=on_step)
 
 
 def _projections(pair: Pair, rng: jax.Array) -> dict[int, Any]:

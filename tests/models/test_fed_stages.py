@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from nnx_networks import Net
 from random_variables import random_variables
 
 import ktg_jax as ktg
@@ -114,32 +114,6 @@ def test_a_stage_is_passed_on_behind_its_last_call() -> None:
     np.testing.assert_allclose(logits, 35 * IMAGES.mean((1, 2)), rtol=1e-5)
 
 
-class Layer(nnx.Module):
-    """A convolution with batch statistics."""
-
-    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(inputs, width, (3, 3), strides=2, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.norm(self.conv(x)))
-
-
-class Net(nnx.Module):
-    """Layers that others name in their own way, one of them no stage, and a dropout."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        widths = zip((3, 4, 6), (4, 6, 8), strict=True)
-        self.layers = nnx.List([Layer(a, b, rngs=rngs) for a, b in widths])
-        self.dropout = nnx.Dropout(0.2, rngs=rngs)
-        self.head = nnx.Linear(8, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        for layer in self.layers:
-            images = layer(images)
-        return self.head(self.dropout(images.mean((1, 2))))
-
-
 def numbers(tree: Any) -> Any:
     """The same tree, of numbers alone."""
     is_key = jax.dtypes.prng_key
@@ -150,7 +124,7 @@ def numbers(tree: Any) -> Any:
 
 @pytest.mark.parametrize("train", [False, True], ids=["stored statistics", "in training"])
 def test_nnx_modules_are_fed_too(train: bool) -> None:
-    fns = ktg.from_nnx(Net, stages=["layers.1", "layers.2"])
+    fns = ktg.from_nnx(Net, 10, (3, 4, 6, 8), stages=["blocks.1", "blocks.2"])
     variables = fns.init(KEY, IMAGES)
     assert fns.stages is not None
     run = jax.jit(lambda *inputs: fed(fns, *variables, IMAGES, inputs, train))

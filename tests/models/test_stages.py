@@ -188,7 +188,7 @@ def test_an_output_that_is_no_image_is_refused() -> None:
 
 def test_functions_with_other_stages_are_other_nodes() -> None:
     fns = ktg.build_model("cnn", 10)
-    same = ktg.NodeFns(fns.init, fns.apply, fns.stages)
+    same = ktg.NodeFns(fns.init, fns.apply, fns.stages, fns.fed_stages)
     assert (same, hash(same)) == (fns, hash(fns))
     assert ktg.NodeFns(fns.init, fns.apply) != fns
     assert ktg.NodeFns(fns.init, fns.apply) == ktg.NodeFns(fns.init, fns.apply)

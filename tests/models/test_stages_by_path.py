@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nnx_networks import Block, Net
 from runs import in_process, options, small
 
 import ktg_jax as ktg
@@ -47,31 +48,6 @@ class LinenNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = LinenBackbone(name="backbone")(images, train)
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
-
-
-class Block(nnx.Module):
-    """A convolution with batch statistics."""
-
-    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(inputs, width, (3, 3), strides=2, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.norm(self.conv(x)))
-
-
-class Net(nnx.Module):
-    """A list of blocks, a dropout and a head."""
-
-    def __init__(self, num_classes: int, *, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(1, 4, rngs=rngs), Block(4, 6, rngs=rngs)])
-        self.dropout = nnx.Dropout(0.2, rngs=rngs)
-        self.head = nnx.Linear(6, num_classes, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        for block in self.blocks:
-            images = block(images)
-        return self.head(self.dropout(images.mean((1, 2))))
 
 
 class Named(nnx.Module):

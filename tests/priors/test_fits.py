@@ -29,13 +29,14 @@ class Linear(nn.Module):
     """A stem and two stages without normalisation: all that it does can be said in numpy."""
 
     widths: tuple[int, ...]
+    classes: int = 4
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = nn.Conv(self.widths[0], (1, 1), use_bias=False, name="stem")(images)
         for stage, width in enumerate(self.widths[1:], start=1):
             x = nn.Conv(width, (1, 1), use_bias=False, name=f"stage{stage}")(x)
-        return nn.Dense(4, name="classifier")(x.mean((1, 2)))
+        return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
 
 
 class Normal(nn.Module):
@@ -89,11 +90,11 @@ def one_step(fit: Any, *networks: Any, **options: Any) -> tuple[FitState, dict[s
         rng=KEY,
         steps=1,
         batch_size=12,
-        on_step=lambda count, state, metrics: kept.append((count, state, metrics)),
+        on_step=lambda state, metrics: kept.append((state, metrics)),
         **options,
     )
-    ((count, state, metrics),) = kept
-    assert count == 1
+    ((state, metrics),) = kept
+    assert state.step == 1
     return state, metrics, fitted
 
 
@@ -182,17 +183,17 @@ def test_a_fit_goes_on_where_it_stood(fit: str, widths: tuple[int, int]) -> None
     states: dict[int, FitState] = {}
     losses: list[float] = []
 
-    def keep(count: int, state: FitState, metrics: Any) -> None:
-        states[count] = state
+    def keep(state: FitState, metrics: Any) -> None:
+        states[int(state.step)] = state
         losses.append(float(metrics["stages"].sum()))
 
     whole = FITS[fit](*given, on_step=keep, **options)
-    again = FITS[fit](*given, state=states[5], first_step=5, **options)
+    again = FITS[fit](*given, state=states[5], **options)
     chex.assert_trees_all_equal(again[:2], whole[:2])
     chex.assert_trees_all_equal(theirs, before)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     chex.assert_trees_all_equal_shapes(whole[:2], own)
-    done = FITS[fit](*given, state=states[12], first_step=12, **options)
+    done = FITS[fit](*given, state=states[12], **options)
     chex.assert_trees_all_equal(done[:2], whole[:2])
 
 
@@ -240,7 +241,34 @@ def test_stages_that_do_not_match_are_refused(fit: str, student: str, message: s
     teacher, other = (ktg.build_model(name, 4) for name in ("cnn", student))
     theirs, own = both(teacher, other)
     with pytest.raises(InputError, match=message):
-        FITS[fit](teacher, theirs, other, own, IMAGES, LABELS, rng=KEY)
+        FITS[fit](teacher, theirs, other, own, IMAGES, LABELS, rng=KEY, batch_size=4)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_other_classes_are_refused(fit: str) -> None:
+    ten = ktg.from_linen(Linear((4, 4, 6), classes=10), mode=lambda train: {}, rngs=())
+    theirs = random_variables(ten, FLOATS, 0)
+    message = r"^student: got '4 classes'; allowed: the teacher's 10 classes"
+    with pytest.raises(InputError, match=message):
+        FITS[fit](ten, theirs, STUDENT, OWN, IMAGES, LABELS, rng=KEY, batch_size=4)
+    message = r"^labels: got '0 to 4'; allowed: the teacher's classes, 0 to 3"
+    with pytest.raises(InputError, match=message):
+        FITS[fit](TEACHER, THEIRS, STUDENT, OWN, IMAGES, np.arange(12) % 5, rng=KEY, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES[..., 0], LABELS, r"^images: got \(12, 8, 8\); allowed: uint8 \[n, H, W, C\]"),
+        (IMAGES / 255, LABELS, r"^images: got \(12, 8, 8, 3\); allowed: uint8 \[n, H, W, C\]"),
+        (IMAGES, LABELS[:5], r"^labels: got \(5,\); allowed: int \[12\], one an image"),
+    ],
+)
+def test_data_that_are_no_images_and_classes_are_refused(
+    images: Any, labels: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        regress_stages(TEACHER, THEIRS, STUDENT, OWN, images, labels, rng=KEY)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +304,7 @@ def test_families_of_built_in_networks(fit: str, teacher: str, student: str) -> 
         rng=KEY,
         batch_size=12,
         steps=20,
-        on_step=lambda count, state, metrics: seen.append(metrics["stages"]),
+        on_step=lambda state, metrics: seen.append(metrics["stages"]),
     )
     chex.assert_trees_all_equal_shapes(fitted[:2], own)
     assert (seen[-1] < seen[0]).all()

@@ -1,5 +1,6 @@
 """Priors of whole students: what a node starts from, and its file."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def test_it_comes_back_from_its_file(file: Path) -> None:
     chex.assert_trees_all_equal(found.kernels, given.kernels)
     chex.assert_trees_all_equal(found.start, given.start)
     assert len(file.read_bytes()) < 2 * sum(a.nbytes for a in jax.tree.leaves(FITTED)) + 4000
+
+
+def test_kernels_that_are_not_the_starts_keep_it_whole(file: Path) -> None:
+    whole = whole_prior(*FITTED)
+    other = dataclasses.replace(whole, kernels=tuple(2 * kernel for kernel in whole.kernels))
+    save_prior(file, other, **ABOUT)
+    found = load_prior(file)
+    chex.assert_trees_all_equal((found.kernels, found.start), (other.kernels, whole.start))
 
 
 def test_a_prior_of_other_channels_is_refused_by_node(file: Path) -> None:

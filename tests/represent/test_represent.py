@@ -301,9 +301,9 @@ def test_a_stopped_fit_goes_on_and_ends_alike(
     whole: tuple[Path, str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: Any, on_step: Any, **kwargs: Any) -> None:
-        def stopping(step: int, *more: Any) -> None:
-            on_step(step, *more)
-            if step == 9:
+        def stopping(state: Any, metrics: Any) -> None:
+            on_step(state, metrics)
+            if state.step == 9:
                 raise KeyboardInterrupt
 
         ktg.priors.regress_stages(*args, on_step=stopping, **kwargs)

@@ -186,7 +186,7 @@ def test_a_trial_that_is_not_there_is_named(finished: tuple[Path, Ended]) -> Non
     with pytest.raises(InputError, match=r"graph.*finished:99.*0 to 7"):
         build_graph(TrainConfig(graph=f"{workdir}:99"))
     with pytest.raises(InputError, match="models"):
-        build_graph(TrainConfig(graph=str(workdir), models=("tiny",)))
+        build_graph(TrainConfig(graph=str(workdir), models=("tiny",) * 9))
 
 
 def test_a_study_of_another_search_is_refused(finished: tuple[Path, Ended], tmp_path: Path) -> None:
