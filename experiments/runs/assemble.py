@@ -209,9 +209,9 @@ def _initial_state(
 
 def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:
     name = choose_engine(config.engine, parallel, config.steps_per_call)
-    if name == "fused":
-        return FusedEngine(task, parallel)
-    return PerNodeEngine(task, state, parallel.devices)
+    if name == "per_node":
+        return PerNodeEngine(task, state, parallel.devices)
+    return FusedEngine(task, parallel, batched=name == "batched")
 
 
 @functools.cache

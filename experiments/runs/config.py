@@ -87,11 +87,12 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     parallel: Literal["jit", "pmap"] = "jit"
     """How all local devices are used: jit over a mesh, or pmap."""
 
-    engine: Literal["auto", "fused", "per_node"] = "auto"
-    """fused: one compiled step for the whole graph; per_node: one executable a model, put together
-    node by node; auto: per_node on CPUs, fused on accelerators. The same updates to rounding."""
+    engine: Literal["auto", "fused", "batched", "per_node"] = "auto"
+    """fused: one compiled step for the whole graph; batched: the same, its learning nodes of one
+    model in one pass; per_node: one executable a model, put together node by node; auto: per_node
+    on CPUs, fused on accelerators. The same updates to rounding."""
     steps_per_call: int = 1
-    """Updates in one call of the fused step: several save time on a GPU or TPU."""
+    """Updates in one call of the fused or batched step: several save time on a GPU or TPU."""
     cpu_devices: int | None = None
     """Divide the CPU into so many devices, over which per_node spreads the nodes; else one."""
     compile_cache: bool = True

@@ -1,14 +1,14 @@
 """Engines: two ways to run the same training, behind one interface.
 
-`FusedEngine` runs the single compiled step of `train_step`; `PerNodeEngine` composes the same
-pieces node by node, with one executable for each model. Both give the same updates to float
-rounding.
+`FusedEngine` runs the single compiled step of `train_step`, in which nodes of one network may make
+their passes together; `PerNodeEngine` composes the same pieces node by node, with one executable
+for each model. All give the same updates to float rounding.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics, train_step
 from ktg_jax.training.updates import Optimizers
 
-ENGINES = ("fused", "per_node")
+ENGINES = ("fused", "batched", "per_node")
 
 Step = Callable[[GraphState, int], tuple[GraphState, Metrics]]
 """`step(state, count)`: so many updates, with metrics stacked along a first axis where there are
@@ -75,7 +75,7 @@ class Engine(Protocol):
         summary: the devices, in a few words.
     """
 
-    name: ClassVar[str]
+    name: str
     summary: str
 
     def place(self, state: GraphState) -> GraphState:
@@ -129,7 +129,7 @@ def choose_engine(name: str, parallel: Parallel, steps_per_call: int = 1) -> str
 
 
 def fused_step(
-    task: Task, parallel: Parallel, steps_per_call: int = 1
+    task: Task, parallel: Parallel, steps_per_call: int = 1, *, batched: bool = False
 ) -> Callable[..., tuple[GraphState, Metrics]]:
     """Compiles `step(state, data, edges, key, priors=None, tables=None, rows=None)`.
 
@@ -141,6 +141,7 @@ def fused_step(
         parallel: devices and strategy.
         steps_per_call: updates in one call; with several, the metrics are stacked along a first
             axis.
+        batched: as of `train_step`.
 
     Raises:
         InputError: a batch that is not divisible by the number of devices.
@@ -170,6 +171,7 @@ def fused_step(
             recorded=recorded,
             derived=task.derived,
             mixed=labels_of(data.images, data.labels, plan)[1],
+            batched=batched,
         )
 
     if steps_per_call == 1:
@@ -203,20 +205,23 @@ class FusedEngine:
     Args:
         task: what is trained.
         parallel: devices and strategy.
+        batched: whether learning nodes of one network make one forward and one backward pass
+            together, as in `train_step`.
 
     Raises:
         InputError: a batch that is not divisible by the number of devices.
     """
 
-    name: ClassVar[str] = "fused"
-
-    def __init__(self, task: Task, parallel: Parallel) -> None:
+    def __init__(self, task: Task, parallel: Parallel, *, batched: bool = False) -> None:
+        self.name = "batched" if batched else "fused"
         self._parallel = parallel
-        self._compiled = functools.cache(functools.partial(fused_step, task, parallel))
+        compiled = functools.partial(fused_step, task, parallel, batched=batched)
+        self._compiled = functools.cache(compiled)
         self._compiled(1)  # checks the batch size; compiles nothing yet
         size = evaluation_batch_size(task.image_shape, parallel.devices[0].platform)
         self.evaluate = make_evaluator(task.node_fns, parallel, size, task.derived.ensembles)
-        self.summary = f"{_devices(parallel.devices)} ({parallel.strategy})"
+        how = f"{parallel.strategy}, batched" if batched else parallel.strategy
+        self.summary = f"{_devices(parallel.devices)} ({how})"
 
     def place(self, state: GraphState) -> GraphState:
         """A copy of the state on every device."""
@@ -256,7 +261,7 @@ class PerNodeEngine:
         devices: over which the nodes are spread.
     """
 
-    name: ClassVar[str] = "per_node"
+    name: str = "per_node"
 
     def __init__(self, task: Task, state: GraphState, devices: Sequence[jax.Device]) -> None:
         self._task = task

@@ -187,7 +187,9 @@ def test_bad_options_are_refused() -> None:
         prior_loss(PARAMS, PRIOR, normalise="layer")
     with pytest.raises(InputError, match=r"^dead_zone: got 2; allowed: a number from 0 to 1$"):
         prior_loss(PARAMS, PRIOR, dead_zone=2)
-    with pytest.raises(InputError, match=r"^matching: got 'best'; allowed: initialise, kernels, assignment"):
+    with pytest.raises(
+        InputError, match=r"^matching: got 'best'; allowed: initialise, kernels, assignment"
+    ):
         match_prior(PARAMS, PRIOR, "best")
 
 

@@ -255,19 +255,24 @@ def test_imported_modules_can_register_models(
 # --- engines and the process
 
 
+KEPT = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "edge_losses")
+
+
 @pytest.mark.slow
 def test_the_engines_train_alike(tmp_path: Path) -> None:
     said = {
         engine: train(tmp_path / engine, engine=engine, steps_per_call=calls)
-        for engine, calls in (("fused", 3), ("per_node", 1))
+        for engine, calls in (("fused", 3), ("batched", 3), ("per_node", 1))
     }
     assert "epochs on 2 x cpu (jit)." in said["fused"]
     assert "epochs on 2 x cpu (node by node)." in said["per_node"]
-    pairs = zip(metrics(tmp_path / "fused"), metrics(tmp_path / "per_node"), strict=True)
-    for ours, theirs in pairs:
-        for a, b in zip(ours["nodes"], theirs["nodes"], strict=True):
-            for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "edge_losses"):
-                np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
+    assert "epochs on 2 x cpu (jit, batched)." in said["batched"]
+    for other in ("batched", "per_node"):
+        pairs = zip(metrics(tmp_path / "fused"), metrics(tmp_path / other), strict=True)
+        for ours, theirs in pairs:
+            for a, b in zip(ours["nodes"], theirs["nodes"], strict=True):
+                for key in KEPT:
+                    np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
     # The engine is no part of what the run is.
     assert "is finished" in train(tmp_path / "fused", engine="per_node")
 
@@ -492,6 +497,9 @@ def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) ->
         assert frozen["edge_losses"] == [0, 0]
     graph = ktg.Graph.load(attentive / "run" / "graph.json")
     assert graph.edges[0][1].losses == {"attention": 1000.0}
+
+
+KEPT = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "edge_losses")
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ How: TypeAlias = Callable[[Task, GraphState], tuple[Engine, int]]
 """Makes an engine, and says how many updates its step makes in a call."""
 
 
-def fused(steps: int = 1, **parallel: Any) -> How:
-    return lambda task, state: (FusedEngine(task, Parallel(**parallel)), steps)
+def fused(steps: int = 1, batched: bool = False, **parallel: Any) -> How:
+    return lambda task, state: (FusedEngine(task, Parallel(**parallel), batched=batched), steps)
 
 
 def per_node(task: Task, state: GraphState) -> tuple[Engine, int]:

@@ -164,7 +164,11 @@ def test_a_step_trains_each_with_the_loss_of_its_edge() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [per_node, fused(2)], ids=["per node", "two a call"])
+@pytest.mark.parametrize(
+    "how",
+    [per_node, fused(2), fused(batched=True)],
+    ids=["per node", "two a call", "batched"],
+)
 def test_all_engines_train_alike(how: How) -> None:
     task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4)
     data = Arrays(IMAGES, LABELS)

@@ -116,7 +116,11 @@ def test_both_are_evaluated() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [per_node, fused(2)], ids=["per node", "two a call"])
+@pytest.mark.parametrize(
+    "how",
+    [per_node, fused(2), fused(batched=True)],
+    ids=["per node", "two a call", "batched"],
+)
 def test_all_engines_train_alike(how: How) -> None:
     task = Task(FNS, OPTIMIZER, Batches(16, 8, 1, True), (8, 8, 1), 4, GRAPH.derived)
     data = Arrays(IMAGES, LABELS)

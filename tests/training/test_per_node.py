@@ -354,6 +354,17 @@ def test_the_engines_agree(num_devices: int, case: Case, fused_result: Any) -> N
 
 
 @pytest.mark.slow
+def test_the_engine_with_nodes_of_one_network_in_one_pass_agrees(
+    case: Case, fused_result: Any
+) -> None:
+    engine = FusedEngine(task_of(case), Parallel("jit", DEVICES[:2]), batched=True)
+    assert engine.name == "batched"
+    *found, compiled = trained(engine, case)
+    chex.assert_trees_all_close(tuple(found), fused_result[:3], rtol=1e-4, atol=1e-5)
+    assert compiled == []
+
+
+@pytest.mark.slow
 def test_the_fused_step_is_compiled_once(fused_result: Any) -> None:
     assert fused_result[3] == []
     assert fused(Parallel("pmap", DEVICES[:2]), Case()).summary == "2 x cpu (pmap)"
@@ -372,6 +383,7 @@ def test_a_task_refuses_a_batch_that_cannot_be_made() -> None:
         ("auto", "pmap", 1, "fused"),
         ("fused", "jit", 3, "fused"),
         ("fused", "pmap", 1, "fused"),
+        ("batched", "pmap", 3, "batched"),
         ("per_node", "jit", 1, "per_node"),
     ],
 )
@@ -382,7 +394,7 @@ def test_an_engine_is_chosen(name: str, strategy: str, steps_per_call: int, chos
 @pytest.mark.parametrize(
     ("name", "strategy", "steps_per_call", "message"),
     [
-        ("nodes", "jit", 1, "engine: got 'nodes'; allowed: auto, fused, per_node"),
+        ("nodes", "jit", 1, "engine: got 'nodes'; allowed: auto, fused, batched, per_node"),
         ("per_node", "pmap", 1, "parallel: got 'pmap'; allowed: jit with the engine per_node"),
         ("per_node", "jit", 2, "steps_per_call: got 2; allowed: 1 with the engine per_node"),
     ],
