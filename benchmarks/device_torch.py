@@ -2,8 +2,8 @@
 
 In one process with JAX it could not capture a CUDA graph while JAX works on the device. It reads
 lines of JSON and answers each with one: `{"prepare": VARIANT, "task": TASK}` with `losses` and
-`figures`, `{"turn": VARIANT, "calls": K}` with `seconds` a step, `{"drop": true}` with nothing; or
-with `error`. The task's weights are those of its folder.
+`figures`, `{"turn": VARIANT, "calls": K}` with `seconds` a step; or with `error`. The task's
+weights are those of its folder.
 """
 
 import json
@@ -108,13 +108,7 @@ def _answer(asked: Any, ready: dict[Variant, Ready], device: str) -> dict[str, A
         variant = Variant(*asked["prepare"])
         made = ready[variant] = make_ready(Task(**asked["task"]), variant, device)
         return {"losses": made.losses, "figures": made.figures}
-    if "turn" in asked:
-        return {"seconds": turn(ready[Variant(*asked["turn"])], asked["calls"])}
-    ready.clear()
-    torch._dynamo.reset()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return {"device": device}
+    return {"seconds": turn(ready[Variant(*asked["turn"])], asked["calls"])}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two errors that a user of the library or the experiments can meet on purpose."""
+"""The errors that a user of the library or the experiments can meet on purpose."""
 
 import difflib
 import math
@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     Traceback (most recent call last):
     ktg_jax.errors.RunError: step 3, node resnet8-0: loss not finite (nan)
     """
+
+
+class DivergedError(RunError):
+    """A run whose loss or parameters are no longer finite."""
 
 
 @contextmanager

@@ -95,18 +95,30 @@ class Setting:
         return ktg.graphs.mutual([student, peer])
 
     def found(self, student: ktg.Node) -> ktg.Graph:
-        """The graph that is given, its target the student and its frozen networks the teacher."""
+        """As `put_into`, with the graph that is given."""
         assert self.graph is not None
-        frozen = self.graph.frozen
-        nodes = [student, *self.graph.nodes[1:]]
-        for i, node in enumerate(self.graph.nodes):
-            if i in frozen and node.kind == "network":
-                nodes[i] = dataclasses.replace(self._teacher, name=node.name)
-        return dataclasses.replace(self.graph, nodes=tuple(nodes))
+        return put_into(self.graph, student, self._teacher)
 
     @property
     def _teacher(self) -> ktg.Node:
         return ktg.Node(self.teacher_model, "teacher", weights=self.teacher, input=self.input)
+
+
+def put_into(graph: ktg.Graph, student: ktg.Node, teacher: ktg.Node) -> ktg.Graph:
+    """A graph whose target is the student and whose frozen networks are the teacher.
+
+    Other networks see their images as the student does, where they do not say how.
+
+    Raises:
+        InputError: a graph that names its target, or the student, in another place.
+    """
+    nodes = [student, *graph.nodes[1:]]
+    for i, node in enumerate(graph.nodes[1:], start=1):
+        if node.kind == "network" and i in graph.frozen:
+            nodes[i] = dataclasses.replace(teacher, name=node.name)
+        elif node.kind == "network" and node.input is None:
+            nodes[i] = dataclasses.replace(node, input=student.input)
+    return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
-from ktg_jax.errors import InputError
+from ktg_jax.errors import DivergedError, InputError, RunError
 from ktg_jax.inputs import Input
 from ktg_jax.io.files import write_text
 
@@ -27,6 +27,7 @@ from ..represent.teacher import (
     check_teacher,
     facts_for_name,
     load_teacher,
+    say_what_it_saw,
     trained_teacher,
 )
 from ..runs import cli
@@ -139,6 +140,7 @@ def _teacher(
     teacher = load_teacher(config, dataset)
     for how in ways:
         check_pair(how, teacher, dataset)
+    say_what_it_saw(teacher, console)
     return teacher
 
 
@@ -201,8 +203,9 @@ class Study:
         return AblationFolder(self.config.folder_of(self.student))
 
     def is_done(self, arm: Arm, rate: float, seed: int) -> bool:
-        """Whether an arm was trained with a rate and a seed."""
-        return self.folder.run(arm.name, rate, seed).result is not None
+        """Whether an arm was trained with a rate and a seed, or diverged."""
+        run = arm.name, rate, seed
+        return self.folder.run(*run).result is not None or self.folder.diverged(*run).is_file()
 
     def rates(self, arm: Arm, seed: int) -> Sequence[float]:
         """The rates that an arm is trained with: all, or its best once that can be said."""
@@ -212,18 +215,37 @@ class Study:
     def best_rate(self, arm: Arm) -> float:
         """The rate with the best mean validation accuracy; of equal ones the first."""
         rates = self.config.learning_rates
-        return rates[0] if len(rates) == 1 else max(rates, key=self.by_rate(arm).__getitem__)
+        if len(rates) == 1:
+            return rates[0]
+        found = {rate: share for rate, share in self.by_rate(arm).items() if share is not None}
+        return max(rates, key=lambda rate: found.get(rate, -1.0))
 
-    def by_rate(self, arm: Arm) -> dict[float, float]:
-        """The mean validation accuracy of an arm with each rate."""
-        runs = {
-            rate: [self.folder.run(arm.name, rate, seed) for seed in self.config.all_rate_seeds]
+    def by_rate(self, arm: Arm) -> dict[float, float | None]:
+        """The mean validation accuracy of an arm with each rate; None: a run diverged."""
+        seeds = self.config.all_rate_seeds
+        return {
+            rate: None
+            if self.diverged(arm, rate, seeds)
+            else mean_validation([self.folder.run(arm.name, rate, seed) for seed in seeds])
             for rate in self.config.learning_rates
         }
-        return {rate: mean_validation(of_rate) for rate, of_rate in runs.items()}
+
+    def diverged(self, arm: Arm, rate: float, seeds: Sequence[int]) -> list[int]:
+        """With which of the seeds an arm diverged at a rate."""
+        return [seed for seed in seeds if self.folder.diverged(arm.name, rate, seed).is_file()]
 
     def run(self, arm: Arm, rate: float, seed: int) -> None:
-        """Trains an arm with a rate and a seed, and makes its priors before."""
+        """Trains an arm with a rate and a seed, and makes its priors before.
+
+        Where that diverges, it is noted and said, and the study goes on.
+        """
+        try:
+            self._train(arm, rate, seed)
+        except DivergedError as error:
+            write_text(self.folder.diverged(arm.name, rate, seed), f"{error}\n")
+            cli.say(self.console, f"It diverged: {error}")
+
+    def _train(self, arm: Arm, rate: float, seed: int) -> None:
         run = self.folder.run(arm.name, rate, seed)
         for aggregation in arm.aggregations:
             how = self.config.represent(self.student, seed, aggregation)
@@ -255,15 +277,25 @@ class Study:
         )
 
     def sum_up(self, arms: Sequence[Arm], seeds: Sequence[int]) -> Record:
-        """Writes, and returns, what is known after these seeds."""
+        """Writes, and returns, what is known after these seeds.
+
+        Raises:
+            RunError: every arm diverged.
+        """
         folder = self.folder
         rates = {arm.name: self.best_rate(arm) for arm in arms}
+        diverged = {arm.name: self.diverged(arm, rates[arm.name], seeds) for arm in arms}
+        arms = [arm for arm in arms if not diverged[arm.name]]
+        if not arms:
+            raise RunError(f"{folder.path}: every arm diverged; lower --learning-rates may help")
         runs: dict[str, list[Workdir]] = {
-            name: [folder.run(name, rate, seed) for seed in seeds] for name, rate in rates.items()
+            arm.name: [folder.run(arm.name, rates[arm.name], seed) for seed in seeds]
+            for arm in arms
         }
         compared = len(self.config.learning_rates) > 1
         by_rate = {arm.name: self.by_rate(arm) for arm in arms} if compared else {}
         results = results_of(arms, runs, seeds, rates, by_rate)
+        results["diverged"] = {name: seeds for name, seeds in diverged.items() if seeds}
         write_text(folder.path / "results.md", markdown(results))
         folder.write("results.json", results)
         paths = [folder.path / "curves.svg", folder.path / "curves.png"]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import ktg_jax as ktg
 from ktg_jax.checks import check_positive
-from ktg_jax.errors import InputError
+from ktg_jax.data.sources import has_val_images
+from ktg_jax.errors import InputError, part_of
 from ktg_jax.graph.node_checks import checked_number, checked_temperature
 from ktg_jax.models import check_model
 
@@ -33,7 +35,7 @@ from ..runs.options import (
     without_unused,
 )
 from ..runs.places import place_of
-from .arms import ARMS, Arm, chosen
+from .arms import ARMS, STUDENT, Arm, chosen, put_into
 
 _RANDOM, _CHAINED = {"fit_start": "random"}, {"fit_inputs": "own"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -170,7 +172,10 @@ def check(config: AblationConfig) -> None:
     chosen(config.arms, config.graph is not None)
     _check_rates(config)
     if config.graph is not None:
-        build_graph(TrainConfig(graph=config.graph))
+        graph = build_graph(TrainConfig(graph=config.graph))
+        with part_of("graph"):
+            teacher = ktg.Node("resnet8", "teacher", weights="any")
+            put_into(graph, ktg.Node("resnet8", STUDENT), teacher)
     if not config.students or len(set(config.students)) < len(config.students):
         raise InputError("students", list(config.students), "different models, at least one")
     for i, student in enumerate(config.students):
@@ -184,14 +189,15 @@ def check(config: AblationConfig) -> None:
 
 def _check_rates(config: AblationConfig) -> None:
     rates = config.learning_rates
-    if not rates or len(set(rates)) < len(rates):
-        raise InputError("learning_rates", list(rates), "different rates, at least one")
+    if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
+        allowed = "rates that differ in their first six digits, at least one"
+        raise InputError("learning_rates", list(rates), allowed)
     for i, rate in enumerate(rates):
         check_positive(f"learning_rates[{i}]", rate)
         if rate > MOST_RATE:
             raise InputError(f"learning_rates[{i}]", rate, f"at most {MOST_RATE:g}")
     at_least(config, 1, "rate_seeds", most=MOST_SEEDS)
-    if len(rates) > 1 and not config.val_fraction:
+    if len(rates) > 1 and not config.val_fraction and not has_val_images(config.data):
         allowed = "above 0: learning rates are compared on validation images"
         raise InputError("val_fraction", config.val_fraction, allowed)
 

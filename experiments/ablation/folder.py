@@ -25,6 +25,10 @@ class AblationFolder(Folder):
         """The run of an arm with a learning rate and a seed."""
         return Workdir(self.path / "arms" / arm / f"rate-{rate:g}" / f"seed-{seed}")
 
+    def diverged(self, arm: str, rate: float, seed: int) -> Path:
+        """The file that says why that run, or the fit of its prior, diverged, where it did."""
+        return self.run(arm, rate, seed).path.with_suffix(".diverged")
+
     def graph_file(self, arm: str, rate: float, seed: int) -> Path:
         """The graph of that run, before the run begins."""
         return self.run(arm, rate, seed).path.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""The arms' curves: validation accuracy, and the distance of each stage from its prior."""
+"""The arms' curves: validation accuracy, and the distance of their kernels from the prior's."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -28,7 +28,7 @@ def results_of(
     runs: Runs,
     seeds: Sequence[int],
     rates: Mapping[str, float],
-    by_rate: Mapping[str, Mapping[float, float]],
+    by_rate: Mapping[str, Mapping[float, float | None]],
 ) -> Record:
     """The content of `results.json`.
 
@@ -37,7 +37,8 @@ def results_of(
         runs: finished, of each arm.
         seeds: the seeds of the runs, in their order.
         rates: the learning rate of each arm's runs.
-        by_rate: the mean validation accuracy of each arm with each rate; empty where there is one.
+        by_rate: the mean validation accuracy of each arm with each rate, None where a run diverged;
+            empty where there is one.
 
     Returns:
         As `comparison.compare` returns it, the accuracies being those on the test images after the
@@ -49,6 +50,8 @@ def results_of(
         over seeds, a number for each of these), and of the fit, by stage, mean over seeds and None
         without one, `fit_left` and `fit_errors`: what it left, and what the whole student gets
         wrong after it.
+
+    `diverged` is empty: it is for arms that are left out, with the seeds that they diverged with.
 
     Raises:
         RunError: a run without a result on test images.
@@ -64,7 +67,7 @@ def results_of(
         for arm in arms
     ]
     accuracies = {name: [final_accuracy(run) for run in runs[name]] for name in names}
-    results = compare(contenders, accuracies, seeds)
+    results = compare(contenders, accuracies, seeds) | {"diverged": {}}
     for arm, entry in zip(arms, results["entries"], strict=True):
         targets = [[line["nodes"][0] for line in run.records()] for run in runs[arm.name]]
         curves = [[node["val_accuracy"] for node in nodes] for nodes in targets]

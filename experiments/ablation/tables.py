@@ -46,6 +46,14 @@ def markdown(results: Record) -> str:
             "Distance from the prior, mean over seeds and kernels.",
             _table(*_distances(results)),
         ]
+    if results["diverged"]:
+        arms = (
+            f"`{name}` (seeds {', '.join(map(str, seeds))})"
+            for name, seeds in results["diverged"].items()
+        )
+        parts.append(
+            f"Arms that diverged with their best rate and are left out: {', '.join(arms)}."
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -44,7 +44,8 @@ class Account:
         left: what the fit left of each stage, as its metrics say; empty where nothing was fitted.
         teacher: the last convolution of each of the teacher's stages; None: not known.
         before: the student's kernels as they are drawn from the seed, without the prior.
-        quantile: the quantile of the sparse recoding penalty.
+        quantile: the quantile of the sparse recoding penalty on the distances of filters; None: the
+            prior has another loss.
     """
 
     prior: Prior
@@ -52,7 +53,7 @@ class Account:
     left: list[float]
     teacher: Kernels | None
     before: Kernels
-    quantile: float
+    quantile: float | None
 
     def draw(self, folder: Path, after: Kernels | None = None) -> None:
         """Draws a picture of each stage, `stage<g>-before.png` or `-after.png`, unless it is there.
@@ -91,7 +92,8 @@ class Account:
         first, last = (records[i]["nodes"][0]["prior_distance"] for i in (0, -1))
         for g, (path, i) in enumerate(zip(self.prior.paths, self.index, strict=True)):
             left = f"{self.left[g]:.3f}" if g < len(self.left) else "-"
-            kept = per_cent(share_kept(gradients[g], self.quantile), " %", digits=1)
+            share = None if self.quantile is None else share_kept(gradients[g], self.quantile)
+            kept = per_cent(share, " %", digits=1)
             row = [left, f"{first[i]:.3f}", f"{last[i]:.3f}", kept]
             table.add_row(str(g + 1), path, *row)
         return table
@@ -109,7 +111,7 @@ def account_of(config: RepresentConfig, dataset: Dataset, teacher: Teacher | Non
     params, _ = fns.init(node_rng(init_key, STUDENT), jnp.zeros((1, *dataset.image_shape)))
     check_prior(params, prior)
     kernels = dict(zip(prior.paths, prior.kernels, strict=True))
-    paths = [last_of_stage(stage) for stage in stage_convolutions(kernels)]
+    paths = [last_of_stage(stage) for stage in stage_convolutions(kernels, fns.stage_paths)]
     _, matched = match_prior(
         params, Prior(tuple(kernels[path] for path in paths), tuple(paths)), config.prior_matching
     )
@@ -120,7 +122,7 @@ def account_of(config: RepresentConfig, dataset: Dataset, teacher: Teacher | Non
         json.loads(about_prior(config.prior_path).get("stages", "[]")),
         None if teacher is None else _last_kernels(teacher, len(paths)),
         [np.asarray(leaves[path]) for path in paths],
-        config.prior_quantile,
+        config.prior_quantile if config.prior_kind == "filters" else None,
     )
 
 
@@ -164,7 +166,7 @@ def draw_beside_alone(path: Path, folder: StudentFolder, fit_steps: int) -> None
 def _last_kernels(teacher: Teacher, number: int) -> Kernels | None:
     """The last convolution of each of so many stages; None: it has no such stages."""
     try:
-        stages = stage_convolutions(teacher.variables[0])
+        stages = stage_convolutions(teacher.variables[0], teacher.fns.stage_paths)
     except ktg.InputError:
         return None
     if len(stages) != number:

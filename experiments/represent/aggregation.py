@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -18,9 +19,9 @@ from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
 from ktg_jax.models.network import NodeFns
 from ktg_jax.models.pixels import to_float
-from ktg_jax.priors import about_prior
-from ktg_jax.priors.channels import Variables
-from ktg_jax.priors.fitting import FitPlan, FitState, Fitted, Metrics
+from ktg_jax.priors import about_prior, stage_convolutions
+from ktg_jax.priors.channels import Variables, evenly
+from ktg_jax.priors.fitting import CHECKED_EVERY, FitPlan, FitState, Fitted, Metrics
 from ktg_jax.priors.pair import Pair, stage_residuals
 from ktg_jax.training.state import node_rng
 
@@ -37,8 +38,7 @@ from .teacher import Teacher, network
 
 _SHOWN_EVERY = 20  # steps; reading a number waits for the device
 _LINES = 10  # of a fit that nobody watches
-_KEPT_EVERY = 50  # steps
-_JUDGED = 500  # images
+_JUDGED, _AT_ONCE = 500, 100  # images
 
 PRIOR_OPTIONS = ("student", "data", "aggregation")
 """Options that determine any prior."""
@@ -91,9 +91,11 @@ def _check_match(
     fns, images = network(config.student, wanted, dataset), jnp.zeros((1, *dataset.image_shape))
     theirs, own = (jax.eval_shape(f.init, jax.random.key(0), images) for f in (teacher, fns))
     pair = Pair.of(teacher, theirs, fns, own, dataset.image_shape)
+    stage_convolutions(own[0], fns.stage_paths)
     if config.aggregation == SELECT and pair.channels is None:
-        allowed = f"a student of the family of {model}, no wider or deeper (or another "
-        raise InputError("student", config.student, f"{allowed}--aggregation)")
+        allowed = f"a student of the family of {model}, no wider or deeper"
+        others = "another is fitted by regression or recast"
+        raise InputError("student", config.student, f"{allowed}; {others}")
 
 
 def make_prior(
@@ -150,10 +152,15 @@ def _errors(
 ) -> list[float]:
     """What the whole student gets wrong of each stage, on some training images."""
     pair = Pair.of(teacher.fns, teacher.variables, student, variables, dataset.image_shape)
-    images = to_float(jnp.asarray(dataset.train.images[:_JUDGED]))
-    given = teacher.fns, teacher.variables, student, variables, images
-    found = stage_residuals(pair, *given)
-    return [] if found is None else [float(error) for error in found]
+    images = dataset.train.images
+    chosen = evenly(len(images), min(_JUDGED, len(images)))  # of all classes, where they are sorted
+    given = pair, teacher.fns, teacher.variables, student, variables
+    found = [
+        stage_residuals(*given, to_float(images[batch]))
+        for batch in np.array_split(chosen, -(-len(chosen) // _AT_ONCE))
+    ]
+    errors = [error for error in found if error is not None]
+    return [float(error) for error in np.mean(errors, axis=0)] if errors else []
 
 
 def check_given_prior(config: RepresentConfig, dataset: Dataset) -> None:
@@ -210,7 +217,8 @@ def _aggregated(
 
         def on_step(state: FitState, metrics: Metrics) -> None:
             step = next(counted)
-            if step % _KEPT_EVERY == 0 and step < config.fit_steps:
+            # Not of the last steps, whose means are told: who goes on makes all of them.
+            if step % CHECKED_EVERY == 0 and step <= config.fit_steps - config.fit_steps // 10:
                 folder.keep_fit(state)
             shown.step(step, metrics)
 

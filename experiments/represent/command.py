@@ -43,6 +43,7 @@ from .teacher import (
     check_teacher,
     facts_for_name,
     load_teacher,
+    say_what_it_saw,
     student_input,
     trained_teacher,
 )
@@ -126,12 +127,7 @@ def _teacher(config: RepresentConfig, dataset: Dataset, console: Console) -> Tea
         return trained_teacher(config, dataset, console)
     teacher = load_teacher(config, dataset)
     check_pair(config, teacher, dataset)
-    if teacher.saw_others:
-        cli.say(
-            console,
-            "The teacher was trained on other images of this data than the student will be: the "
-            "student's validation images may be among them.",
-        )
+    say_what_it_saw(teacher, console)
     return teacher
 
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import ktg_jax as ktg
-from ktg_jax.errors import InputError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.tensors import read_tensors, write_tensors
 from ktg_jax.io.trees import FlatTree, flatten
 from ktg_jax.priors import PRIOR_FILE, FitState
@@ -21,7 +22,7 @@ FIT_FILE = "fit.safetensors"
 
 
 class PriorFolder(Folder):
-    """A prior, what it was made of, and its pictures.
+    """A prior, and what it was made of.
 
     `config.json` says what determines the prior; `prior.safetensors` is there when, and only when,
     the prior is finished; until then `fit.safetensors` has where its fit stands.
@@ -80,15 +81,21 @@ class StudentFolder(Workdir):
         return StudentFolder(self.path / ALONE)
 
     def note_alone(self, fit_steps: int) -> None:
-        """Says in `result.json` what the student alone came to, unless it is said there."""
-        beside, result = self.alone.result, self.result
-        assert beside is not None
-        assert result is not None
-        kept = ("val_accuracy", "test_accuracy")
-        alone = {field: beside["target"][field] for field in kept}
-        alone |= {"epochs": beside["epochs"], "steps": beside["steps"]}
-        if (result.get("alone"), result.get("fit_steps")) != (alone, fit_steps):
-            self.write("result.json", result | {"fit_steps": fit_steps, "alone": alone})
+        """Says in `result.json` what the student alone came to, unless it is said there.
+
+        Raises:
+            InputError: another process works in the folder.
+            RunError: one of the results is not there.
+        """
+        with self.locked():
+            beside, result = self.alone.result, self.result
+            if beside is None or result is None:
+                raise RunError(f"{self.path}: the student's result is gone")
+            kept = ("val_accuracy", "test_accuracy")
+            alone = {field: beside["target"][field] for field in kept}
+            alone |= {"epochs": beside["epochs"], "steps": beside["steps"]}
+            if (result.get("alone"), result.get("fit_steps")) != (alone, fit_steps):
+                self.write("result.json", result | {"fit_steps": fit_steps, "alone": alone})
 
     @property
     def pictures(self) -> Path:
@@ -101,10 +108,11 @@ class StudentFolder(Workdir):
         return super().is_used or self.prior.is_used
 
     def set_aside(self) -> Path | None:
-        """As of any folder; raises InputError also where another process makes the prior."""
-        if not self.prior.is_used:
-            return super().set_aside()
-        with self.prior.locked():
+        """As of any folder; raises InputError also where another process works within it."""
+        with ExitStack() as locks:
+            for within in (self.prior, self.alone):
+                if within.is_used:
+                    locks.enter_context(within.locked())
             return super().set_aside()
 
     def note_graph(self, graph: ktg.Graph, name: str = "graph.json") -> None:

@@ -25,7 +25,7 @@ def draw_stage(
     title: str,
     kernels: Mapping[str, np.ndarray],
     gradients: Mapping[str, np.ndarray],
-    quantile: float,
+    quantile: float | None,
 ) -> None:
     """Draws the singular values of a stage's kernels and the share that the penalty keeps.
 
@@ -34,7 +34,7 @@ def draw_stage(
         title: text above the picture.
         kernels: float `[h, w, in, out]` by what they are, one of `LOOKS`.
         gradients: the gradients of the prior's distance, by the kernel that they are taken at.
-        quantile: the quantile of the sparse recoding penalty.
+        quantile: the quantile of the sparse recoding penalty; None: it is not marked.
     """
     with style():
         figure = Figure(figsize=(7, 2.8), layout="constrained")
@@ -53,14 +53,15 @@ def _draw_values(ax: Axes, kernels: Mapping[str, np.ndarray]) -> None:
     ax.legend()
 
 
-def _draw_kept(ax: Axes, gradients: Mapping[str, np.ndarray], quantile: float) -> None:
+def _draw_kept(ax: Axes, gradients: Mapping[str, np.ndarray], quantile: float | None) -> None:
     ax.plot(QUANTILES, [100 * (1 - q) for q in QUANTILES], color="#999999", label="entries")
     for name, gradient in gradients.items():
         shares = [share_kept(gradient, q) for q in QUANTILES]
         if None not in shares:
             percents = [100 * share for share in shares if share is not None]
             ax.plot(QUANTILES, percents, label=f"squared norm, {name}", **LOOKS[name])
-    ax.axvline(quantile, color="#CC79A7", linewidth=1.0)
+    if quantile is not None:
+        ax.axvline(quantile, color="#CC79A7", linewidth=1.0)
     ax.set(xlabel="quantile of the penalty", ylabel="kept of the prior's gradient (%)")
     ax.set(xlim=(0, 1), ylim=(0, 105))
     ax.legend()

@@ -153,6 +153,16 @@ def load_teacher(config: TeacherOptions, dataset: Dataset) -> Teacher:
     return Teacher(source, weights.model, checksum, fns, variables, wanted, saw_others)
 
 
+def say_what_it_saw(teacher: Teacher, console: Console) -> None:
+    """Says where a teacher that is given was trained on other images than the student will be."""
+    if teacher.saw_others:
+        cli.say(
+            console,
+            "The teacher was trained on other images of this data than the student will be: the "
+            "student's validation images may be among them.",
+        )
+
+
 def trained_teacher(config: RepresentConfig, dataset: Dataset, console: Console) -> Teacher:
     """The teacher that is trained alone first, unless the cache has it.
 

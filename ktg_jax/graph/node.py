@@ -40,7 +40,7 @@ class Node:
             `<model>-<index>`.
         weights: where its initial weights come from (a run's folder, or one node of it as
             `DIR:name`); None: random initialisation.
-        prior: where a prior for its kernels is (a file of `save_prior`, or its folder); None: it
+        prior: where a prior for its parameters is (a file of `save_prior`, or its folder); None: it
             has none, and the other fields of the prior say nothing.
         prior_weight: the weight of the prior's loss, beside the node's edges; finite, not negative.
             0: the prior only acts on how the node begins.

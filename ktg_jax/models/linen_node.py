@@ -72,8 +72,9 @@ def from_linen(
     >>> params["layers_1"]["kernel"].shape
     (64, 10)
     """
-    node = _LinenNode(module, mode, rngs, axis_name, checked_stages(stages))
-    return NodeFns(node.init, node.apply, node.stages, node.fed_stages)
+    paths = checked_stages(stages)
+    node = _LinenNode(module, mode, rngs, axis_name, paths)
+    return NodeFns(node.init, node.apply, node.stages, node.fed_stages, paths)
 
 
 class _Told(NamedTuple):

@@ -42,6 +42,8 @@ class NodeFns:
             one's output, float `[B, h, w, C]`; None: what the network makes itself. Without
             entries it makes all itself. The stages of the `Outputs` are what it made at these
             G + 1 places. None: a network that cannot.
+        stage_paths: the paths of the submodules that are the stages, in their order, where they are
+            named otherwise than `stage<g>` or `stage<g>_...`.
 
     >>> import jax.numpy as jnp
     >>> average = NodeFns(
@@ -57,6 +59,7 @@ class NodeFns:
     apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
     stages: Callable[[PyTree, PyTree, jax.Array, bool], tuple[StagedOutputs, PyTree]] | None = None
     fed_stages: FedStages | None = None
+    stage_paths: tuple[str, ...] | None = None
 
 
 def with_images(fns: NodeFns, change: Callable[[jax.Array], jax.Array]) -> NodeFns:
@@ -76,7 +79,9 @@ def with_images(fns: NodeFns, change: Callable[[jax.Array], jax.Array]) -> NodeF
         return of_images
 
     functions = {field: getattr(fns, field) for field in ("apply", "stages", "fed_stages")}
-    made = {field: changed(run) for field, run in functions.items() if run is not None}
+    made: dict[str, Any] = {
+        field: changed(run) for field, run in functions.items() if run is not None
+    }
     return dataclasses.replace(fns, **made)
 
 
@@ -92,12 +97,21 @@ NO_NETWORK = NodeFns(_nothing, _no_forward)
 """The functions of a recorded node: it has no parameters, and its outputs are given to the step."""
 
 
-def stage_number(path: Sequence[str]) -> int | None:
+def stage_number(path: Sequence[str], stages: Sequence[str] | None = None) -> int | None:
     """The stage that a submodule belongs to, by the first of its names that is `stage<g>_...`.
+
+    Args:
+        path: the names that lead to it.
+        stages: the stages' paths, where they have other names.
 
     >>> stage_number(("backbone", "stage2_block1", "conv2")), stage_number(("stem_conv",))
     (2, None)
+    >>> stage_number(("trunk", "b", "conv"), stages=["trunk.a", "trunk.b"])
+    2
     """
+    if stages is not None:
+        within = [f"{'.'.join(path)}.".startswith(f"{stage}.") for stage in stages]
+        return within.index(True) + 1 if any(within) else None
     for name in path:
         if match := re.match(r"stage(\d+)(?:_|$)", name):
             return int(match[1])

@@ -96,7 +96,7 @@ class _NnxNode:
     @property
     def functions(self) -> NodeFns:
         """The node's functions; equal for one node."""
-        staged = (self.stages, self.fed_stages) if self._stages else ()
+        staged = (self.stages, self.fed_stages, self._given) if self._stages else ()
         return NodeFns(self.init, self.apply, *staged)
 
     def in_dtype(self, dtype: Any) -> NodeFns:

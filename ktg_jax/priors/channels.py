@@ -5,7 +5,8 @@ wherever a channel is written and read, so that the part is a network of its own
 goes into the first stage, place g what comes out of stage g (`NodeFns.fed_stages`).
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -144,6 +145,7 @@ def select_start(
     student: Variables,
     channels: Sequence[np.ndarray],
     widths: Sequence[int],
+    stages: Sequence[str] | None = None,
 ) -> Variables:
     """What a student starts from: the part of its teacher that the channels, and its depth, leave.
 
@@ -156,6 +158,7 @@ def select_start(
         student: initial ones.
         channels: from `select_channels`.
         widths: the teacher's number of channels at each place.
+        stages: `NodeFns.stage_paths` of both.
 
     Returns:
         The student's, in its own dtypes. What holds no floats (random streams) stays as it was.
@@ -175,20 +178,54 @@ def select_start(
     True
     """
     params, model_state = (
-        replaced(own, _taken(by_path(own), by_path(whole), channels, widths))
+        replaced(own, _taken(by_path(own), by_path(whole), channels, widths, stages))
         for own, whole in zip(student, teacher, strict=True)
     )
     return params, model_state
 
 
-def is_part_of(teacher: Variables, student: Variables) -> bool:
-    """Whether a student has no array that its teacher has not, of the same rank: of its family."""
+def is_part_of(teacher: Variables, student: Variables, stages: Sequence[str] | None = None) -> bool:
+    """Whether a student is of its teacher's family.
+
+    It has no array that its teacher has not, of the same rank, and all that its teacher has but for
+    whole blocks of stages: not, say, a block without its shortcut.
+
+    Args:
+        teacher: its parameters and model state; arrays or their shapes.
+        student: likewise.
+        stages: `NodeFns.stage_paths` of both.
+    """
     pairs = [(by_path(own), by_path(whole)) for own, whole in zip(student, teacher, strict=True)]
-    return all(
+    has_none_of_its_own = all(
         not is_float(leaf) or (path in whole and np.ndim(whole[path]) == np.ndim(leaf))
         for own, whole in pairs
         for path, leaf in own.items()
     )
+    modules = {name for own, _ in pairs for path in own for name in _modules(path)}
+    return has_none_of_its_own and all(
+        path in own or _is_of_block(path, modules, stages) for own, whole in pairs for path in whole
+    )
+
+
+def _modules(path: str) -> list[str]:
+    """The modules that an array is in, the outermost first; that of all, "", left out."""
+    names = path.split(".")
+    return [".".join(names[:n]) for n in range(1, len(names))]
+
+
+def _is_of_block(path: str, modules: Collection[str], stages: Sequence[str] | None) -> bool:
+    """Whether an array is of a block of a stage, none of which is among the modules."""
+    around = [module for module in _modules(path) if module in modules]
+    if stage_number(path.split("."), stages) is None:
+        return False
+    is_inside = bool(around) and stage_number(around[-1].split("."), stages) is not None
+    return not is_inside or _is_whole_stage(around[-1], stages)
+
+
+def _is_whole_stage(module: str, stages: Sequence[str] | None) -> bool:
+    if stages is not None:
+        return module in stages
+    return re.fullmatch(r"stage\d+", module.split(".")[-1]) is not None
 
 
 def _taken(
@@ -196,6 +233,7 @@ def _taken(
     teacher: Mapping[str, Any],
     channels: Sequence[np.ndarray],
     widths: Sequence[int],
+    stages: Sequence[str] | None,
 ) -> dict[str, jax.Array]:
     """The student's arrays of floats by path, taken from the teacher's."""
     found = {}
@@ -205,7 +243,7 @@ def _taken(
         if path not in teacher or np.ndim(teacher[path]) != np.ndim(own):
             allowed = "a student of the teacher's family, no deeper than it"
             raise InputError("student", path, f"{allowed} (which has no such parameter)")
-        whole, stage = np.asarray(teacher[path]), stage_number(path.split("."))
+        whole, stage = np.asarray(teacher[path]), stage_number(path.split("."), stages)
         places = (len(widths) - 1, 0) if stage is None else (stage, stage - 1)
         known = {(widths[g], len(channels[g])): channels[g] for g in reversed(places)}
         for axis, (c, d) in enumerate(zip(whole.shape, own.shape, strict=True)):

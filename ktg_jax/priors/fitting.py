@@ -13,8 +13,8 @@ import optax
 from jax.typing import ArrayLike
 
 from ktg_jax.checks import is_whole
-from ktg_jax.errors import InputError, RunError
-from ktg_jax.io.trees import FlatTree, unflatten
+from ktg_jax.errors import DivergedError, InputError
+from ktg_jax.io.trees import FlatTree, is_float, unflatten
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.priors.channels import Variables
 from ktg_jax.training.batches import Batches, steps_per_epoch, take_batch
@@ -24,6 +24,12 @@ Data: TypeAlias = tuple[jax.Array, jax.Array]
 
 STATISTICS_BATCHES = 100
 """Batches that normalisation takes its statistics from anew."""
+
+CHECKED_EVERY = 50
+"""Updates after which it is looked whether a fit has diverged."""
+
+_LITTLE = 1e-3
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,9 @@ class Fitted(NamedTuple):
     Attributes:
         params: its parameters.
         model_state: its model state.
-        metrics: means over the last steps, a tenth of all: `stages`, float `[G]`; `accuracy`,
-            float `[]`, of the student's own classifier in the fit.
+        metrics: means over the last steps, a tenth of all (of a fit that went on, over those of
+            them that it made): `stages`, float `[G]`; `accuracy`, float `[]`, of the student's own
+            classifier in the fit.
     """
 
     params: PyTree
@@ -187,25 +194,35 @@ def fit(
         rng: a random key, for the order of the data.
         state: where a former fit of the same start stood, or its arrays by path, as `flatten`
             makes them; None: there was none.
-        on_step: called after each update with the state and the metrics, on the device.
+        on_step: called after each update with the state and the metrics, on the device; every 50th
+            state is known to be finite.
 
     Raises:
         InputError: arrays by path that are not those of such a fit.
-        RunError: the fit diverged.
+        DivergedError: the fit diverged.
     """
     static: dict[str, Any] = {"objective": objective, "optimizer": plan.optimizer}
     static["batches"] = plan.batches(len(data[1]))
     now, last = _gone_on(_begun(start, projections, plan), state), []
     for count in range(int(now.step), plan.steps):
         now, metrics = _step(now, known, data, rng, **static)
+        if (count + 1) % CHECKED_EVERY == 0 or count + 1 == plan.steps:
+            _check_finite(now)
         if on_step is not None:
             on_step(now, metrics)
         if count >= plan.steps - max(plan.steps // 10, 1):
             last.append(metrics)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(now.params)):
-        raise RunError(f"step {plan.steps} of the fit: a parameter of the student is not finite")
     means = jax.tree.map(lambda *each: np.mean(np.stack(each), axis=0), *last) if last else {}
     return Fitted(now.params, now.model_state, means)
+
+
+def _check_finite(state: FitState) -> None:
+    """Raises DivergedError where a fit has diverged."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        raise DivergedError(
+            f"step {int(state.step)} of the fit: a parameter of the student is not finite; a lower "
+            "learning rate of the fit may help"
+        )
 
 
 def _begun(start: Variables, projections: PyTree, plan: FitPlan) -> FitState:
@@ -256,7 +273,8 @@ def with_own_statistics(
     """The student with the statistics of what it sees itself, its parameters as they are.
 
     In a fit each stage is normalised on its teacher's outputs; as a whole the student passes on
-    others. The student is run as in training, on so many batches.
+    others. The student is run as in training, on so many batches. What running means have left of
+    their former values, such as 37 % after 100 batches at a momentum of 0.99, is taken off.
 
     Args:
         student: the network.
@@ -274,12 +292,42 @@ def with_own_statistics(
     >>> bool((state["batch_stats"]["stage1_norm"]["mean"] != 0).all())
     True
     """
-    params, model_state = variables
+    params, start = variables
     images = jnp.asarray(images)
     data, batches = (images, jnp.zeros(len(images), jnp.int32)), plan.batches(len(images))
+
+    def restated(model_state: PyTree, count: int) -> PyTree:
+        return _restated(params, model_state, data, rng, count, student, batches)
+
+    model_state = start
     for count in range(number):
-        model_state = _restated(params, model_state, data, rng, count, student, batches)
-    return params, model_state
+        model_state = restated(model_state, count)
+    shifted = jax.tree.map(lambda leaf: leaf + 1 if is_float(leaf) else leaf, start)
+    moved = jax.tree.map(_share_left, start, restated(start, 0), restated(shifted, 0))
+    return params, jax.tree.map(
+        lambda before, after, left: _without(before, after, left**number),
+        start,
+        model_state,
+        moved,
+    )
+
+
+def _share_left(start: jax.Array, updated: jax.Array, shifted: jax.Array) -> float:
+    """What an update leaves of a running mean, seen by the update of a start that is 1 larger.
+
+    0 for what is no running mean.
+    """
+    if not is_float(start):
+        return 0.0
+    left = np.asarray(shifted, np.float64) - np.asarray(updated, np.float64)
+    share = float(left.mean()) if left.size else 0.0
+    is_mean = 0 < share < 1 - _SAME and np.ptp(left) < _SAME
+    return share if is_mean else 0.0
+
+
+def _without(before: jax.Array, after: jax.Array, left: float) -> jax.Array:
+    """A running mean without what is left of its former value, unless that is next to nothing."""
+    return after if left < _LITTLE else (after - left * before) / (1 - left)
 
 
 @partial(jax.jit, static_argnames=("student", "batches"))

@@ -1,8 +1,9 @@
 """Which of a prior's filters speaks of which of the student's: the order of filters is arbitrary.
 
 That the student's convolution starts from the prior's kernel is our reading of the patent ("the
-filter parameters of the downscaling layer are passed to the second network"); that it takes only
-the filters' directions from there, and the assignment as an alternative, are ours.
+filter parameters of the downscaling layer are passed to the second network"); that it takes all of
+a prior that is a whole student, of kernels alone only the filters' directions, and the assignment
+as an alternative, are ours.
 """
 
 import dataclasses

@@ -39,6 +39,7 @@ class Pair:
         channels: which of the teacher's the student's stand for; None: the student is of another
             family, or wider, and what it sees of the teacher is projected.
         num_classes: of both.
+        stage_paths: `NodeFns.stage_paths` of the student.
     """
 
     teacher: tuple[Shape, ...]
@@ -46,6 +47,7 @@ class Pair:
     image_shape: Shape
     channels: Channels | None
     num_classes: int
+    stage_paths: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -60,7 +62,8 @@ class Pair:
 
         Raises:
             InputError: they differ in their number of classes or stages, or in the height or width
-                of what a stage puts out; or one of them cannot be fed.
+                of what a stage puts out; or one of them cannot be fed, or passes on what is no
+                image.
         """
         whole, made = (
             output_shapes(fns, variables, image_shape)
@@ -71,22 +74,29 @@ class Pair:
             allowed = f"the teacher's {num_classes} classes"
             raise InputError("student", f"{made.logits.shape[-1]} classes", allowed)
         theirs, own = (tuple(tuple(p.shape[1:]) for p in each.stages) for each in (whole, made))
+        for who, shapes in (("teacher", theirs), ("student", own)):
+            for g, shape in enumerate(shapes):
+                if len(shape) != 3:
+                    raise InputError(f"{who} stage {g}", shape, "(height, width, channels)")
         check_places(len(theirs), len(own))
         for g, (a, b) in enumerate(zip(theirs, own, strict=True)):
             if g and a[:2] != b[:2]:
                 raise InputError(f"student stage {g}", b[:2], f"the teacher's size, {a[:2]}")
+        variables = teacher_variables, student_variables
         is_narrower = all(b[2] <= a[2] for a, b in zip(theirs, own, strict=True))
         channels = None
-        if is_narrower and is_part_of(teacher_variables, student_variables):
+        if is_narrower and is_part_of(*variables, student.stage_paths):
             channels = select_channels([a[2] for a in theirs], [b[2] for b in own])
-        return cls(theirs, own, tuple(image_shape), channels, num_classes)
+        shape = tuple(image_shape)
+        return cls(theirs, own, shape, channels, num_classes, student.stage_paths)
 
     def start(self, teacher_variables: Variables, student_variables: Variables) -> Variables:
         """What the student starts from: a part of the teacher where it can be one, else itself."""
         if self.channels is None:
             return student_variables
         widths = [shape[2] for shape in self.teacher]
-        return select_start(teacher_variables, student_variables, self.channels, widths)
+        variables = teacher_variables, student_variables
+        return select_start(*variables, self.channels, widths, self.stage_paths)
 
     def is_shared(self, place: int) -> bool:
         """Whether both pass something on here that the one can have from the other.

@@ -1,7 +1,7 @@
 """A prior: kernels that a student's convolutions are to resemble, and how much they do.
 
-That priors are kernels of single convolutions, one a stage, compared filter by filter and free of
-scale, is our reading of KR's "distribution of the parameters"; see `ktg_jax.priors`.
+That priors are kernels of single convolutions, compared filter by filter and free of scale, is our
+reading of KR's "distribution of the parameters"; see `ktg_jax.priors`.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ class Prior:
     """What is known of a student's parameters before it is trained. A pytree.
 
     Attributes:
-        kernels: a float32 `[h, w, in, out]` for each stage; filter i is `[..., i]`. A filter of
-            zeros says nothing of its counterpart.
+        kernels: float32 `[h, w, in, out]`, of one or more convolutions; filter i is `[..., i]`.
+            A filter of zeros says nothing of its counterpart.
         paths: the student's parameter that each kernel speaks of, such as
             `stage1_block1.conv2.kernel`. Static.
         accuracy: float32 `[G]`, how well a head on each stage's kernel classified; None where
@@ -131,7 +131,7 @@ def normalised(kernel: ArrayLike, normalise: str = "unit") -> jax.Array:
 def prior_distance(
     params: PyTree, prior: Prior, *, normalise: str = "unit", dead_zone: float = 0.0
 ) -> jax.Array:
-    """How far each stage's kernel is from the prior: (1 / out) sum_i ||z(w_i) - z(a_i)||^2.
+    """How far each of its kernels is from the prior: (1 / out) sum_i ||z(w_i) - z(a_i)||^2.
 
     Filters are compared index by index, in the student's order and the prior's; `match_prior`
     makes the orders agree. z is `normalised`.

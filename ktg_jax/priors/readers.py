@@ -151,7 +151,7 @@ def load_readers(path: str | os.PathLike[str]) -> Readers:
     """Reads what `save_readers` wrote.
 
     Args:
-        path: the file, or a folder with a `readers.safetensors`, as a fitted prior has it.
+        path: the file, or a folder with a `readers.safetensors`.
 
     Raises:
         InputError: a file that cannot be read, is damaged, or holds no readers.

@@ -71,7 +71,7 @@ def recast_stages(
     Raises:
         InputError: networks whose stages or classes do not match, a bad option, images or labels
             that are not as above, or a batch larger than the data.
-        RunError: the fit diverged.
+        DivergedError: the fit diverged.
 
     >>> import ktg_jax as ktg
     >>> fns, labels = ktg.build_model("cnn", num_classes=2), jnp.arange(8) % 2

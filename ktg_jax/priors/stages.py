@@ -87,8 +87,14 @@ def stage_kernels(params: PyTree, paths: Sequence[str] | None = None) -> KernelS
     return {path: tuple(convolutions[path].shape) for path in paths}
 
 
-def stage_convolutions(params: PyTree) -> tuple[dict[str, Any], ...]:
+def stage_convolutions(
+    params: PyTree, paths: Sequence[str] | None = None
+) -> tuple[dict[str, Any], ...]:
     """All kernels `[h, w, in, out]` of each stage by path, in the order of their names.
+
+    Args:
+        params: arrays or their shapes.
+        paths: `NodeFns.stage_paths`.
 
     Raises:
         InputError: no stages with convolutions.
@@ -101,11 +107,12 @@ def stage_convolutions(params: PyTree) -> tuple[dict[str, Any], ...]:
     stages: dict[int, dict[str, Any]] = {}
     leaves = by_path(params)
     for path in sorted(leaves, key=_natural):
-        stage = stage_number(path.split("."))
+        stage = stage_number(path.split("."), paths)
         if stage is not None and np.ndim(leaves[path]) == 4:
             stages.setdefault(stage, {})[path] = leaves[path]
     if not stages:
-        raise InputError("params", sorted(leaves)[:3], "convolutions in stage1_..., stage2_...")
+        allowed = f"convolutions in {', '.join(paths or ('stage1_...', 'stage2_...'))}"
+        raise InputError("params", sorted(leaves)[:3], allowed)
     return tuple(stages[stage] for stage in sorted(stages))
 
 

@@ -1,4 +1,4 @@
-"""Engines: two ways to run the same training, behind one interface.
+"""Engines: ways to run the same training, behind one interface.
 
 `FusedEngine` runs the single compiled step of `train_step`, in which nodes of one network may make
 their passes together; `PerNodeEngine` composes the same pieces node by node, with one executable

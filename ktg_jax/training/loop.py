@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ktg_jax.errors import RunError
+from ktg_jax.errors import DivergedError
 from ktg_jax.training.evaluation import Means
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import Metrics
@@ -51,11 +51,11 @@ def train_epochs(
         which compiles, if there are others; and for each of
         `nodes`: `name`, means over the epoch `train_loss`, `train_accuracy` (None: it has other
         classes than the data) and `edge_losses` (one a sender), `val_loss` and `val_accuracy` or
-        None, and of nodes with a prior `prior_distance`, one a stage), and the state, which must be
-        copied or saved before the next is asked for.
+        None, and of nodes with a prior `prior_distance`, one a kernel of it), and the state, which
+        must be copied or saved before the next is asked for.
 
     Raises:
-        RunError: a loss or a parameter that is not finite; names the step and the node.
+        DivergedError: a loss or a parameter that is not finite; names the step and the node.
     """
     epoch_of_first = int(state.step) // steps_per_epoch + 1
     for epoch in range(epoch_of_first, epochs + 1):
@@ -141,7 +141,7 @@ def _largest(params: Any) -> jax.Array:
 def _check_finite(values: Sequence[Any], names: Sequence[str], where: str, what: str) -> None:
     for name, value in zip(names, values, strict=True):
         if not np.isfinite(value):
-            raise RunError(
+            raise DivergedError(
                 f"{where}, node {name}: {what} not finite ({value}); a lower learning rate or a "
                 "warm-up may help; the last good checkpoint is kept"
             )

@@ -171,9 +171,9 @@ def train_step(
 
     Returns:
         The new state and the metrics of `graph_gradients`. With priors also `prior_distance`,
-        float32 `[N, G]`: how far each stage of each node was from its prior before the update; NaN
-        where there is none (-1 under `jax_debug_nans`). Nothing of a frozen node changes, but for
-        the weights of an average.
+        float32 `[N, G]`: how far each kernel of each node was from its prior's before the update;
+        NaN where there is none (-1 under `jax_debug_nans`). Nothing of a frozen node changes, but
+        for the weights of an average.
 
     Raises:
         InputError: images that are no floats; a prior of a frozen node or of another student, or

@@ -1,5 +1,6 @@
 """The ablation: its arms' graphs, its runs, resumed and extended, and its tables."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -15,9 +16,11 @@ from runs import assert_same_end, compiled_once, in_process, metrics, options, r
 import ktg_jax as ktg
 from experiments.ablation import command as ablation
 from experiments.ablation.arms import ARMS, Setting, chosen
-from experiments.ablation.config import AblationConfig
+from experiments.ablation.config import AblationConfig, check
 from experiments.ablation.study import first_epoch
 from experiments.ablation.tables import markdown
+from experiments.runs.config import TrainConfig
+from ktg_jax.errors import DivergedError, InputError, RunError
 from ktg_jax.priors import load_prior
 
 NAMES = ("plain", "plain-long", "prior", "distillation+prior")
@@ -121,7 +124,64 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(
     assert (whole / "results.json").read_text() == before
 
 
+@pytest.mark.slow
+def test_what_diverges_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ablation.train
+
+    def diverging(config: TrainConfig, *args: Any) -> None:
+        if "/prior/" in str(config.workdir) or "/plain/rate-0.1/" in str(config.workdir):
+            raise DivergedError("step 3, node student: loss not finite (nan)")
+        train(config, *args)
+
+    monkeypatch.setattr(ablation, "train", diverging)
+    options: dict[str, Any] = {"arms": ("plain", "prior"), "seeds": 1}
+    said = ablate(tmp_path, **options)
+    assert said.count("It diverged: step 3, node student: loss not finite (nan)") == 3
+    results = results_in(tmp_path / "staged")
+    (plain,) = results["entries"]
+    assert (plain["name"], plain["learning_rate"]) == ("plain", 0.02)
+    assert plain["val_accuracy_by_rate"]["0.1"] is None
+    assert results["diverged"] == {"prior": [0]}
+    text = (tmp_path / "staged" / "results.md").read_text()
+    assert "Arms that diverged with their best rate and are left out: `prior` (seeds 0)." in text
+    monkeypatch.setattr(ablation, "train", lambda *args: pytest.fail("it is done"))
+    assert results_in(tmp_path / "staged") == results
+    with pytest.raises(RunError, match=r"every arm diverged; lower --learning-rates may help$"):
+        ablate(tmp_path, arms=("prior",), seeds=1)
+
+
 # --- graphs
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (
+            [{"name": "target", "model": "cnn"}, {"name": "mean", "average": "target"}],
+            "graph: nodes[1].average: got 'target'",
+        ),
+        (
+            [{"name": "target", "model": "cnn"}, {"name": "student", "model": "cnn"}],
+            "graph: nodes[1].name: got 'student'",
+        ),
+    ],
+)
+def test_a_graph_that_the_student_cannot_be_put_into(
+    nodes: list[dict[str, str]], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "graph.json"
+    gates = [["through", "through"], ["cutoff", "through" if "model" in nodes[1] else "cutoff"]]
+    file.write_text(json.dumps({"nodes": nodes, "gates": gates}))
+    with pytest.raises(InputError) as error:
+        check(small(tmp_path, graph=str(file)))
+    assert str(error.value).startswith(message)
+
+
+def test_peers_of_a_given_graph_see_images_as_the_student_does() -> None:
+    graph = ktg.graphs.mutual(["cnn", "cnn"])
+    seen = ktg.Input((0.5,), (0.25,))
+    setting = dataclasses.replace(SETTING, graph=graph, input=seen)
+    assert [node.input for node in ARMS["graph"].graph(setting).nodes] == [seen, seen]
 
 
 def node_of(name: str) -> ktg.Node:
@@ -340,6 +400,7 @@ def test_tables_say_what_the_results_are() -> None:
         "num_tests": 1,
         "entries": [entry("a", [0.5, 0.6], [2, None]), entry("b", [0.55, 0.65], [1, 4])],
         "comparisons": [comparison | {"p": 0.0001, "p_holm": 0.02}],
+        "diverged": {},
     }
     text = markdown(results)
     for line in (
@@ -363,8 +424,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"arms": ("plain", "magic")}, "arms", "got 'magic'; allowed: plain, plain-long"),
     ({"arms": ("plain", "graph")}, "arms", "got 'graph'; allowed: an arm without a graph, or --g"),
     ({"graph": "gone.json"}, "graph", "got 'gone.json'; allowed: "),
-    ({"learning_rates": ()}, "learning_rates", "got []; allowed: different rates, at least one"),
-    ({"learning_rates": (0.1, 0.1)}, "learning_rates", "allowed: different rates"),
+    ({"learning_rates": ()}, "learning_rates", "got []; allowed: rates that differ in"),
+    ({"learning_rates": (0.1, 0.1)}, "learning_rates", "allowed: rates that differ"),
     ({"learning_rates": (0.1, -1.0)}, "learning_rates[1]", "got -1.0; allowed: a finite number"),
     ({"rate_seeds": 0}, "rate_seeds", "got 0; allowed: at least 1"),
     ({"val_fraction": 0.0}, "val_fraction", "got 0.0; allowed: above 0: learning rates are comp"),

@@ -80,14 +80,13 @@ def test_no_case_begins_when_time_is_up(tmp_path: Path) -> None:
 def test_torch_says_what_it_cannot_do() -> None:
     pytest.importorskip("torch", reason='needs: pip install "ktg_jax[bench]"')
     with Torch() as torch:
-        torch.ask({"turn": Variant("eager"), "calls": 1})
-        torch.ask({"drop": True})
-        with pytest.raises(RunError, match="KeyError"):
-            torch.answer(120)
-        assert torch.answer(10) == {"device": "cpu"}
+        for _ in range(2):  # it goes on after an error
+            torch.ask({"turn": Variant("eager"), "calls": 1})
+            with pytest.raises(RunError, match="KeyError"):
+                torch.answer(120)
         with pytest.raises(RunError, match="no time left"):
             torch.answer(0.1)
-        torch.ask({"drop": True})
+        torch.ask({"turn": Variant("eager"), "calls": 1})
         with pytest.raises(RunError):
             torch.answer(10)
 

@@ -1,5 +1,6 @@
 """A student that starts as a part of its teacher: which channels, and what that computes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -19,6 +20,7 @@ from ktg_jax.priors.channels import (
     select_channels,
     select_start,
 )
+from ktg_jax.priors.pair import Pair
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3), np.float32))
 
@@ -114,9 +116,64 @@ def test_which_students_are_parts() -> None:
             ("resnet14", "wrn10_1"),
             ("wrn10_1", "resnet8"),
             ("cnn", "cnn"),
+            ("wrn16_4", "wrn10_2"),
+            ("wrn16_4", "wrn16_1"),  # whose first blocks have no shortcuts of their own
         ]
     }
-    assert list(found.values()) == [True, False, False, False, True]
+    assert list(found.values()) == [True, False, False, False, True, True, False]
+
+
+class Stage(nn.Module):
+    """A layer within one that is called twice."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(self.width, (3, 3), name="first")(x))
+        return nn.relu(nn.Conv(self.width, (3, 3), name="last")(x))
+
+
+class Staged(nn.Module):
+    """Three stages of these names."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(self.widths[0], (3, 3), name="stem")(x)
+        for name, width in zip(self.names, self.widths, strict=True):
+            x = Stage(width, name=name)(x)
+        return nn.Dense(10, name="classifier")(x.mean((1, 2)))
+
+
+def test_a_part_is_the_same_whatever_its_stages_are_called() -> None:
+    named, called = ("stage1", "stage2", "stage3"), ("a", "b", "c")
+    other_names = dict(zip(named, called, strict=True))
+    networks = [
+        (Staged(named, widths), Staged(called, widths)) for widths in ((8, 16, 32), (4, 6, 8))
+    ]
+    theirs, own = (
+        random_variables(ktg.from_linen(network), IMAGES, seed)
+        for seed, (network, _) in enumerate(networks)
+    )
+
+    def start(of: int, stages: Sequence[str] | None, *variables: Any) -> Any:
+        fns = [ktg.from_linen(network[of], stages=stages) for network in networks]
+        pair = Pair.of(fns[0], variables[0], fns[1], variables[1], IMAGES.shape[1:])
+        assert pair.channels is not None
+        return pair.start(*variables)[0]
+
+    def renamed(params: Any) -> Any:
+        return {other_names.get(name, name): leaf for name, leaf in params.items()}
+
+    expected = start(0, None, theirs, own)
+    found = start(1, called, *((renamed(params), state) for params, state in (theirs, own)))
+    chex.assert_trees_all_equal(found, renamed(expected))
+    kernels = theirs[0]["stage2"]["last"]["kernel"], found["b"]["last"]["kernel"]
+    chosen = select_channels((8, 8, 16, 32), (4, 4, 6, 8))[2]
+    np.testing.assert_array_equal(kernels[1], kernels[0][:, :, chosen][..., chosen])
 
 
 def test_another_family_cannot_be_a_part() -> None:

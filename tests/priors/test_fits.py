@@ -213,8 +213,10 @@ def test_statistics_of_its_own_are_those_of_what_the_student_sees() -> None:
         np.testing.assert_allclose(stored["var"], y.var((0, 1, 2), ddof=1), rtol=1e-3)
 
 
-def test_a_fit_that_diverges_says_so() -> None:
-    with pytest.raises(RunError, match=r"^step 3 of the fit: a parameter of the"):
+@pytest.mark.parametrize(("steps", "said"), [(3, 3), (500, 50)])
+def test_a_fit_that_diverges_says_so(steps: int, said: int) -> None:
+    seen: list[int] = []
+    with pytest.raises(RunError, match=rf"^step {said} of the fit: a parameter of the student"):
         regress_stages(
             TEACHER,
             THEIRS,
@@ -223,10 +225,37 @@ def test_a_fit_that_diverges_says_so() -> None:
             IMAGES,
             LABELS,
             rng=KEY,
-            steps=3,
+            steps=steps,
             batch_size=4,
             learning_rate=1e38,
+            on_step=lambda state, metrics: seen.append(int(state.step)),
         )
+    assert seen[-1] == said - 1  # nobody keeps what is not finite
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_statistics_taken_anew_do_not_depend_on_the_former_ones(momentum: float) -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+            x = nn.Conv(4, (3, 3), name="stage1_conv")(x)
+            norm = nn.BatchNorm(not train, momentum=momentum, name="stage1_norm")
+            return nn.Dense(4)(norm(x).mean((1, 2)))
+
+    fns = ktg.from_linen(Net())
+    params, state = fns.init(KEY, FLOATS)
+    images, plan = np.asarray(IMAGES), FitPlan(batch_size=len(IMAGES))
+    far = jax.tree.map(lambda leaf: 7 * leaf + 3, state)
+    ends = [
+        with_own_statistics(fns, (params, start), images, plan, rng=KEY, number=20)[1]
+        for start in (state, far)
+    ]
+    chex.assert_trees_all_close(*ends, rtol=2e-3, atol=2e-3)
+    made = fns.apply(params, state, FLOATS, True)[1]["batch_stats"]["stage1_norm"]["mean"]
+    before = state["batch_stats"]["stage1_norm"]["mean"]
+    mean = (made - momentum * before) / (1 - momentum)
+    found = ends[0]["batch_stats"]["stage1_norm"]["mean"]
+    np.testing.assert_allclose(found, mean, rtol=5e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(

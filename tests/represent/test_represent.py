@@ -34,7 +34,9 @@ from experiments.represent import aggregation
 from experiments.represent import command as command
 from experiments.represent.account import Account
 from experiments.represent.config import RepresentConfig
+from experiments.represent.folder import StudentFolder
 from experiments.represent.measures import prior_gradients, share_kept, singular_values
+from ktg_jax.errors import InputError
 from ktg_jax.inputs import Input
 from ktg_jax.io.trees import flatten
 from ktg_jax.models.weights import save_node
@@ -308,7 +310,7 @@ def test_a_stopped_fit_goes_on_and_ends_alike(
 
         ktg.priors.regress_stages(*args, on_step=stopping, **kwargs)
 
-    monkeypatch.setattr(aggregation, "_KEPT_EVERY", 4)
+    monkeypatch.setattr(aggregation, "CHECKED_EVERY", 4)
     prior = tmp_path / "run" / "prior"
     with monkeypatch.context() as patch:
         patch.setattr(ktg, "regress_stages", stop)
@@ -322,6 +324,18 @@ def test_a_stopped_fit_goes_on_and_ends_alike(
     chex.assert_trees_all_equal(ours, theirs)
     assert about_prior(prior) == about_prior(whole[0] / "prior")
     assert_same_end(tmp_path / "run", whole[0])
+
+
+def test_a_folder_in_which_the_student_alone_is_trained_is_not_set_aside(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    folder = StudentFolder(tmp_path / "run")
+    for within in (folder.prior, folder.alone):
+        with within.locked(), pytest.raises(InputError, match=r"no other process trains$"):
+            folder.set_aside()
+    assert folder.result == StudentFolder(whole[0]).result
+    assert folder.set_aside() == tmp_path / "run.old1"
 
 
 def test_a_damaged_fit_begins_anew(whole: tuple[Path, str], teacher: Path, tmp_path: Path) -> None:

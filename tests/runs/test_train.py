@@ -499,9 +499,6 @@ def test_losses_on_stages_leave_the_teacher_and_are_recorded(attentive: Path) ->
     assert graph.edges[0][1].losses == {"attention": 1000.0}
 
 
-KEPT = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "edge_losses")
-
-
 @pytest.mark.slow
 def test_the_engines_train_alike_on_stages(attentive: Path, tmp_path: Path) -> None:
     changes = distilling(attentive, ATTENTIVE)
