@@ -31,8 +31,11 @@ OURS = (
     Variant("fused", "bfloat16"),
     Variant("fused", "tf32", 20),
     Variant("fused", "bfloat16", 20),
+    Variant("fused_captured", "tf32"),
+    Variant("fused_captured", "bfloat16"),
     Variant("per_node", "tf32"),
     Variant("batched", "tf32"),
+    Variant("batched_captured", "tf32"),
     Variant("batched", "tf32", 20),
     Variant("batched", "bfloat16", 20),
     Variant("fused", "float32"),
@@ -290,7 +293,7 @@ def variants_of(models: Sequence[str], platform: str) -> tuple[Variant, ...]:
     if platform == "cpu":
         return ON_CPU
     all_differ = len({*models}) == len(models)
-    return tuple(v for v in (*THEIRS, *OURS) if v.engine != "batched" or not all_differ)
+    return tuple(v for v in (*THEIRS, *OURS) if not (all_differ and v.engine.startswith("batched")))
 
 
 def _nothing() -> None:

@@ -14,6 +14,11 @@ from benchmarks.agreement import precision_of
 from benchmarks.task import LEARNING_RATE, PROGRESS, SEED, Ready, Task, Variant
 from ktg_jax.training.per_node import per_node_step
 
+CAPTURING: dict[str, str | bool] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONVOLUTION"
+}
+"""Options of XLA: what it may put into CUDA graphs; by default no convolutions."""
+
 
 def initial_state(task: Task) -> ktg.GraphState:
     """The state that every variant starts from, on the host."""
@@ -84,7 +89,7 @@ def _compiled(
 
     def step(state: ktg.GraphState, images: jax.Array, *inputs: Any) -> Any:
         return ktg.train_step(
-            state, images, *inputs, batched=variant.engine == "batched", **options
+            state, images, *inputs, batched=variant.engine.startswith("batched"), **options
         )
 
     def steps(state: ktg.GraphState, images: jax.Array, *inputs: Any) -> Any:
@@ -96,7 +101,8 @@ def _compiled(
     made = jax.jit(step if variant.steps == 1 else steps, donate_argnums=0)
     lowered = made.lower(state, images, *inputs)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    is_captured = variant.engine.endswith("captured")
+    compiled = lowered.compile(compiler_options=CAPTURING if is_captured else None)
     figures: dict[str, float | None] = {
         "trace_s": traced - begin,
         "compile_s": time.perf_counter() - traced,

@@ -97,7 +97,8 @@ class Variant(NamedTuple):
     """A way to make a step.
 
     Attributes:
-        engine: ours: `fused`, `batched` (the same, nodes of one network in one pass) or `per_node`;
+        engine: ours: `fused`, `batched` (the same, nodes of one network in one pass), each of them
+            also `_captured` (XLA may put convolutions into CUDA graphs, too), or `per_node`;
             PyTorch's: `eager`, `graph` (the step as a CUDA graph), `compile` (networks through
             `torch.compile`) or `compile_graph`.
         precision: `float32`, `tf32` or `bfloat16`.
@@ -114,7 +115,7 @@ class Variant(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """Whether it is ours."""
-        return self.engine in ("fused", "batched", "per_node")
+        return self.engine == "per_node" or self.engine.startswith(("fused", "batched"))
 
     def __str__(self) -> str:
         name = f"{self.engine} {self.precision}"
