@@ -35,7 +35,6 @@ from ktg_jax.outputs import Outputs
 from ktg_jax.priors import (
     NodePrior,
     Prior,
-    aggregate_prior,
     load_prior,
     match_prior,
     prior_distance,
@@ -92,7 +91,6 @@ __all__ = [
     "RecordingWriter",
     "RunError",
     "SearchSpace",
-    "aggregate_prior",
     "attention_transfer_loss",
     "build_model",
     "contrastive_loss",

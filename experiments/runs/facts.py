@@ -12,7 +12,7 @@ from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import part_of
 from ktg_jax.inputs import OF_DATA
 from ktg_jax.models.input import statistics
-from ktg_jax.priors import about_prior, readers_checksum
+from ktg_jax.priors import about_prior
 from ktg_jax.recording import Recording
 from ktg_jax.training.warm_start import INPUT_FACTS, weights_checksum
 
@@ -55,7 +55,7 @@ def facts_of(graph: ktg.Graph, dataset: Dataset) -> dict[str, Any]:
 
 
 def graph_facts(graph: ktg.Graph) -> dict[str, Any]:
-    """Checksums of weights, priors, projections and recordings, which must be the same, too.
+    """Checksums of weights, priors and recordings, which must be the same, too.
 
     Networks that are trained alone first are told by the run itself, and have none.
 
@@ -83,7 +83,6 @@ def graph_files(graph: ktg.Graph) -> list[tuple[str, str, str]]:
 _CHECKSUMS: dict[str, Callable[[str], Any]] = {
     "weights": weights_checksum,
     "prior": lambda path: about_prior(path)["checksum"],
-    "projection": readers_checksum,
     "outputs": lambda path: Recording(path).checksum,
 }
 """How a checksum is made of each field of a node that is a path."""

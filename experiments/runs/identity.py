@@ -16,7 +16,6 @@ _FACTS = "_facts"
 _OF_NODES = {
     "weights": "weights_facts",
     "prior": "prior_facts",
-    "projection": "projection_facts",
     "outputs": "outputs_facts",
 }
 """The fields of a node that are paths, and the fields with their checksums by the node's name."""

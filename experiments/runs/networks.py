@@ -19,7 +19,6 @@ from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.models.returned import errors_of
 from ktg_jax.models.streams import without_stream
 from ktg_jax.models.weights import NodeWeights
-from ktg_jax.priors import load_readers, projected
 from ktg_jax.training.evaluation import evaluation_batch_size
 from ktg_jax.training.optimizers import trainable
 from ktg_jax.training.warm_start import check_input, load_weights
@@ -37,7 +36,7 @@ def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> kt
 def node_functions(
     config: TrainConfig, graph: ktg.Graph, dataset: Dataset, parallel: ktg.Parallel
 ) -> list[ktg.NodeFns]:
-    """Each node's functions; the stages of a node with a projection are as the others see them.
+    """Each node's functions.
 
     Raises:
         InputError: a model that cannot be made, or not in bfloat16.
@@ -49,10 +48,8 @@ def node_functions(
             continue
         with part_of(f"nodes[{i}].model"):
             wanted = node_input(i, node, dataset)
-            fns = _build(config, node.model, classes_of(node, dataset), parallel, wanted)
-        with part_of(f"nodes[{i}].projection"):
-            seen = node.projection
-            node_fns.append(fns if seen is None else projected(fns, load_readers(seen)))
+            classes = classes_of(node, dataset)
+            node_fns.append(_build(config, node.model, classes, parallel, wanted))
     for average in graph.derived.averages:
         node_fns[average.node] = node_fns[average.source]
     return node_fns

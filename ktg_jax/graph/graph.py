@@ -51,7 +51,7 @@ class Graph:
     Raises:
         InputError: no node or more than 100, a gate or a loss that does not exist, a matrix of the
             wrong shape, two nodes of one name, a target with only cutoff gates, a frozen node with
-            a prior or with options of learning, another one with a projection, a recorded node that
+            a prior or with options of learning, a recorded node that
             hears others or is to show its stages, a node of other classes that is the target or
             hears the label, an option of a node or of an edge that is out of range, or a
             temperature that is not a finite number above 0.
@@ -222,7 +222,7 @@ class Graph:
 
         It is the same for graphs that differ by the numbering of nodes other than the target, by
         nodes that cannot influence the target, by frozen nodes that are one network (of the same
-        model, weights, input and projection, or one recording: what their edges weigh adds up), by
+        model, weights and input, or one recording: what their edges weigh adds up), by
         `correct` in place of `through` on a label edge (the label is always right), by the
         temperature where no loss has one, by how an edge is written, and by names. Names choose
         only initial weights, so equivalent graphs train alike up to the seed. Models, weights,
@@ -252,7 +252,6 @@ class Graph:
                 node.weights is not None,
                 node.weights or "",
                 tuple(node.prior_options.values()),
-                node.projection or "",
                 repr(_numbers_of(node.input)),
                 node.outputs or "",
                 repr([node.classes, *(getattr(node, field) for field in LEARNING)]),

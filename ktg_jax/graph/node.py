@@ -53,8 +53,6 @@ class Node:
             filters of a kernel together; "l1": filters are recoded by the prior's, with an L1
             penalty of `prior_quantile` on the coefficients; "task": nothing is compared, but of
             each kernel's own gradient the smallest entries are cut off.
-        projection: where the readers are through which others see its stage outputs (a file of
-            `save_readers`, or its folder); None: they see them as they are. For frozen nodes.
         input: how the network wants its images, in place of 0..1 as the data has them: an `Input`,
             the name of one (`imagenet`, `cifar10`, ...), `data` for the statistics of the training
             images, or a mapping of an `Input`'s fields.
@@ -92,7 +90,6 @@ class Node:
     prior_schedule: str = "linear"
     prior_matching: str = "initialise"
     prior_kind: str = "filters"
-    projection: str | None = None
     input: "str | Input | Mapping[str, Any] | None" = None
     optimizer: str | None = None
     learning_rate: float | None = None
@@ -140,8 +137,6 @@ class Node:
             return {"name": self.name, "average": self.average, "decay": self.decay}
         fields: dict[str, Any] = {"name": self.name, "model": self.model, "weights": self.weights}
         fields |= self.prior_options
-        if self.projection is not None:
-            fields["projection"] = self.projection
         if self.input is not None:
             wanted = checked_input("input", self.input)
             fields["input"] = wanted if isinstance(wanted, str) else wanted.to_json()

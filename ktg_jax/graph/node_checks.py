@@ -89,7 +89,7 @@ def _checked_node(where: str, given: Any) -> Node:
     _check_defaults(where, node, ("of", "decay"), "nothing but of ensembles and averages")
     if not isinstance(node.model, str) or node.model in ("", RECORDED, ENSEMBLE, AVERAGE):
         raise InputError(f"{where}.model", node.model, "a model's name")
-    for field in ("weights", "prior", "projection"):
+    for field in ("weights", "prior"):
         value = getattr(node, field)
         if field == "weights" and value == "":
             continue  # another way to write that there are none
@@ -226,7 +226,7 @@ def checked_temperature(field: str, value: Any) -> float:
 
 def node_from_json(where: str, fields: Any) -> Node:
     """A node from JSON; options of a prior are refused where there is none, defaults or not."""
-    network = {"weights", "prior", "projection", "input", "classes", *LEARNING, *PRIOR_DEFAULTS}
+    network = {"weights", "prior", "input", "classes", *LEARNING, *PRIOR_DEFAULTS}
     for kind, options in (("outputs", ()), ("ensemble", ("of",)), ("average", ("decay",))):
         if isinstance(fields, Mapping) and fields.get(kind) is not None:
             check_fields(where, fields, required={kind}, optional={"name", *options})

@@ -20,7 +20,7 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
 
     Raises:
         InputError: a target that hears nothing and is no ensemble, a frozen node with a prior or
-            with options of learning, another one with a projection, a node of other classes that is
+            with options of learning, a node of other classes that is
             the target or hears the label, a recorded node that hears something, or stages that are
             asked of a node without.
     """
@@ -38,9 +38,6 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
                 raise InputError(f"nodes[{i}].{field}", getattr(node, field), allowed)
         if node.classes is not None:
             _check_classes(i, node, edges)
-        if i not in frozen and node.projection is not None:
-            allowed = "no projection: the node learns, readers are fitted to one that does not"
-            raise InputError(f"nodes[{i}].projection", node.projection, allowed)
         if i not in frozen and node.kind == RECORDED:
             allowed = "cutoff alone: the node is recorded, it never learns"
             raise InputError(f"gates[{i}]", [edge.gate for edge in edges[i]], allowed)

@@ -17,16 +17,14 @@ a named option:
   L1 recoding of filters and a penalty on the task's own gradient as alternatives (`recoding`);
 - a prior acts on any node of any graph, beside all its edges (`composition`).
 
-Our former reading, single kernels that were fitted through an averaging head (`aggregate`) and put
-into random surroundings, does harm; what reads a teacher's stages for it (`readers`) still serves
-to compare features.
+A former reading, single kernels that were fitted through an averaging head and put into random
+surroundings, does harm (docs/cifar10-ablation).
 
-Layers: recoding, stages, channels -> prior, pair, fitting -> matching, distribution, readers,
-files -> aggregate, regression, recast, composition.
+Layers: recoding, stages, channels -> prior, pair, fitting -> matching, distribution, files ->
+regression, recast, composition.
 """
 
 from ktg_jax.graph.node import MATCHINGS, PRIOR_KINDS, SCHEDULES
-from ktg_jax.priors.aggregate import aggregate_prior, fit_readers
 from ktg_jax.priors.channels import place_shapes, select_channels, select_start
 from ktg_jax.priors.composition import NodePrior, with_priors
 from ktg_jax.priors.distribution import distribution_distance
@@ -42,14 +40,6 @@ from ktg_jax.priors.prior import (
     prior_loss,
     recoding_loss,
     whole_prior,
-)
-from ktg_jax.priors.readers import (
-    READERS_FILE,
-    Readers,
-    load_readers,
-    projected,
-    readers_checksum,
-    save_readers,
 )
 from ktg_jax.priors.recast import recast_stages
 from ktg_jax.priors.recoding import (
@@ -73,7 +63,6 @@ __all__ = [
     "NORMALISATIONS",
     "PRIOR_FILE",
     "PRIOR_KINDS",
-    "READERS_FILE",
     "SCHEDULES",
     "FitPlan",
     "FitState",
@@ -81,33 +70,26 @@ __all__ = [
     "KernelShapes",
     "NodePrior",
     "Prior",
-    "Readers",
     "about_prior",
-    "aggregate_prior",
     "assigned",
     "attention_transfer_loss",
     "check_prior",
     "dead_zone_loss",
     "distribution_distance",
     "feature_transfer_loss",
-    "fit_readers",
     "initialised",
     "l1_recoding",
     "load_prior",
-    "load_readers",
     "match_prior",
     "normalised",
     "place_shapes",
     "prior_distance",
     "prior_loss",
-    "projected",
-    "readers_checksum",
     "recast_stages",
     "recoding_loss",
     "recoding_threshold",
     "regress_stages",
     "save_prior",
-    "save_readers",
     "select_channels",
     "select_start",
     "soft_threshold",

@@ -45,18 +45,17 @@ def save_prior(
         InputError: another suffix, or a file that cannot be written.
 
     >>> import tempfile
-    >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",), jnp.array([0.5]))
+    >>> prior = Prior((jnp.ones((3, 3, 1, 2)),), ("stage1_conv.kernel",))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_prior(f"{folder}/prior.safetensors", prior, student="cnn", num_classes=10,
     ...                image_shape=(8, 8, 1))
-    ...     load_prior(folder).accuracy.tolist(), about_prior(folder)["student"]
-    ([0.5], 'cnn')
+    ...     load_prior(folder).paths, about_prior(folder)["student"]
+    (('stage1_conv.kernel',), 'cnn')
     """
     if Path(path).suffix != ".safetensors":
         raise InputError("prior", str(path), "a file name that ends in .safetensors")
     kernels = (np.array(kernel, np.float32) for kernel in prior.kernels)
     tensors = dict(zip(prior.paths, kernels, strict=True)) | _start_tensors(prior)
-    accuracy = None if prior.accuracy is None else np.asarray(prior.accuracy, float).tolist()
     texts = {
         **(about or {}),
         "student": student,
@@ -64,7 +63,6 @@ def save_prior(
         "image_shape": json.dumps(list(image_shape)),
         "format": _FORMAT if prior.start is None else _FORMAT_WITH_START,
         "paths": json.dumps(prior.paths),
-        "accuracy": json.dumps(accuracy),
     }
     texts["checksum"] = _checksum(tensors, texts)
     write_tensors(path, "prior", tensors, texts)
@@ -89,11 +87,10 @@ def load_prior(path: str | os.PathLike[str]) -> Prior:
     """
     tensors, texts = _read(path)
     with texts_of("prior", path, "save_prior"):
-        paths, accuracy = tuple(json.loads(texts["paths"])), json.loads(texts["accuracy"])
+        paths = tuple(json.loads(texts["paths"]))
         return Prior(
             tuple(jnp.asarray(tensors[name]) for name in paths),
             paths,
-            None if accuracy is None else jnp.asarray(accuracy, jnp.float32),
             _start(tensors, paths) if texts["format"] == _FORMAT_WITH_START else None,
         )
 
@@ -140,5 +137,4 @@ def _read(path: str | os.PathLike[str]) -> tuple[FlatTree, dict[str, str]]:
 
 
 def _checksum(tensors: FlatTree, texts: Mapping[str, str]) -> str:
-    described = f"{texts.get('paths')} {texts.get('accuracy')}"
-    return str(zlib.crc32(described.encode(), digest(tensors)))
+    return str(zlib.crc32(str(texts.get("paths")).encode(), digest(tensors)))

@@ -35,8 +35,6 @@ class Prior:
             A filter of zeros says nothing of its counterpart.
         paths: the student's parameter that each kernel speaks of, such as
             `stage1_block1.conv2.kernel`. Static.
-        accuracy: float32 `[G]`, how well a head on each stage's kernel classified; None where
-            nothing was fitted.
         start: all that a student is to start from, its parameters and its model state, each by
             path; None: it has its kernels alone.
 
@@ -47,7 +45,6 @@ class Prior:
 
     kernels: tuple[jax.Array, ...]
     paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    accuracy: jax.Array | None = None
     start: tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]] | None = None
 
     @property

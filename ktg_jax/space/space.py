@@ -233,7 +233,7 @@ class SearchSpace:
         for teacher in self.teachers:
             if same_network(node, teacher):
                 return str(teacher.name)
-        for field in ("weights", "prior", "projection", "outputs"):
+        for field in ("weights", "prior", "outputs"):
             if getattr(node, field) is not None:
                 allowed = f"no {field} in the space"
                 raise InputError(f"nodes[{index}].{field}", getattr(node, field), allowed)

@@ -141,28 +141,3 @@ def test_a_prior_of_a_node_that_the_target_does_not_need_is_forgotten() -> None:
     assert graph.canonical() == Graph((PLAIN,), (("through",),)).canonical()
     pruned = Graph((WITH_PRIOR, PLAIN), independent).pruned()
     assert pruned.nodes == (WITH_PRIOR,)
-
-
-# --- projections
-
-
-def test_a_frozen_node_may_be_seen_through_a_projection() -> None:
-    teacher = Node("cnn", "teacher", weights="runs/t", projection="runs/prior")
-    graph = Graph((PLAIN, teacher), (("through", "through"), ("cutoff", "cutoff")))
-    assert Graph.from_json(graph.to_json()) == graph
-    nodes = json.loads(graph.to_json())["nodes"]
-    assert nodes[1]["projection"] == "runs/prior"
-    assert "projection" not in nodes[0]
-    without = replace(graph, nodes=(PLAIN, replace(teacher, projection=None)))
-    assert not graph.equivalent(without)
-
-
-@pytest.mark.parametrize("projection", [3, "", ["a"]])
-def test_a_projection_that_is_no_path_is_refused(projection: Any) -> None:
-    with pytest.raises(InputError, match=r"^nodes\[1\].projection: got .*a path, or null"):
-        Graph.from_json(json_of(projection=projection))
-
-
-def test_a_node_that_learns_has_no_projection() -> None:
-    with pytest.raises(InputError, match=r"^nodes\[1\].projection: got 'runs/a'; .* learns"):
-        Graph.from_json(json_of(projection="runs/a"))

@@ -23,13 +23,11 @@ from runs import (
     start,
     train,
 )
-from tiny_models import Staged
 
 import ktg_jax as ktg
 from experiments import evaluate
 from experiments import train as train_module
 from experiments.runs.workdir import Workdir
-from ktg_jax.data.sources import load_dataset
 from ktg_jax.priors import PRIOR_FILE, normalised, stage_kernels
 
 pytestmark = pytest.mark.slow
@@ -42,16 +40,12 @@ PATHS = ("stage1_conv.kernel", "stage2_conv.kernel")
 
 @pytest.fixture(scope="module")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prior that was fitted on digits, from a wider teacher that knows nothing."""
+    """A prior of random kernels."""
     folder = tmp_path_factory.mktemp("prior")
-    data = load_dataset("digits", train_limit=200).train
-    teacher = ktg.from_linen(Staged(10, (8, 12)))
-    student, key, images = ktg.build_model("staged", 10), jax.random.key(5), jnp.zeros((1, 8, 8, 1))
-    kernels, variables = stage_kernels(student.init(key, images)[0]), teacher.init(key, images)
-    prior = ktg.aggregate_prior(
-        teacher, *variables, kernels, data.images, data.labels, rng=key, steps=5, batch_size=32
-    )
-    ktg.save_prior(folder / PRIOR_FILE, prior, **DIGITS)
+    params, _ = ktg.build_model("staged", 10).init(jax.random.key(5), jnp.zeros((1, 8, 8, 1)))
+    shapes, rng = stage_kernels(params), np.random.default_rng(5)
+    kernels = tuple(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes.values())
+    ktg.save_prior(folder / PRIOR_FILE, ktg.Prior(kernels, tuple(shapes)), **DIGITS)
     return folder
 
 

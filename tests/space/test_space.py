@@ -18,7 +18,6 @@ PAPER = SearchSpace(3, "resnet32", ("resnet32", "resnet110", "wrn28_2"))
 SMALL = SearchSpace(2, "cnn", ("cnn", "resnet8"), ("through", "cutoff"))
 LINEAR = Graph((Node("cnn"), Node("cnn")), (("through", "linear"), ("through", "linear")))
 PAIR = ktg.graphs.mutual(["cnn", "cnn"])
-SEEN = ktg.graphs.distillation("cnn", Node("cnn", projection="readers"))
 SPACES = [
     SearchSpace(1, "cnn", ()),
     SearchSpace(1, "cnn", (), ("correct", "cutoff"), (1.0, 2.0)),
@@ -210,7 +209,6 @@ def test_named_methods_are_in_the_space() -> None:
             ktg.graphs.mutual(["cnn", Node("cnn", prior="p")]),
             r"nodes\[1\].prior: got 'p'; .* no pr",
         ),
-        (SEEN, r"nodes\[1\].projection: got 'readers'; allowed: no projection"),
         (PAIR.carrying({"kl": 0.5}), r"gates\[0\]\[1\]: got .*; allowed: an edge of the space"),
         (
             ktg.Graph(["cnn"] * 2, [["through"] * 2, ["cutoff", ktg.Edge(weight=2)]]),

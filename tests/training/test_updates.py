@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import tiny_models  # noqa: F401  (registers `tiny`)
-from runs import compiled_once
 
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, NodeFns
@@ -168,16 +167,3 @@ def test_an_optimiser_that_asks_for_more_is_refused(engine: str) -> None:
     state = ktg.init_state(GRAPH, NODE_FNS, optimizer, KEY, IMAGES)
     with pytest.raises(InputError, match=r"optimizer: got .*'value_fn'.*; allowed: .*loss .value"):
         step_by(engine, state, optimizer)
-
-
-@pytest.mark.slow
-def test_a_prior_is_fitted_with_an_optimiser_that_asks_for_the_loss() -> None:
-    teacher = ktg.build_model("staged", 2)
-    images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1)
-    variables = teacher.init(KEY, jnp.zeros((1, 8, 8, 1)))
-    kernels = ktg.stage_kernels(variables[0])
-    optimizer = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
-    fixed: dict[str, Any] = {"rng": KEY, "steps": 2, "batch_size": 4, "optimizer": optimizer}
-    with compiled_once():
-        prior = ktg.aggregate_prior(teacher, *variables, kernels, images, np.arange(8) % 2, **fixed)
-    chex.assert_tree_all_finite(prior.kernels)
