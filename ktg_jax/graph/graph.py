@@ -51,10 +51,10 @@ class Graph:
     Raises:
         InputError: no node or more than 100, a gate or a loss that does not exist, a matrix of the
             wrong shape, two nodes of one name, a target with only cutoff gates, a frozen node with
-            a prior or with options of learning, a recorded node that
-            hears others or is to show its stages, a node of other classes that is the target or
-            hears the label, an option of a node or of an edge that is out of range, or a
-            temperature that is not a finite number above 0.
+            a prior or with options of learning, a recorded node that hears others or is to show its
+            stages, a node of other classes that is the target or hears the label, an option of a
+            node or of an edge that is out of range, or a temperature that is not a finite number
+            above 0.
 
     >>> graph = Graph([Node("resnet32", "a"), Node("wrn28_2", "b")],
     ...               [["through", Edge("correct", weight=0.5)], ["cutoff", "cutoff"]])

@@ -145,6 +145,7 @@ def test_what_diverges_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
     text = (tmp_path / "staged" / "results.md").read_text()
     assert "Arms that diverged with their best rate and are left out: `prior` (seeds 0)." in text
     monkeypatch.setattr(ablation, "train", lambda *args: pytest.fail("it is done"))
+    ablate(tmp_path, **options)
     assert results_in(tmp_path / "staged") == results
     with pytest.raises(RunError, match=r"every arm diverged; lower --learning-rates may help$"):
         ablate(tmp_path, arms=("prior",), seeds=1)

@@ -77,6 +77,30 @@ def test_no_case_begins_when_time_is_up(tmp_path: Path) -> None:
     assert [each["why"] for each in content["left_out"]] == ["no time left"]
 
 
+def test_a_variant_that_fails_in_its_turn_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_turn, turns = device_cases.turn, 0
+
+    def failing(ready: Any, calls: int) -> float:
+        nonlocal turns
+        is_that = ready.variant.engine == "per_node"
+        turns += is_that
+        if is_that and turns == 4:  # amid the rounds
+            raise RunError("an illegal memory access")
+        return take_turn(ready, calls)
+
+    monkeypatch.setattr(device_cases, "turn", failing)
+    file = tmp_path / "device.json"
+    variants = ("--variants", "fused float32", "per_node float32")
+    assert accelerator.main(["--parts", "steps", *TINY, *variants, "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert [case["engine"] for case in content["cases"]] == ["fused"]
+    (left_out,) = content["left_out"]
+    assert left_out["what"].endswith("per_node float32")
+    assert left_out["why"] == "an illegal memory access"
+
+
 def test_torch_says_what_it_cannot_do() -> None:
     pytest.importorskip("torch", reason='needs: pip install "ktg_jax[bench]"')
     with Torch() as torch:
