@@ -23,9 +23,9 @@ from benchmarks.task import (
 )
 from ktg_jax.cpu.memory import keep_freed_memory
 from ktg_jax.models.network import NodeFns
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.placement import node_placement, place
-from ktg_jax.training.step import Metrics
 
 Batch = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Images, labels, gates and progress, as `train_step` takes them."""
@@ -139,7 +139,7 @@ def _per_node_step(
 ) -> Made:
     """Node by node, over all devices; what compiling takes is in the first step."""
     devices = jax.local_devices()
-    placement = node_placement(node_fns, state, devices, batch[0].shape[1:])
+    placement = node_placement(node_fns, state, devices, batch[0].shape[1:], len(batch[0]))
     images = {to: jax.device_put(batch[0], to) for to in placement}
 
     def step(state: ktg.GraphState, _: jax.Array, *rest: jax.Array) -> Any:

@@ -31,9 +31,9 @@ from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.errors import RunError
 from ktg_jax.training.batches import Arrays, plan_batch, steps_per_epoch, take_batch
 from ktg_jax.training.evaluation import evaluation_batch_size, make_evaluator
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics
 
 Trained = tuple[Any, Any]
 """A network's parameters and model state."""

@@ -27,7 +27,7 @@ from ktg_jax.models.weights import save_node
 from ktg_jax.training.batches import Arrays
 from ktg_jax.training.engines import choose_engine
 from ktg_jax.training.evaluation import Means, evaluation_batch_size, make_evaluator
-from ktg_jax.training.per_node import make_per_node_evaluator
+from ktg_jax.training.per_node_evaluation import make_per_node_evaluator
 from ktg_jax.training.state import GraphState
 
 from .runs import cli
@@ -216,7 +216,7 @@ def _evaluate(
     if choose_engine("auto", parallel) == "per_node":
         placement = (device,) * len(node_fns)
         return make_per_node_evaluator(node_fns, placement, size)(state, {device: data})
-    return make_evaluator(node_fns, parallel, size)(state, data)
+    return make_evaluator(node_fns, parallel, size)(state, data.spread_over(parallel))
 
 
 def _data_now(config: EvaluateConfig, workdir: Workdir) -> str:

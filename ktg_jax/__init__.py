@@ -57,12 +57,13 @@ from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 from ktg_jax.training.batches import Batches
 from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.forward import node_forward
+from ktg_jax.training.gradients import graph_gradients
 from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.optimizers import cosine_schedule, sgd, step_schedule
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.record import record_host
 from ktg_jax.training.state import GraphState, init_state
-from ktg_jax.training.step import graph_gradients, train_step
+from ktg_jax.training.step import train_step
 from ktg_jax.training.updates import node_update
 from ktg_jax.transfer import edge_losses, graph_loss, node_losses
 

@@ -20,7 +20,8 @@ from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import Task, fused_step
+from ktg_jax.training.engines import fused_step
+from ktg_jax.training.task import Task
 
 RNG = np.random.default_rng(0)
 LOSSES = [ktg.attention_transfer_loss, ktg.feature_transfer_loss]

@@ -15,17 +15,11 @@ from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError
 from ktg_jax.training import optimizers
 from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
-from ktg_jax.training.engines import (
-    Engine,
-    FusedEngine,
-    PerNodeEngine,
-    Step,
-    Task,
-    choose_engine,
-)
+from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
 from ktg_jax.training.evaluation import Means
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.state import GraphState, with_averages
+from ktg_jax.training.task import Engine, Step, Task
 from ktg_jax.training.warm_start import with_weights
 
 from .config import TrainConfig
@@ -191,7 +185,8 @@ def _task(
         for node in graph.nodes
     ]
     batches = batches_of(config, dataset)
-    return Task(node_fns, of_nodes, batches, dataset.image_shape, steps, graph.derived)
+    shape, how = dataset.image_shape, (config.accumulate, config.remat)
+    return Task(node_fns, of_nodes, batches, shape, steps, graph.derived, *how)
 
 
 def _initial_state(
@@ -208,9 +203,9 @@ def _initial_state(
 
 
 def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:
-    name = choose_engine(config.engine, parallel, config.steps_per_call)
+    name = choose_engine(config.engine, parallel, config.steps_per_call, config.placement)
     if name == "per_node":
-        return PerNodeEngine(task, state, parallel.devices)
+        return PerNodeEngine(task, state, parallel.devices, config.placement or "nodes")
     return FusedEngine(task, parallel, batched=name == "batched")
 
 

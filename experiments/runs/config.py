@@ -84,8 +84,22 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     data_seed: int | None = None
     """Seed of data order and augmentation alone, by which a recording is told; else --seed."""
 
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How all local devices are used: jit over a mesh, or pmap."""
+    parallel: Literal["jit", "shard_map", "pmap"] = "jit"
+    """How a batch is split over devices: by the compiler (jit), or each device runs the step on its
+    share (shard_map, pmap)."""
+    placement: Literal["data", "nodes", "nodes+data"] | None = None
+    """data: the batch is split over all devices; nodes: each node is on one device, by its cost,
+    and only outputs travel; nodes+data: on a group of devices, over which its batch is split; else
+    nodes with the engine per_node, data with the others. The same training to rounding."""
+    batch_stats: Literal["global", "device"] = "global"
+    """Statistics of normalisation over the whole batch, or of each device's share (with shard_map
+    or pmap)."""
+    accumulate: int = 1
+    """Compute each batch in so many equal parts, one after another, for an update by all of them:
+    less memory; normalisation sees a part."""
+    remat: bool = False
+    """Compute what blocks of networks hold once more in the backward pass: less memory, more
+    time."""
 
     engine: Literal["auto", "fused", "batched", "per_node"] = "auto"
     """fused: one compiled step for the whole graph; batched: the same, its learning nodes of one
@@ -113,7 +127,7 @@ def check(config: TrainConfig) -> None:
     at_least(config, 0, "data_seed", most=MOST_SEED)
     if not 0 <= config.label_smoothing < 1:
         raise InputError("label_smoothing", config.label_smoothing, "at least 0 and below 1")
-    at_least(config, 1, "steps_per_call")
+    at_least(config, 1, "steps_per_call", "accumulate")
     at_least(config, 1, "cpu_devices", most=MOST_CPU_DEVICES)
 
 
@@ -122,11 +136,12 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     fields = without_unused(dataclasses.asdict(config))
     in_graph = ("models", "weights", "inputs", "temperature", "label_smoothing", "prune")
     # These change nothing, or the rounding of sums alone.
-    how = ("engine", "steps_per_call", "cpu_devices", "compile_cache")
+    how = ("engine", "placement", "remat", "steps_per_call", "cpu_devices", "compile_cache")
     for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):
         del fields[field]
-    if config.data_seed is None:
-        del fields["data_seed"]
+    for field, usual in (("data_seed", None), ("accumulate", 1), ("batch_stats", "global")):
+        if fields[field] == usual:
+            del fields[field]
     fields["graph"] = json.loads(graph.to_json())
     return json.loads(json.dumps(fields))
 

@@ -12,10 +12,10 @@ from ktg_jax.data.dataset import Dataset
 from ktg_jax.inputs import Input
 from ktg_jax.named_losses import named_loss
 from ktg_jax.recording import Header, Recording, RecordingWriter
-from ktg_jax.training.engines import Task
 from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.record import Network, record_batches
 from ktg_jax.training.state import GraphState
+from ktg_jax.training.task import Task
 
 from .config import TrainConfig
 from .locks import turn

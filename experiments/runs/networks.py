@@ -30,7 +30,7 @@ from .recordings import recordings_of
 
 def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> ktg.Parallel:
     """How the devices (default: all of this process's) are used."""
-    return ktg.Parallel(config.parallel, devices or jax.local_devices())
+    return ktg.Parallel(config.parallel, devices or jax.local_devices(), config.batch_stats)
 
 
 def node_functions(
@@ -207,7 +207,7 @@ def _build(
     wanted: Input | None,
 ) -> ktg.NodeFns:
     dtype = jnp.bfloat16 if config.mixed_precision else jnp.float32
-    axis_name = parallel.axis_name
+    axis_name = parallel.statistics_axis
     fns = ktg.build_model(model, num_classes, dtype=dtype, axis_name=axis_name)
     return fns if wanted is None else with_input(fns, wanted)
 

@@ -10,7 +10,7 @@ import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.training.evaluation import evaluation_batch_size
 from ktg_jax.training.loop import train_epochs
-from ktg_jax.training.per_node import make_per_node_evaluator
+from ktg_jax.training.per_node_evaluation import make_per_node_evaluator
 from ktg_jax.training.state import GraphState
 
 from ..runs.assemble import Run, assemble

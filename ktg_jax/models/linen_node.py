@@ -9,12 +9,20 @@ import flax.linen as nn
 import jax
 from flax import errors
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from ktg_jax.errors import InputError
 from ktg_jax.models import streams
 from ktg_jax.models.fed import Passages, fed, without_stages
 from ktg_jax.models.modes import Call, Mode, known_flags, said_flags, unknown_mode
-from ktg_jax.models.network import NodeFns, PyTree, check_found, checked_stages, stage_number
+from ktg_jax.models.network import (
+    BLOCK,
+    NodeFns,
+    PyTree,
+    check_found,
+    checked_stages,
+    stage_number,
+)
 from ktg_jax.models.streams import STREAM
 from ktg_jax.outputs import Outputs
 
@@ -173,6 +181,13 @@ class _LinenNode:
             return self._stages.index(".".join(submodule.path)) if is_one else None
         return stage_number(submodule.path[-1:]) if _is_stage(submodule, method) else None
 
+    def _name_blocks(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Calls a module's method; what the submodules of stages put out is named `BLOCK`."""
+        made = call(*args, **kwargs)
+        if self._stage_of(context.module, context.method_name) is None:
+            return made
+        return jax.tree.map(lambda x: checkpoint_name(x, BLOCK), made)
+
     def _run(
         self, params: PyTree, model_state: PyTree, images: jax.Array, train: bool, **capture: Any
     ) -> tuple[Any, Any]:
@@ -180,14 +195,15 @@ class _LinenNode:
         module, arguments = self._told[bool(train)]
         collections = streams.without_stream(model_state)
         stream = model_state.get(STREAM) if train else None
-        output, mutated = module.apply(
-            {"params": params, **collections},
-            images,
-            **arguments,
-            **capture,
-            mutable=[*(collections if train else ()), *(("intermediates",) if capture else ())],
-            rngs=stream and streams.keys_of(stream, self._rngs, self._axis_name),
-        )
+        with nn.intercept_methods(self._name_blocks):
+            output, mutated = module.apply(
+                {"params": params, **collections},
+                images,
+                **arguments,
+                **capture,
+                mutable=[*(collections if train else ()), *(("intermediates",) if capture else ())],
+                rngs=stream and streams.keys_of(stream, self._rngs, self._axis_name),
+            )
         after = {STREAM: streams.advanced(stream)} if stream else {}
         return output, {**mutated, **after} if train or capture else model_state
 

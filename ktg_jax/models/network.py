@@ -12,6 +12,10 @@ from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
 
 PyTree = Any
+BLOCK = "block"
+"""What networks name the outputs of their blocks, with `jax.ad_checkpoint.checkpoint_name`: all
+that is kept for the backward pass where the rest is computed once more."""
+
 StagedOutputs: TypeAlias = Outputs | tuple[jax.Array, tuple[jax.Array, ...]]
 """Logits, and the output of each stage; a plain pair serves as well."""
 

@@ -4,7 +4,8 @@ All randomness comes from `(key, step)`: the position in the data is just the st
 depends neither on the number of nodes nor on the number of devices.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ from ktg_jax.errors import InputError
 from ktg_jax.mixed import Mixed
 from ktg_jax.models.pixels import to_float
 from ktg_jax.training.mixing import Mix, blended, mixed_labels, plan_mix
+from ktg_jax.training.parallel import Parallel
+
+FindRows: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""Finds rows of an array by their positions."""
 
 
 class Arrays(NamedTuple):
@@ -20,6 +25,11 @@ class Arrays(NamedTuple):
 
     images: Any
     labels: Any
+
+    def spread_over(self, parallel: Parallel) -> "Arrays":
+        """The labels on every device, and of the images a part on each, where it has parts."""
+        labels = parallel.replicate(jnp.asarray(self.labels))
+        return Arrays(parallel.spread(self.images), labels)
 
 
 class BatchPlan(NamedTuple):
@@ -168,7 +178,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def take_batch(
-    images: jax.Array, labels: jax.Array, plan: BatchPlan
+    images: jax.Array, labels: jax.Array, plan: BatchPlan, rows: FindRows | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Takes a planned batch from the data and augments it.
 
@@ -179,14 +189,16 @@ def take_batch(
         images: uint8 `[n, H, W, C]`.
         labels: int `[n]`.
         plan: from `plan_batch`, or a share of it.
+        rows: finds images by their positions where they are spread over devices
+            (`Parallel.rows`); None: they are all here.
 
     Returns:
         float32 `[B, H, W, C]` in [0, 1], and int `[B]`; of mixed images the label of what has more
         of each: `labels_of` has the other.
     """
-    batch = _views(images, plan)
+    batch = _views(images, plan, rows)
     if plan.mix is not None:
-        batch = blended(batch, _views(images, plan.mix), plan.mix)
+        batch = blended(batch, _views(images, plan.mix, rows), plan.mix)
     return batch, labels_of(images, labels, plan)[0]
 
 
@@ -203,14 +215,17 @@ def labels_of(
     return mixed_labels(labels, plan.image_index, plan.mix, size)
 
 
-def _views(images: jax.Array, plan: BatchPlan | Mix) -> jax.Array:
+def _views(images: jax.Array, plan: BatchPlan | Mix, find: FindRows | None) -> jax.Array:
     """Each image as it is augmented by itself."""
     height, width = images.shape[1:3]
+    index = plan.image_index
+    if find is not None:
+        images, index = find(images, index), jnp.arange(len(index))
     rows, columns = (jnp.arange(size, dtype=jnp.int32)[None] for size in (height, width))
     rows = _reflect(rows + plan.offset[:, :1], height)
     columns = jnp.where(plan.flip[:, None], columns[:, ::-1], columns)
     columns = _reflect(columns + plan.offset[:, 1:], width)
-    batch = images[plan.image_index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     return to_float(batch)
 
 

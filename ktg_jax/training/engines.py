@@ -7,8 +7,7 @@ for each model. All give the same updates to float rounding.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,111 +15,52 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
-from ktg_jax.graph.derived import PLAIN, Derived
-from ktg_jax.models.network import NodeFns
-from ktg_jax.training.batches import Arrays, Batches, labels_of, steps_per_epoch, take_batch
+from ktg_jax.training.batches import Arrays, Batches, labels_of, take_batch
 from ktg_jax.training.evaluation import (
-    Means,
     evaluation_batch_size,
     make_evaluator,
 )
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.parallel import Parallel
-from ktg_jax.training.per_node import make_per_node_evaluator, per_node_step
-from ktg_jax.training.placement import node_placement, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_evaluation import make_per_node_evaluator, spread_over
+from ktg_jax.training.placement import PLACEMENTS, Place, devices_of, node_placement, place, whole
 from ktg_jax.training.recorded import Feed, Recordings, Rows, taken
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics, train_step
-from ktg_jax.training.updates import Optimizers
-
-ENGINES = ("fused", "batched", "per_node")
-
-Step = Callable[[GraphState, int], tuple[GraphState, Metrics]]
-"""`step(state, count)`: so many updates, with metrics stacked along a first axis where there are
-several; consumes the state."""
+from ktg_jax.training.step import train_step
+from ktg_jax.training.task import ENGINES, Step, Task
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is trained: all that stays as it is while a run trains.
-
-    Attributes:
-        node_fns: one a node; equal ones share what is compiled.
-        optimizer: as given to `init_state`: one for all, or one a node.
-        batches: how they are made.
-        image_shape: `(H, W, C)`.
-        total_steps: k_end of the gates' progress.
-        derived: `Graph.derived`, the nodes that are ensembles or averages of others.
-
-    Raises:
-        InputError: a batch larger than the data.
-    """
-
-    node_fns: Sequence[NodeFns]
-    optimizer: Optimizers
-    batches: Batches
-    image_shape: Sequence[int]
-    total_steps: int
-    derived: Derived = PLAIN
-
-    def __post_init__(self) -> None:
-        steps_per_epoch(self.batches.num_images, self.batches.batch_size)
-
-
-class Engine(Protocol):
-    """Runs a training.
-
-    Attributes:
-        name: one of `ENGINES`.
-        summary: the devices, in a few words.
-    """
-
-    name: str
-    summary: str
-
-    def place(self, state: GraphState) -> GraphState:
-        """Puts a state, or a copy of it, where the engine wants it."""
-
-    def load(self, arrays: Arrays) -> Any:
-        """Puts images and labels where the engine wants them."""
-
-    def make_step(
-        self,
-        data: Any,
-        edges: ArrayLike | EdgeArrays,
-        key: jax.Array,
-        priors: Priors | None = None,
-        recordings: Recordings | None = None,
-    ) -> Step:
-        """The step of a training.
-
-        Args:
-            data: what `load` returned.
-            edges: `Graph.edge_arrays`, or gates as for `train_step`.
-            key: a random key: what `plan_batch` draws batches by.
-            priors: as for `train_step`.
-            recordings: what the recorded nodes put out, by their indices.
-        """
-
-    def evaluate(self, state: GraphState, data: Any) -> Means:
-        """Every node's and the ensemble's means over data of `load`."""
-
-
-def choose_engine(name: str, parallel: Parallel, steps_per_call: int = 1) -> str:
+def choose_engine(
+    name: str, parallel: Parallel, steps_per_call: int = 1, placement: str | None = None
+) -> str:
     """The engine that `auto` stands for; other names as they are.
 
     On CPUs it is `per_node`, where nothing is gained by compiling a graph whole; on accelerators
-    `fused`, whose one program keeps a device busy.
+    `fused`, whose one program keeps a device busy. Nodes in places of their own need `per_node`.
+
+    Args:
+        name: `auto`, or one of `ENGINES`.
+        parallel: devices and strategy.
+        steps_per_call: updates in one call.
+        placement: one of `PLACEMENTS`; None: whatever the engine does.
 
     Raises:
-        InputError: no such engine, or one that cannot do what is asked.
+        InputError: no such engine or placement, or one that cannot do what is asked.
     """
+    if placement is not None and placement not in PLACEMENTS:
+        raise InputError("placement", placement, ", ".join(PLACEMENTS))
+    if name == "auto" and placement in ("nodes", "nodes+data"):
+        name = "per_node"
     if name == "auto":
         on_cpu = parallel.devices[0].platform == "cpu"
         plain = parallel.strategy == "jit" and steps_per_call == 1
         return "per_node" if on_cpu and plain else "fused"
     if name not in ENGINES:
         raise InputError("engine", name, f"auto, {', '.join(ENGINES)}")
+    if name != "per_node" and placement in ("nodes", "nodes+data"):
+        raise InputError("placement", placement, f"data with the engine {name}")
     if name == "per_node" and parallel.strategy != "jit":
         raise InputError("parallel", parallel.strategy, "jit with the engine per_node")
     if name == "per_node" and steps_per_call != 1:
@@ -146,7 +86,8 @@ def fused_step(
     Raises:
         InputError: a batch that is not divisible by the number of devices.
     """
-    parallel.check_batch_size(task.batches.batch_size)
+    parallel.check_batch_size(task.batches.batch_size, task.accumulate)
+    find = parallel.rows if parallel.spreads_data else None
 
     def step(
         state: GraphState,
@@ -161,21 +102,20 @@ def fused_step(
         recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
         return train_step(
             state,
-            *take_batch(data.images, data.labels, plan),
+            *take_batch(data.images, data.labels, plan, find),
             edges,
             (state.step + 1) / task.total_steps,
-            node_fns=task.node_fns,
-            optimizer=task.optimizer,
             axis_name=parallel.axis_name,
             priors=priors,
             recorded=recorded,
-            derived=task.derived,
             mixed=labels_of(data.images, data.labels, plan)[1],
             batched=batched,
+            **task.options,
         )
 
+    are_spread = [Arrays(images=parallel.spreads_data, labels=False)]
     if steps_per_call == 1:
-        return parallel.compile(step)
+        return parallel.compile(step, are_spread)
 
     def steps(
         state: GraphState,
@@ -196,7 +136,7 @@ def fused_step(
             unroll=unroll,
         )
 
-    return parallel.compile(steps)
+    return parallel.compile(steps, are_spread)
 
 
 class FusedEngine:
@@ -228,8 +168,8 @@ class FusedEngine:
         return self._parallel.replicate(state)
 
     def load(self, arrays: Arrays) -> Arrays:
-        """A copy of the data on every device."""
-        return self._parallel.replicate(Arrays(*map(jnp.asarray, arrays)))
+        """The labels on every device, and of the images a part on each."""
+        return arrays.spread_over(self._parallel)
 
     def make_step(
         self,
@@ -253,37 +193,54 @@ class FusedEngine:
 
 
 class PerNodeEngine:
-    """Each node on one device, balanced by cost; only what nodes put out travels.
+    """Each node in a place of its own, balanced by cost; only what nodes put out travels.
 
     Args:
         task: what is trained.
         state: from `init_state`; its frozen nodes and shapes count, not its values.
         devices: over which the nodes are spread.
+        placement: one of `PLACEMENTS`: each node on one device (`nodes`), on a group of them, over
+            which its batch is split (`nodes+data`), or on all of them (`data`).
+
+    Raises:
+        InputError: a batch that is not divisible by the number of devices, with `data`.
     """
 
     name: str = "per_node"
 
-    def __init__(self, task: Task, state: GraphState, devices: Sequence[jax.Device]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        state: GraphState,
+        devices: Sequence[jax.Device],
+        placement: str = "nodes",
+    ) -> None:
         self._task = task
-        self._placement = node_placement(task.node_fns, state, devices, task.image_shape)
+        share = task.batches.batch_size // task.accumulate
+        if placement == "data":
+            Parallel("jit", devices).check_batch_size(task.batches.batch_size, task.accumulate)
+        shape = task.image_shape
+        self._placement = node_placement(task.node_fns, state, devices, shape, share, placement)
         self._used = tuple(dict.fromkeys(self._placement))
         size = evaluation_batch_size(task.image_shape, devices[0].platform)
         self.evaluate = make_per_node_evaluator(
             task.node_fns, self._placement, size, task.derived.ensembles
         )
-        self.summary = f"{_devices(self._used)} (node by node)"
+        used = dict.fromkeys(device for to in self._used for device in devices_of(to))
+        how = "" if placement == "nodes" else f", {placement}"
+        self.summary = f"{_devices(tuple(used))} (node by node{how})"
 
     def place(self, state: GraphState) -> GraphState:
-        """Every node on its device."""
+        """Every node in its place."""
         return place(state, self._placement)
 
-    def load(self, arrays: Arrays) -> dict[jax.Device, Arrays]:
-        """A copy of the data on each device that has nodes."""
-        return {to: jax.device_put(Arrays(*map(jnp.asarray, arrays)), to) for to in self._used}
+    def load(self, arrays: Arrays) -> dict[Place, Arrays]:
+        """A copy of the data in each place that has nodes, its images split over the devices."""
+        return {to: _loaded(arrays, to) for to in self._used}
 
     def make_step(
         self,
-        data: dict[jax.Device, Arrays],
+        data: dict[Place, Arrays],
         edges: ArrayLike | EdgeArrays,
         key: jax.Array,
         priors: Priors | None = None,
@@ -292,15 +249,15 @@ class PerNodeEngine:
         """The step of a training: see `Engine`. It makes one update a call."""
         task, placement = self._task, self._placement
         home = placement[0]
-        keys = {to: jax.device_put(key, to) for to in self._used}
-        edges = jax.device_put(jax.tree.map(jnp.asarray, edges), home)
+        keys = {to: jax.device_put(key, whole(to)) for to in self._used}
+        edges = jax.device_put(jax.tree.map(jnp.asarray, edges), whole(home))
         if priors is not None:
-            priors = [jax.device_put(p, to) for p, to in zip(priors, placement, strict=True)]
-        feed = Feed(recordings, lambda tree: jax.device_put(tree, home))
+            priors = [jax.device_put(p, whole(to)) for p, to in zip(priors, placement, strict=True)]
+        feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)))
 
-        def batch(state: GraphState, to: jax.Device) -> tuple[Any, ...]:
-            given = data[to], keys[to], jax.device_put(state.step, to), task.total_steps
-            return _make_batch(*given, batches=task.batches)
+        def batch(state: GraphState, to: Place) -> tuple[Any, ...]:
+            given = data[to], keys[to], jax.device_put(state.step, whole(to)), task.total_steps
+            return _make_batch(*given, batches=task.batches, spread=spread_over(to))
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
@@ -313,13 +270,11 @@ class PerNodeEngine:
                 labels,
                 edges,
                 progress,
-                node_fns=task.node_fns,
-                optimizer=task.optimizer,
                 placement=placement,
                 priors=priors,
                 recorded=_taken(feed.tables, image_index) | rows,
-                derived=task.derived,
                 mixed=mixed,
+                **task.options,
             )
             feed.after(state, 1, updated)
             return updated, metrics
@@ -327,13 +282,29 @@ class PerNodeEngine:
         return step
 
 
-@functools.partial(jax.jit, static_argnames="batches")
+def _loaded(arrays: Arrays, to: Place) -> Arrays:
+    """The data in a place."""
+    spread = spread_over(to)
+    if spread is None:
+        return jax.device_put(Arrays(*map(jnp.asarray, arrays)), to)
+    return arrays.spread_over(spread)
+
+
+@functools.partial(jax.jit, static_argnames=("batches", "spread"))
 def _make_batch(
-    data: Arrays, key: jax.Array, step: jax.Array, total_steps: int, *, batches: Batches
+    data: Arrays,
+    key: jax.Array,
+    step: jax.Array,
+    total_steps: int,
+    *,
+    batches: Batches,
+    spread: Parallel | None,
 ) -> tuple[Any, ...]:
     """Images and labels of the next step, the gates' progress, the images' positions, the mix."""
     plan = batches.plan(key, step)
-    images, labels = take_batch(*data, plan)
+    if spread is not None:
+        plan = spread.shard(plan)
+    images, labels = take_batch(*data, plan, None if spread is None else spread.rows)
     mixed = labels_of(*data, plan)[1]
     return images, labels, (step + 1) / total_steps, plan.image_index, mixed
 

@@ -18,13 +18,13 @@ from ktg_jax.losses import checked_labels, cross_entropy, is_correct
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.pixels import to_float
 from ktg_jax.models.returned import check_for_labels, errors_of
-from ktg_jax.training.batches import Arrays
+from ktg_jax.training.batches import Arrays, FindRows
 from ktg_jax.training.derived import with_ensembles
 from ktg_jax.training.forward import node_forward
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import absent
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics
 
 Means = dict[str, np.ndarray]
 """Float64 on the host: `loss` `[N]`, `accuracy` `[N]`, and of the summed logits `ensemble_loss` and
@@ -157,7 +157,7 @@ def make_evaluator(
 
     Args:
         node_fns: one a node.
-        parallel: whose devices are used.
+        parallel: whose devices are used; data are to be spread over them (`Arrays.spread_over`).
         batch_size: rounded up to a multiple of the number of devices.
         ensembles: those among the nodes.
 
@@ -171,7 +171,7 @@ def make_evaluator(
     @jax.jit
     def evaluate_batch(state: GraphState, data: Arrays, start: jax.Array) -> Metrics:
         position = mesh.shard(start + jnp.arange(batch_size))
-        batch = evaluation_batch(data, position)
+        batch = evaluation_batch(data, position, mesh.rows if parallel.spreads_data else None)
         return eval_step(state, *batch, node_fns=node_fns, ensembles=ensembles)
 
     def evaluate(state: GraphState, data: Arrays) -> Means:
@@ -181,8 +181,15 @@ def make_evaluator(
     return evaluate
 
 
-def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def evaluation_batch(
+    data: Arrays, position: jax.Array, rows: FindRows | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
+
+    Args:
+        data: images, and labels of these alone.
+        position: int `[B]`.
+        rows: as for `take_batch`.
 
     >>> data = Arrays(jnp.zeros((3, 1, 1, 1), jnp.uint8), jnp.array([5, 6, 7]))
     >>> _, labels, mask = evaluation_batch(data, jnp.array([2, 3]))
@@ -190,7 +197,8 @@ def evaluation_batch(data: Arrays, position: jax.Array) -> tuple[jax.Array, jax.
     ([7, 7], [True, False])
     """
     index = jnp.minimum(position, len(data.labels) - 1)
-    return to_float(data.images[index]), data.labels[index], position < len(data.labels)
+    images = data.images[index] if rows is None else rows(data.images, index)
+    return to_float(images), data.labels[index], position < len(data.labels)
 
 
 def means_of(batches: Sequence[Metrics]) -> Means:

@@ -1,5 +1,6 @@
 """Forward passes of a graph's nodes in training, and how gradients get back through them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,14 @@ from jax.typing import ArrayLike
 
 from ktg_jax.connectors import without_connectors
 from ktg_jax.errors import InputError
-from ktg_jax.models.network import NodeFns, PyTree
+from ktg_jax.models.network import BLOCK, NodeFns, PyTree
 from ktg_jax.models.pixels import check_floats
 from ktg_jax.models.returned import check_for_labels, check_logits, check_pair, errors_of
 from ktg_jax.outputs import Outputs
 from ktg_jax.training.state import GraphState
+
+_KEPT = jax.checkpoint_policies.save_only_these_names(BLOCK)
+"""What a backward pass finds where the rest is computed once more."""
 
 
 def node_forward(
@@ -24,6 +28,7 @@ def node_forward(
     fns: NodeFns,
     frozen: bool = False,
     with_stages: bool = False,
+    remat: bool = False,
 ) -> tuple[jax.Array | Outputs, PyTree]:
     """A node's forward pass in training.
 
@@ -35,6 +40,7 @@ def node_forward(
         fns: the node's functions.
         frozen: run with the stored statistics and change nothing.
         with_stages: return the stages' outputs, too.
+        remat: as in `StepOptions`.
 
     Returns:
         The logits, float `[B, classes]`, and the new model state. With stages, the node's
@@ -56,6 +62,8 @@ def node_forward(
     if with_stages and fns.stages is None:
         raise InputError("stages", None, "a network that names its stages (NodeFns.stages)")
     forward = fns.stages if with_stages and fns.stages is not None else fns.apply
+    if remat and not frozen:
+        forward = jax.checkpoint(forward, static_argnums=3, policy=_KEPT)
     made = forward(params, model_state, images, not frozen)
     check_pair(made, "stages" if with_stages else "apply", "what it puts out and the model state")
     output: Any
@@ -92,6 +100,7 @@ def graph_forward(
     given: Mapping[int, Any],
     with_stages: bool,
     batched: bool,
+    remat: bool = False,
 ) -> Forward:
     """The forward passes of all nodes.
 
@@ -103,6 +112,7 @@ def graph_forward(
         given: what nodes put out of which no forward pass is made, by their indices.
         with_stages: whether the outputs are `Outputs`.
         batched: whether learning nodes of equal functions make one pass together.
+        remat: as in `StepOptions`.
 
     Raises:
         InputError: as `node_forward`.
@@ -135,8 +145,9 @@ def graph_forward(
                 [without_connectors(state.params[i])[0] for i in members],
                 [state.model_state[i] for i in members],
                 images,
-                node_fns[first],
-                with_stages,
+                functools.partial(
+                    node_forward, fns=node_fns[first], with_stages=with_stages, remat=remat
+                ),
             )
             for i, output, new_state in zip(members, passed, states, strict=True):
                 check_for_labels(output.logits if with_stages else output, labels)
@@ -158,13 +169,12 @@ def _learning(
     params: Sequence[PyTree],
     model_state: Sequence[PyTree],
     images: jax.Array,
-    fns: NodeFns,
-    with_stages: bool,
+    forward_of: Callable[..., tuple[Any, PyTree]],
 ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Sequence[PyTree]], Sequence[PyTree]]:
     """Of one or more learning nodes of the same network: outputs, their pullback, new states."""
 
     def forward(params: PyTree, model_state: PyTree) -> tuple[Any, PyTree]:
-        return node_forward(params, model_state, images, fns=fns, with_stages=with_stages)
+        return forward_of(params, model_state, images)
 
     if len(params) == 1:
         output, pull, new_state = jax.vjp(

@@ -10,8 +10,8 @@ import numpy as np
 
 from ktg_jax.errors import DivergedError
 from ktg_jax.training.evaluation import Means
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import Metrics
 
 Record = dict[str, Any]
 

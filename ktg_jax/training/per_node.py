@@ -2,45 +2,43 @@
 
 Nodes meet only in what they put out: logits, and stage outputs where edges compare them. So a
 node's forward pass (with its pullback), the losses of the graph, and a node's update are compiled
-apart, once for each distinct model: any graph over models that are already compiled, with any gates
-and any frozen nodes, starts at once. Every node lives on one device, and only what nodes put out
-travels between devices. `train_step` is the reference: both give the same update to float rounding.
+apart, once for each distinct model (`ktg_jax.training.programs`): any graph over models that are
+already compiled, with any gates and any frozen nodes, starts at once. Every node lives in one
+place, a device or a group of them, and only what nodes put out travels between places.
+`train_step` is the reference: both give the same update to float rounding.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from ktg_jax.connectors import with_connectors, without_connectors
+from ktg_jax.connectors import without_connectors
 from ktg_jax.cpu.convolution import cpu_convolution
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
-from ktg_jax.graph.derived import Ensemble
-from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
+from ktg_jax.models.network import PyTree
 from ktg_jax.models.returned import check_for_labels, errors_of
-from ktg_jax.training.batches import Arrays
-from ktg_jax.training.derived import moved, with_ensembles
-from ktg_jax.training.evaluation import Means, eval_sums, evaluation_batch, means_of
-from ktg_jax.training.forward import node_forward
-from ktg_jax.training.node_terms import NodeTerm, checked_priors, distance_metrics
-from ktg_jax.training.placement import Placement
+from ktg_jax.training import programs
+from ktg_jax.training.accumulate import (
+    check_parts,
+    weights_of_parts,
+)
+from ktg_jax.training.node_terms import checked_priors
+from ktg_jax.training.placement import Place, Placement, split, whole
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import (
     Metrics,
     StepOptions,
     checked_recorded,
-    graph_gradients,
 )
-from ktg_jax.training.updates import check_states, node_update
+from ktg_jax.training.updates import check_states
 
 
 def per_node_step(
     state: GraphState,
-    images: Mapping[jax.Device, jax.Array],
+    images: Mapping[Place, jax.Array],
     labels: jax.Array,
     gates: ArrayLike | EdgeArrays,
     progress: ArrayLike,
@@ -52,17 +50,18 @@ def per_node_step(
 
     Args:
         state: as `place` returns it; its optimiser states are consumed.
-        images: float `[B, H, W, C]`, as for `node_forward`, on each device that has nodes.
-        labels: int `[B]`, on the first node's device.
+        images: float `[B, H, W, C]`, as for `node_forward`, in each place that has nodes, and split
+            over its devices.
+        labels: int `[B]`, in the first node's place, likewise.
         gates: as for `train_step`.
         progress: scalar in (0, 1].
-        placement: the device of each node.
+        placement: the place of each node.
         **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
-            are best already on their nodes' devices; `where`, `recorded` and `mixed` are to be on
+            are best already in their nodes' places; `where`, `recorded` and `mixed` are to be in
             the first node's.
 
     Returns:
-        The new state, and the metrics of `train_step` on the first node's device.
+        The new state, and the metrics of `train_step` in the first node's place.
 
     Raises:
         InputError: as `train_step`.
@@ -81,65 +80,138 @@ def per_node_step(
     >>> int(state.step)
     1
     """
-    home = placement[0]
     how = StepOptions(**options)
     optimizers = how.optimizers
     priors = checked_priors(how.priors, state)
     check_states(state.opt_state, state.params, optimizers)
     edges = edge_arrays(gates, how.temperature)
-    with_stages = edges.needs_stages
-    recorded = checked_recorded(how, state, labels, with_stages)
-    outputs, pullbacks, model_state = _forwards(
-        state, images, labels, how, recorded, placement, with_stages
-    )
-    if how.ensembles:
-        outputs = _with_ensembles(outputs, how.derived.ensembles)
-    connectors = [without_connectors(each)[1] for each in state.params]
-    (output_gradients, connector_gradients), metrics, losses = _graph_gradients(
-        outputs,
-        labels,
-        edges,
-        progress,
-        where=how.where,
-        connectors=jax.device_put(connectors, home),
-        mixed=how.mixed,
-    )
-
+    recorded = checked_recorded(how, state, labels, edges.needs_stages)
+    batch = _Batch(images, labels, recorded, how.where, how.mixed)
+    if how.accumulate == 1:
+        made = _passes(state, batch, edges, progress, how, placement)
+    else:
+        made = _passes_in_parts(state, batch, edges, progress, how, placement)
     params, opt_state = list(state.params), list(state.opt_state)
+    model_state, metrics = list(made.model_state), made.metrics
     distances: list[jax.Array | None] = [None] * len(priors)
-    for i, (pullback, prior, device) in enumerate(zip(pullbacks, priors, placement, strict=True)):
+    for i, (pullback, prior, place) in enumerate(
+        zip(made.pullbacks, priors, placement, strict=True)
+    ):
         if pullback is None:
             continue
-        gradient, loss = jax.device_put(
-            ((output_gradients[i], connector_gradients[i]), losses[i]), device
-        )
-        update = pullback, gradient, params[i], opt_state[i], loss
+        loss = jax.device_put(made.losses[i], whole(place))
+        update = pullback, made.gradients[i], params[i], opt_state[i], loss
         if prior is None:
-            params[i], opt_state[i] = _backward_and_update(optimizers[i])(*update)
+            params[i], opt_state[i] = programs.backward_and_update(optimizers[i])(*update)
         else:
-            extra = jax.device_put((prior, progress), device)
-            params[i], opt_state[i], distance = _backward_with_prior(optimizers[i])(*update, *extra)
-            distances[i] = jax.device_put(distance, home)
+            extra = jax.device_put((prior, progress), whole(place))
+            backward = programs.backward_with_prior(optimizers[i])
+            params[i], opt_state[i], distance = backward(*update, *extra)
+            distances[i] = jax.device_put(distance, whole(placement[0]))
     for average in how.derived.averages:
         i, source = average.node, average.source
-        new = jax.device_put((params[source], model_state[source]), placement[i])
-        params[i], model_state[i] = _moved((params[i], model_state[i]), new, average.decay)
+        new = jax.device_put((params[source], model_state[source]), whole(placement[i]))
+        params[i], model_state[i] = programs.move((params[i], model_state[i]), new, average.decay)
     if any(distance is not None for distance in distances):
-        metrics |= _distance_metrics(distances)
-    new_step = _next(state.step)
+        metrics |= programs.distances_of(distances)
+    new_step = programs.next_step(state.step)
     return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
 
 
-def _forwards(
+class _Batch(NamedTuple):
+    """A batch, or a part of it; the fields are arguments of `per_node_step`."""
+
+    images: Mapping[Place, jax.Array]
+    labels: jax.Array
+    recorded: dict[int, Any]
+    where: ArrayLike | None
+    mixed: Any
+
+
+class _Passes(NamedTuple):
+    """What the passes of all nodes made.
+
+    Of each node the pullback, which makes its parameters' gradients of those of what it puts out
+    and of its connectors (None: it does not learn), these gradients, its model state and its loss;
+    and the metrics.
+    """
+
+    pullbacks: Sequence[Any]
+    gradients: Sequence[Any]
+    model_state: Sequence[PyTree]
+    losses: Sequence[jax.Array]
+    metrics: Metrics
+
+
+def _passes(
     state: GraphState,
-    images: Mapping[jax.Device, jax.Array],
-    labels: jax.Array,
+    batch: _Batch,
+    edges: EdgeArrays,
+    progress: ArrayLike,
     how: StepOptions,
-    recorded: Mapping[int, Any],
     placement: Placement,
-    with_stages: bool,
+) -> _Passes:
+    """The forward passes of all nodes, and the gradients of the whole graph."""
+    home, with_stages = placement[0], edges.needs_stages
+    outputs, pullbacks, model_state = _forwards(state, batch, how, placement, with_stages)
+    if how.ensembles:
+        outputs = programs.fill_ensembles(outputs, how.derived.ensembles)
+    connectors = [without_connectors(each)[1] for each in state.params]
+    (output_gradients, connector_gradients), metrics, losses = programs.gradients_and_losses(
+        outputs,
+        batch.labels,
+        edges,
+        progress,
+        where=batch.where,
+        connectors=jax.device_put(connectors, whole(home)),
+        mixed=batch.mixed,
+    )
+    gradients = [
+        None
+        if pullback is None
+        else (
+            jax.device_put(output_gradients[i], split(place)),
+            jax.device_put(connector_gradients[i], whole(place)),
+        )
+        for i, (pullback, place) in enumerate(zip(pullbacks, placement, strict=True))
+    ]
+    return _Passes(pullbacks, gradients, model_state, losses, metrics)
+
+
+def _passes_in_parts(
+    state: GraphState,
+    batch: _Batch,
+    edges: EdgeArrays,
+    progress: ArrayLike,
+    how: StepOptions,
+    placement: Placement,
+) -> _Passes:
+    """As `_passes`, of equal parts of the batch; the gradients are the parameters' already."""
+    parts = how.accumulate
+    check_parts(len(batch.labels), parts)
+    weights = weights_of_parts(batch.where, parts, None)
+    gradients: list[Any] = [None] * len(placement)
+    sums: Any = None
+    for index in range(parts):
+        images = {to: programs.cut_part(x, parts, index) for to, x in batch.images.items()}
+        others = programs.cut_part(batch._replace(images={}), parts, index)
+        part = others._replace(images=images)
+        made = _passes(state, part, edges, progress, how, placement)
+        state = dataclasses.replace(state, model_state=tuple(made.model_state))
+        for i, (pullback, place) in enumerate(zip(made.pullbacks, placement, strict=True)):
+            if pullback is not None:
+                weight = jax.device_put(weights[index], whole(place))
+                pulled = programs.pull_back(pullback, made.gradients[i])
+                gradients[i] = programs.add(gradients[i], pulled, weight)
+        sums = programs.add(sums, (made.losses, made.metrics), weights[index])
+    pullbacks = [None if gradient is None else programs.AS_IT_IS for gradient in gradients]
+    return _Passes(pullbacks, gradients, state.model_state, *sums)
+
+
+def _forwards(
+    state: GraphState, batch: _Batch, how: StepOptions, placement: Placement, with_stages: bool
 ) -> tuple[list[Any], list[Any], list[PyTree]]:
-    """What each node puts out, on the first node's device; its pullback, and its model state.
+    """What each node puts out, in the first node's place; its pullback, and its model state.
 
     A node that does not learn has None for a pullback, and an ensemble for what it puts out.
     """
@@ -147,165 +219,20 @@ def _forwards(
     outputs: list[Any] = []
     pullbacks: list[Any] = []
     model_state = list(state.model_state)
-    for i, (fns, device) in enumerate(zip(how.node_fns, placement, strict=True)):
-        if i in recorded or i in how.ensembles:
-            outputs.append(jax.device_put(recorded.get(i), home))
+    for i, (fns, place) in enumerate(zip(how.node_fns, placement, strict=True)):
+        if i in batch.recorded or i in how.ensembles:
+            outputs.append(jax.device_put(batch.recorded.get(i), split(home)))
             pullbacks.append(None)
             continue
-        inputs = state.params[i], state.model_state[i], images[device]
+        inputs = state.params[i], state.model_state[i], batch.images[place]
         with errors_of(f"node {i}"):
             if i in frozen:
-                output, pullback = _frozen_forward(fns, with_stages, convolution)(*inputs), None
+                forward = programs.frozen_forward(fns, with_stages, convolution)
+                output, pullback = forward(*inputs), None
             else:
-                forward = _forward_with_pullback(fns, with_stages, convolution)
+                forward = programs.forward_with_pullback(fns, with_stages, convolution, how.remat)
                 output, pullback, model_state[i] = forward(*inputs)
-            check_for_labels(output.logits if with_stages else output, labels)
-        outputs.append(jax.device_put(output, home))
+            check_for_labels(output.logits if with_stages else output, batch.labels)
+        outputs.append(jax.device_put(output, split(home)))
         pullbacks.append(pullback)
     return outputs, pullbacks, model_state
-
-
-def per_node_eval(
-    state: GraphState,
-    images: Mapping[jax.Device, jax.Array],
-    labels: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    node_fns: Sequence[NodeFns],
-    placement: Placement,
-    ensembles: tuple[Ensemble, ...] = (),
-) -> Metrics:
-    """`eval_step` node by node: the same sums.
-
-    Args:
-        state: as `place` returns it.
-        images: float `[B, H, W, C]`, as for `node_forward`, on each device that has nodes.
-        labels: int `[B]`, on the first node's device.
-        mask: bool `[B]`, which samples count, likewise; None: all.
-        node_fns: one a node; equal ones share their executables.
-        placement: the device of each node.
-        ensembles: those among the nodes.
-
-    Returns:
-        As `eval_step`: `loss` and `correct` `[N]`, `ensemble_loss`, `ensemble_correct` and `count`
-        `[]`, float32, on the first node's device.
-
-    Raises:
-        InputError: as `eval_step`.
-    """
-    logits: list[Any] = []
-    for i, (fns, device) in enumerate(zip(node_fns, placement, strict=True)):
-        if fns == NO_NETWORK:
-            logits.append(None)
-            continue
-        inputs = state.params[i], state.model_state[i], images[device]
-        with errors_of(f"node {i}"):
-            output = _frozen_forward(fns, False, cpu_convolution().name)(*inputs)
-            check_for_labels(output, labels)
-        logits.append(jax.device_put(output, placement[0]))
-    return _eval_sums(tuple(logits), labels, mask, ensembles)
-
-
-def make_per_node_evaluator(
-    node_fns: Sequence[NodeFns],
-    placement: Placement,
-    batch_size: int,
-    ensembles: tuple[Ensemble, ...] = (),
-) -> Callable[[GraphState, dict[jax.Device, Arrays]], Means]:
-    """`make_evaluator` node by node, with the data on each of the placement's devices."""
-    used = tuple(dict.fromkeys(placement))
-
-    def evaluate(state: GraphState, data: dict[jax.Device, Arrays]) -> Means:
-        sums = []
-        for start in range(0, len(data[placement[0]].labels), batch_size):
-            made = {to: _evaluation_batch(data[to], start, size=batch_size) for to in used}
-            images = {to: images for to, (images, _, _) in made.items()}
-            _, labels, mask = made[placement[0]]
-            how: dict[str, Any] = {"placement": placement, "ensembles": ensembles}
-            sums.append(per_node_eval(state, images, labels, mask, node_fns=node_fns, **how))
-        return means_of(sums)
-
-    return evaluate
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _evaluation_batch(
-    data: Arrays, start: int, *, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return evaluation_batch(data, start + jnp.arange(size))
-
-
-@jax.jit
-@functools.wraps(graph_gradients)
-def _graph_gradients(*inputs: Any, **options: Any) -> Any:
-    """What `graph_gradients` returns, and each node's loss apart: a scalar for its device."""
-    gradients, metrics = graph_gradients(*inputs, **options)
-    return gradients, metrics, tuple(metrics["loss"])
-
-
-_distance_metrics = jax.jit(distance_metrics)
-_with_ensembles = jax.jit(with_ensembles, static_argnums=1)
-_moved = jax.jit(moved, static_argnums=2)
-_eval_sums = jax.jit(eval_sums, static_argnums=3)
-_next = jax.jit(lambda step: step + 1)
-
-
-@functools.lru_cache(maxsize=256)
-def _forward_with_pullback(fns: NodeFns, with_stages: bool, convolution: str) -> Callable[..., Any]:
-    del convolution  # what is traced with one is not used with another
-
-    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
-        of_params = functools.partial(
-            node_forward, model_state=model_state, images=images, fns=fns, with_stages=with_stages
-        )
-        return jax.vjp(of_params, params, has_aux=True)
-
-    return jax.jit(forward)
-
-
-@functools.lru_cache(maxsize=256)
-def _frozen_forward(fns: NodeFns, with_stages: bool, convolution: str) -> Callable[..., Any]:
-    del convolution  # as above
-
-    def forward(params: PyTree, model_state: PyTree, images: jax.Array) -> Any:
-        how: dict[str, Any] = {"fns": fns, "frozen": True, "with_stages": with_stages}
-        return node_forward(params, model_state, images, **how)[0]
-
-    return jax.jit(forward)
-
-
-def _gradients(pullback: Any, of_output: Any, of_connectors: dict[str, Any]) -> PyTree:
-    """Those of a node's parameters, from those of what it puts out and of its connectors."""
-    (gradients,) = pullback(of_output)
-    return with_connectors(gradients, of_connectors) if of_connectors else gradients
-
-
-@functools.lru_cache(maxsize=256)
-def _backward_and_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def update(
-        pullback: Any, gradient: Any, params: PyTree, opt_state: Any, loss: jax.Array
-    ) -> Any:
-        gradients = _gradients(pullback, *gradient)
-        return node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
-
-    # The pullback may hold the parameters themselves: only the optimiser's state can be reused.
-    return jax.jit(update, donate_argnums=3)
-
-
-@functools.lru_cache(maxsize=256)
-def _backward_with_prior(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def update(
-        pullback: Any,
-        gradient: Any,
-        params: PyTree,
-        opt_state: Any,
-        loss: jax.Array,
-        prior: NodeTerm,
-        progress: jax.Array,
-    ) -> Any:
-        gradients = _gradients(pullback, *gradient)
-        gradients, distance = prior.add_to(gradients, params, progress)
-        updated = node_update(params, opt_state, gradients, optimizer=optimizer, value=loss)
-        return *updated, distance
-
-    return jax.jit(update, donate_argnums=3)

@@ -1,17 +1,52 @@
-"""Which node computes on which device: balanced by what nodes cost."""
+"""Which node computes where, balanced by what nodes cost: on a device, or on a group of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ktg_jax.connectors import without_connectors
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.models.network import NO_NETWORK, NodeFns, PyTree
+from ktg_jax.training.parallel import AXIS
 from ktg_jax.training.state import GraphState
 
-Placement = tuple[jax.Device, ...]
+Place: TypeAlias = jax.Device | Mesh
+"""A device, or a group of them over which the node's batch is split."""
+
+Placement: TypeAlias = tuple[Place, ...]
+
+PLACEMENTS = ("data", "nodes", "nodes+data")
+"""Each node on all devices, on one device, or on a group of devices."""
+
+
+def place_of(devices: Sequence[jax.Device]) -> Place:
+    """The place that these devices are.
+
+    >>> place_of(jax.local_devices()[:1]) == jax.local_devices()[0]
+    True
+    """
+    if len(devices) == 1:
+        return devices[0]
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def devices_of(place: Place) -> tuple[jax.Device, ...]:
+    """The devices of a place."""
+    return tuple(place.devices.flat) if isinstance(place, Mesh) else (place,)
+
+
+def whole(place: Place) -> jax.Device | Sharding:
+    """Where to put what all devices of a place have whole."""
+    return NamedSharding(place, PartitionSpec()) if isinstance(place, Mesh) else place
+
+
+def split(place: Place) -> jax.Device | Sharding:
+    """Where to put what is split over the devices of a place along its first axis."""
+    return NamedSharding(place, PartitionSpec(AXIS)) if isinstance(place, Mesh) else place
 
 
 def forward_cost(
@@ -56,17 +91,56 @@ def balanced(costs: Sequence[float], devices: Sequence[jax.Device]) -> Placement
     return tuple(placement)
 
 
+def grouped(costs: Sequence[float], devices: Sequence[jax.Device], batch_size: int) -> Placement:
+    """A group of devices for each node, larger for nodes that cost more.
+
+    With fewer devices than nodes it is `balanced`. A group is of a size that divides the batch; a
+    node that costs nothing is where the first is.
+
+    Args:
+        costs: one a node, in any unit.
+        devices: at least one.
+        batch_size: of all devices together.
+
+    >>> device = jax.local_devices()[0]
+    >>> grouped([1.0, 0.0], [device], 64) == (device, device)
+    True
+    """
+    busy = [i for i, cost in enumerate(costs) if cost > 0 or i == 0]
+    if len(devices) <= len(busy):
+        return balanced(costs, devices)
+    sizes = dict.fromkeys(busy, 1)
+    left = len(devices) - len(busy)
+    divisors = [size for size in range(1, len(devices) + 1) if batch_size % size == 0]
+    while left:
+        for node in sorted(busy, key=lambda node: (-costs[node] / sizes[node], node)):
+            larger = [size for size in divisors if 0 < size - sizes[node] <= left]
+            if larger:
+                left -= larger[0] - sizes[node]
+                sizes[node] = larger[0]
+                break
+        else:
+            break
+    starts = np.cumsum([0, *sizes.values()])
+    groups = {
+        node: place_of(devices[start : start + size])
+        for (node, size), start in zip(sizes.items(), starts, strict=False)
+    }
+    return tuple(groups.get(node, groups[0]) for node in range(len(costs)))
+
+
 def place(state: GraphState, placement: Placement) -> GraphState:
-    """Moves every node to its device, and the step to the first node's."""
+    """Moves every node to its place, and the step to the first node's."""
 
     def move(trees: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(jax.device_put(tree, to) for tree, to in zip(trees, placement, strict=True))
+        places = zip(trees, placement, strict=True)
+        return tuple(jax.device_put(tree, whole(to)) for tree, to in places)
 
     return GraphState(
         move(state.params),
         move(state.model_state),
         move(state.opt_state),
-        jax.device_put(state.step, placement[0]),
+        jax.device_put(state.step, whole(placement[0])),
     )
 
 
@@ -75,10 +149,21 @@ def node_placement(
     state: GraphState,
     devices: Sequence[jax.Device],
     image_shape: Sequence[int],
+    batch_size: int,
+    how: str = "nodes",
 ) -> Placement:
-    """A device for each node, balanced by the nodes' cost; the arguments as for the engine."""
-    if len(devices) == 1:
-        return (devices[0],) * len(node_fns)
+    """A place for each node, by the nodes' cost.
+
+    Args:
+        node_fns: one a node.
+        state: whose frozen nodes and shapes count, not its values.
+        devices: at least one.
+        image_shape: `(H, W, C)`.
+        batch_size: of all devices together.
+        how: one of `PLACEMENTS`.
+    """
+    if len(devices) == 1 or how == "data":
+        return (place_of(devices),) * len(node_fns)
     costs: dict[NodeFns, float] = {}
     costs[NO_NETWORK] = 0.0
     for i, fns in enumerate(node_fns):
@@ -86,4 +171,7 @@ def node_placement(
             costs[fns] = forward_cost(fns, state.params[i], state.model_state[i], image_shape)
     # A backward pass costs about two forward passes.
     passes = [1 if i in state.frozen else 3 for i in range(len(node_fns))]
-    return balanced([n * costs[f] for n, f in zip(passes, node_fns, strict=True)], devices)
+    of_nodes = [n * costs[f] for n, f in zip(passes, node_fns, strict=True)]
+    if how == "nodes":
+        return balanced(of_nodes, devices)
+    return grouped(of_nodes, devices, batch_size)

@@ -6,9 +6,10 @@ nodes meet only in what they put out, they can as well be compiled apart or plac
 their own.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,84 +20,24 @@ from ktg_jax.connectors import with_connectors, without_connectors
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.graph.derived import PLAIN, Derived
-from ktg_jax.losses import is_correct
-from ktg_jax.means import mean_of
 from ktg_jax.mixed import Mixed
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.returned import check_for_labels, check_logits, errors_of
 from ktg_jax.models.streams import batch_spread_over
-from ktg_jax.outputs import Outputs, all_outputs
+from ktg_jax.outputs import Outputs
+from ktg_jax.training.accumulate import (
+    added,
+    check_parts,
+    part_of_batch,
+    weights_of_parts,
+    zeros_of,
+)
 from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.forward import graph_forward
-from ktg_jax.training.node_terms import Priors, absent, checked_priors, distance_metrics
+from ktg_jax.training.gradients import Metrics, graph_gradients
+from ktg_jax.training.node_terms import Priors, checked_priors, distance_metrics
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.updates import Optimizers, check_states, node_update, optimizers_of
-from ktg_jax.transfer import edge_losses
-
-Metrics = dict[str, jax.Array]
-
-
-def graph_gradients(
-    logits: Sequence[Any],
-    labels: ArrayLike,
-    gates: ArrayLike | EdgeArrays,
-    progress: ArrayLike,
-    temperature: ArrayLike = 1.0,
-    *,
-    where: ArrayLike | None = None,
-    axis_name: str | None = None,
-    connectors: Sequence[Mapping[str, Any]] | None = None,
-    mixed: Mixed | None = None,
-) -> tuple[Any, Metrics]:
-    """Each node's own loss and its gradient with respect to what that node puts out.
-
-    Args:
-        logits: N arrays, float `[..., C]`, or N `Outputs`, where edges carry losses on stages.
-        labels: int `[...]`, the batch's shape.
-        gates: as for `edge_losses`.
-        progress: scalar in [0, 1], as for `edge_losses`.
-        temperature: as for `edge_losses`.
-        where: as for `edge_losses`.
-        axis_name: as for `edge_losses`.
-        connectors: as for `edge_losses`.
-        mixed: as for `edge_losses`.
-
-    Returns:
-        N gradients in the structure, shape and dtype of what was given for each node, where there
-        are connectors a pair of these and of the connectors' own; and metrics: `loss` `[N]`,
-        `accuracy` `[N]`, `edge_losses` `[N, N]`, all float32, means over what counts. The accuracy
-        of a node with other classes than the first is NaN (-1 under `jax_debug_nans`).
-
-    Raises:
-        InputError: as `edge_losses`.
-        AssertionError: as `edge_losses`.
-
-    >>> logits = [jnp.zeros((1, 2)), jnp.zeros((1, 2))]
-    >>> gradients, metrics = graph_gradients(logits, jnp.array([0]), jnp.zeros((2, 2), int), 1.0)
-    >>> gradients[0].tolist(), metrics["accuracy"].tolist()
-    ([[-0.5, 0.5]], [1.0, 1.0])
-    """
-
-    def loss_of(given: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-        outputs, behind = given
-        inputs = outputs, labels, gates, progress, temperature
-        how: dict[str, Any] = {"where": where, "axis_name": axis_name, "mixed": mixed}
-        losses = edge_losses(*inputs, connectors=behind, **how)
-        return jnp.sum(losses), losses
-
-    both, losses = jax.grad(loss_of, has_aux=True)((tuple(logits), connectors))
-    gradients = both[0] if connectors is None else both
-
-    def accuracy_of(z: jax.Array) -> jax.Array:
-        if z.shape[-1] != classes:
-            return jnp.asarray(absent(), jnp.float32)
-        return mean_of(is_correct(z, labels).astype(jnp.float32), where, axis_name)
-
-    outputs = all_outputs(logits)
-    classes = outputs[0].logits.shape[-1]
-    accuracy = jnp.stack([accuracy_of(output.logits) for output in outputs])
-    metrics = {"loss": jnp.sum(losses, axis=1), "accuracy": accuracy, "edge_losses": losses}
-    return gradients, metrics
+from ktg_jax.training.updates import Optimizers, averaged, check_states, node_update, optimizers_of
 
 
 @dataclass(frozen=True)
@@ -116,6 +57,11 @@ class StepOptions:
             ensemble.
         derived: `Graph.derived`, which nodes are ensembles or averages of others.
         mixed: what is mixed into each sample, as for `edge_losses`.
+        accumulate: in how many equal parts the batch is computed, one after another, to save
+            memory; the update is by the mean of their gradients. Each part has batch statistics of
+            its own, and losses that compare samples see a part at a time.
+        remat: whether what networks put out on the way is computed once more in the backward pass
+            and not kept: of the built-in ones all within a block, of others all.
     """
 
     node_fns: Sequence[NodeFns]
@@ -126,6 +72,8 @@ class StepOptions:
     recorded: Mapping[int, ArrayLike] | None = None
     derived: Derived = PLAIN
     mixed: Mixed | None = None
+    accumulate: int = 1
+    remat: bool = False
 
     @property
     def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
@@ -178,7 +126,8 @@ def train_step(
     Raises:
         InputError: images that are no floats; a prior of a frozen node or of another student, or
             not one entry a node; stages that are needed and not there, or do not fit each other; a
-            network whose logits are not float `[B, classes]`, the same for all; an optimiser that
+            network whose logits are not float `[B, classes]`, the same for all; a batch that cannot
+            be cut into so many parts; an optimiser that
             asks for more than `value`, or whose state is None where the state, made by hand, has
             None for every node; recorded logits that are missing, or of a node that learns.
 
@@ -198,39 +147,19 @@ def train_step(
     check_states(state.opt_state, state.params, optimizers)
     priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
+    batch = _Batch(images, labels, recorded, how.where, how.mixed)
     with batch_spread_over(axis_name):
-        made = graph_forward(
-            state,
-            images,
-            labels,
-            how.node_fns,
-            given=dict.fromkeys(how.ensembles) | recorded,
-            with_stages=edges.needs_stages,
-            batched=batched,
-        )
-    outputs, model_state = with_ensembles(made.outputs, how.derived.ensembles), made.model_state
-    connectors = [without_connectors(each)[1] for each in state.params]
-    (output_gradients, connector_gradients), metrics = graph_gradients(
-        tuple(outputs),
-        labels,
-        edges,
-        progress,
-        where=how.where,
-        axis_name=axis_name,
-        connectors=connectors,
-        mixed=how.mixed,
-    )
+        made = _gradients(state, batch, edges, progress, how, axis_name, batched)
+    model_state, metrics = list(made.model_state), made.metrics
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
+        model_state = [averaged(each, axis_name) for each in model_state]
     params, opt_state = list(state.params), list(state.opt_state)
     distances: list[jax.Array | None] = [None] * len(priors)
-    pulled_back = made.pullback(output_gradients)
-    for i, (gradients, prior) in enumerate(zip(pulled_back, priors, strict=True)):
+    for i, (gradients, prior) in enumerate(zip(made.gradients, priors, strict=True)):
         if gradients is None:
             continue
         with jax.named_scope(f"node{i}_update"):
-            if connectors[i]:
-                gradients = with_connectors(gradients, connector_gradients[i])
             if axis_name is not None:
                 gradients = jax.lax.pmean(gradients, axis_name)
             if prior is not None:
@@ -245,6 +174,97 @@ def train_step(
     metrics |= distance_metrics(distances)
     new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
     return new_state, metrics
+
+
+class _Batch(NamedTuple):
+    """A batch, or a part of it; the fields are arguments of `train_step`."""
+
+    images: jax.Array
+    labels: ArrayLike
+    recorded: dict[int, Any]
+    where: ArrayLike | None
+    mixed: Mixed | None
+
+
+class _Gradients(NamedTuple):
+    """Of each node the gradients (None: it does not learn) and the model state; and metrics."""
+
+    gradients: tuple[Any, ...]
+    model_state: tuple[Any, ...]
+    metrics: Metrics
+
+
+def _gradients(
+    state: GraphState,
+    batch: _Batch,
+    edges: EdgeArrays,
+    progress: ArrayLike,
+    how: StepOptions,
+    axis_name: str | None,
+    batched: bool,
+) -> _Gradients:
+    """The gradients of a batch, in as many parts as is said."""
+
+    def of_part(model_state: tuple[Any, ...], part: _Batch) -> _Gradients:
+        before = dataclasses.replace(state, model_state=model_state)
+        return _gradients_at_once(before, part, edges, progress, how, axis_name, batched)
+
+    parts = how.accumulate
+    if parts == 1:
+        return of_part(state.model_state, batch)
+    check_parts(len(batch.images), parts)
+    weights = weights_of_parts(batch.where, parts, axis_name)
+
+    def add_part(so_far: _Gradients, index: jax.Array) -> tuple[_Gradients, None]:
+        made = of_part(so_far.model_state, part_of_batch(batch, parts, index))
+        sums = so_far.gradients, so_far.metrics
+        sums = added(sums, (made.gradients, made.metrics), weights[index])
+        return _Gradients(sums[0], made.model_state, sums[1]), None
+
+    shapes = jax.eval_shape(of_part, state.model_state, part_of_batch(batch, parts, 0))
+    none_yet = zeros_of(shapes)._replace(model_state=state.model_state)
+    return jax.lax.scan(add_part, none_yet, jnp.arange(parts))[0]
+
+
+def _gradients_at_once(
+    state: GraphState,
+    batch: _Batch,
+    edges: EdgeArrays,
+    progress: ArrayLike,
+    how: StepOptions,
+    axis_name: str | None,
+    batched: bool,
+) -> _Gradients:
+    """The gradients of a batch by one forward and one backward pass of every node."""
+    made = graph_forward(
+        state,
+        batch.images,
+        batch.labels,
+        how.node_fns,
+        given=dict.fromkeys(how.ensembles) | batch.recorded,
+        with_stages=edges.needs_stages,
+        batched=batched,
+        remat=how.remat,
+    )
+    outputs = with_ensembles(made.outputs, how.derived.ensembles)
+    connectors = [without_connectors(each)[1] for each in state.params]
+    (output_gradients, connector_gradients), metrics = graph_gradients(
+        tuple(outputs),
+        batch.labels,
+        edges,
+        progress,
+        where=batch.where,
+        axis_name=axis_name,
+        connectors=connectors,
+        mixed=batch.mixed,
+    )
+    gradients = [
+        with_connectors(each, connector_gradients[i])
+        if connectors[i] and each is not None
+        else each
+        for i, each in enumerate(made.pullback(output_gradients))
+    ]
+    return _Gradients(tuple(gradients), tuple(made.model_state), metrics)
 
 
 def checked_recorded(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -102,6 +103,21 @@ def node_update(
         allowed = "one that asks for the node's own loss (value) at most"
         raise InputError("optimizer", str(error), allowed) from None
     return optax.apply_updates(params, updates), _never_none(opt_state)
+
+
+def averaged(model_state: PyTree, axis_name: str) -> PyTree:
+    """A model state whose floats, such as running statistics, are the mean over the devices.
+
+    Args:
+        model_state: of a node, on each device its own.
+        axis_name: the mapped axis.
+    """
+
+    def mean(leaf: jax.Array) -> jax.Array:
+        is_float = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
+        return jax.lax.pmean(leaf, axis_name) if is_float else leaf
+
+    return jax.tree.map(mean, model_state)
 
 
 def _never_none(opt_state: Any) -> optax.OptState:

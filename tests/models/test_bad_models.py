@@ -20,7 +20,8 @@ from experiments.represent import command as represent
 from experiments.search import command as search
 from ktg_jax import InputError
 from ktg_jax.models import check_network
-from ktg_jax.training.per_node import per_node_eval, per_node_step
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_evaluation import per_node_eval
 from ktg_jax.training.placement import place
 
 KEY = jax.random.key(0)

@@ -13,7 +13,8 @@ import ktg_jax as ktg
 from ktg_jax.errors import InputError
 from ktg_jax.models.pixels import taking_pixels
 from ktg_jax.priors import stage_outputs
-from ktg_jax.training.per_node import per_node_eval, per_node_step
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_evaluation import per_node_eval
 from ktg_jax.training.placement import place
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 1), np.uint8)

@@ -18,12 +18,13 @@ from ktg_jax import Graph, GraphState, InputError, NodePrior, Parallel, Prior
 from ktg_jax.edge_arrays import edge_arrays
 from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.priors import normalised, prior_distance, prior_loss, save_prior
-from ktg_jax.training import per_node
+from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, fused_step
+from ktg_jax.training.engines import FusedEngine, PerNodeEngine, fused_step
 from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.placement import place
+from ktg_jax.training.task import Engine, Task
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.random((8, 8, 8, 1), np.float32))
@@ -292,8 +293,8 @@ def test_weights_and_priors_are_data() -> None:
 @pytest.mark.slow
 def test_nodes_of_a_model_share_one_executable_with_a_prior() -> None:
     optimizer = optax.sgd(0.5)
-    plain: Any = per_node._backward_and_update(optimizer)
-    with_prior: Any = per_node._backward_with_prior(optimizer)
+    plain: Any = programs.backward_and_update(optimizer)
+    with_prior: Any = programs.backward_with_prior(optimizer)
     batch = {DEVICES[0]: IMAGES}, LABELS
     options: dict[str, Any] = {"optimizer": optimizer, "placement": (DEVICES[0],) * 3}
 

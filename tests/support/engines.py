@@ -8,7 +8,8 @@ import jax
 import ktg_jax as ktg
 from ktg_jax import GraphState, Parallel
 from ktg_jax.training.batches import Arrays, data_key
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task
+from ktg_jax.training.engines import FusedEngine, PerNodeEngine
+from ktg_jax.training.task import Engine, Task
 
 How: TypeAlias = Callable[[Task, GraphState], tuple[Engine, int]]
 """Makes an engine, and says how many updates its step makes in a call."""

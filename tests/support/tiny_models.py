@@ -34,11 +34,12 @@ class Staged(nn.Module):
 
     num_classes: int
     widths: tuple[int, int] = (4, 6)
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = nn.Conv(self.widths[0], (3, 3), strides=2, use_bias=False, name="stage1_conv")(images)
-        x = BatchNormRelu(jnp.float32, None, name="norm")(x, train)
+        x = BatchNormRelu(jnp.float32, self.axis_name, name="norm")(x, train)
         x = nn.Conv(self.widths[1], (1, 1), use_bias=False, name="stage2_conv")(nn.relu(x))
         return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
 

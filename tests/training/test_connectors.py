@@ -19,7 +19,7 @@ from ktg_jax import Edge, Graph, GraphState, InputError, Node, Outputs
 from ktg_jax.connectors import KEY, connected, init_connector, without_connectors
 from ktg_jax.stage_losses import feature_losses
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import Task
+from ktg_jax.training.task import Task
 
 HINT: dict[str, Any] = {"gate": "through", "loss": {"features": 2.0, "kl": 1.0}}
 FIELDS: dict[str, Any] = {

@@ -28,8 +28,8 @@ from ktg_jax import Graph, GraphState, InputError, Node
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.training.batches import Arrays, Batches
 from ktg_jax.training.derived import combined, moved
-from ktg_jax.training.engines import Task
 from ktg_jax.training.evaluation import eval_step
+from ktg_jax.training.task import Task
 
 CUT = ["cutoff"] * 4
 STUDENT: dict[str, Any] = {"name": "student", "model": "tiny"}

@@ -19,8 +19,8 @@ from experiments import train
 from ktg_jax import Graph, GraphState, InputError
 from ktg_jax.io.trees import flatten
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import Task
 from ktg_jax.training.optimizers import adamw, clipped, trainable
+from ktg_jax.training.task import Task
 
 TARGET: dict[str, Any] = {"name": "target", "model": "tiny", "optimizer": "adamw",
                           "learning_rate": 0.01, "weight_decay": 0.5, "clip": 0.25}  # fmt: skip

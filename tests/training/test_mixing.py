@@ -19,8 +19,8 @@ from experiments.runs.config import TrainConfig
 from experiments.runs.graphs import build_graph
 from ktg_jax import GraphState, InputError, Mixed, Parallel
 from ktg_jax.training.batches import Arrays, Batches, BatchPlan, data_key, labels_of, take_batch
-from ktg_jax.training.engines import Task
 from ktg_jax.training.mixing import Mix, blended, own_share, plan_mix
+from ktg_jax.training.task import Task
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (16, 8, 6, 1), np.uint8)

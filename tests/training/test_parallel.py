@@ -26,7 +26,9 @@ GRAPH = ktg.Graph(
 )
 OPTIMIZER = ktg.sgd(0.1)
 
-ARRANGEMENTS = [("jit", 1), ("jit", 2), ("pmap", 1), ("pmap", 2)]
+ARRANGEMENTS = [
+    (strategy, number) for strategy in ("jit", "shard_map", "pmap") for number in (1, 2)
+]
 
 
 def node_fns(axis_name: str | None) -> list[ktg.NodeFns]:
@@ -158,18 +160,20 @@ def test_every_local_device_is_used_by_default_under_jit() -> None:
     assert list(parallel.devices) == DEVICES
 
 
-def test_only_pmap_maps_an_axis() -> None:
+def test_jit_alone_maps_no_axis() -> None:
     assert Parallel("jit").axis_name is None
-    assert Parallel("pmap").axis_name == "data"
+    assert Parallel("pmap").axis_name == Parallel("shard_map").axis_name == "data"
 
 
-@pytest.mark.parametrize("strategy", ["shard_map", "", "JIT"])
+@pytest.mark.parametrize("strategy", ["vmap", "", "JIT"])
 def test_an_unknown_strategy_is_refused(strategy: str) -> None:
-    with pytest.raises(InputError, match=f"parallel: got '{strategy}'; allowed: jit, pmap"):
+    with pytest.raises(
+        InputError, match=f"parallel: got '{strategy}'; allowed: jit, shard_map, pmap"
+    ):
         Parallel(strategy)
 
 
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+@pytest.mark.parametrize("strategy", ["jit", "shard_map", "pmap"])
 def test_a_batch_that_cannot_be_split_evenly_is_refused(strategy: str) -> None:
     parallel = Parallel(strategy, DEVICES[:2])
     parallel.check_batch_size(8)

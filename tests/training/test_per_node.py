@@ -17,12 +17,14 @@ from tiny_models import Staged, Tiny
 import ktg_jax as ktg
 from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel
 from ktg_jax.cpu.convolution import cpu_convolution, formulation
-from ktg_jax.training import per_node
+from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import Engine, FusedEngine, PerNodeEngine, Task, choose_engine
+from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
 from ktg_jax.training.evaluation import make_evaluator
-from ktg_jax.training.per_node import per_node_eval, per_node_step
-from ktg_jax.training.placement import balanced, forward_cost, place
+from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_evaluation import per_node_eval
+from ktg_jax.training.placement import Placement, balanced, forward_cost, place
+from ktg_jax.training.task import Engine, Task
 
 DEVICES = jax.local_devices()
 RNG = np.random.default_rng(0)
@@ -80,7 +82,7 @@ def stepped(
     state: GraphState,
     gates: Any,
     node_fns: Sequence[NodeFns],
-    placement: per_node.Placement,
+    placement: Placement,
     k: int = 0,
 ) -> tuple[GraphState, dict[str, jax.Array]]:
     """The k-th of four steps; each has a batch of its own."""
@@ -218,8 +220,8 @@ def run_steps(graph_gates: Any, node_fns: Sequence[NodeFns], frozen: Sequence[in
 @pytest.mark.slow
 def test_equal_nodes_share_one_forward_and_one_backward_pass() -> None:
     fns = linear()
-    forward: Any = per_node._forward_with_pullback(fns, False, cpu_convolution().name)
-    update: Any = per_node._backward_and_update(OPTIMIZER)
+    forward: Any = programs.forward_with_pullback(fns, False, cpu_convolution().name, False)
+    update: Any = programs.backward_and_update(OPTIMIZER)
     before = update._cache_size()
     run_steps(np.zeros((7, 7), int), (fns,) * 7, frozen=())
     assert forward._cache_size() == 1

@@ -17,10 +17,10 @@ from ktg_jax import Graph, GraphState, InputError, Node
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, data_key, take_batch
-from ktg_jax.training.engines import Task
 from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.host_batches import BatchStream
 from ktg_jax.training.record import Network, record_batches, record_images
+from ktg_jax.training.task import Task
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), np.uint8)
