@@ -5,8 +5,8 @@ minute of processor time.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import jax
@@ -15,11 +15,12 @@ from rich.console import Console
 import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.errors import InputError, RunError
-from ktg_jax.training.checkpoint import Checkpoints
-from ktg_jax.training.loop import train_epochs
+from ktg_jax.training import hosts
+from ktg_jax.training.gradients import Metrics
+from ktg_jax.training.loop import Interrupted, train_epochs
 from ktg_jax.training.state import GraphState
 
-from .runs import cli
+from .runs import cli, signals
 from .runs.assemble import Run, assemble, load
 from .runs.command_line import parse
 from .runs.config import (
@@ -38,9 +39,10 @@ from .runs.observers import event_writer, require_tensorboard
 from .runs.options import import_modules
 from .runs.pictures import draw_curves, draw_missing, draw_result
 from .runs.pretrained import locate_pretrained
-from .runs.process import check_platform, prepare
+from .runs.process import check_platform, hosts_kept_together, join_others, prepare
 from .runs.progress import Display
 from .runs.results import Best, best_epoch, make_result, result_table
+from .runs.saved import Found, SavedStates
 from .runs.shapes import Record
 from .runs.workdir import Workdir
 
@@ -52,7 +54,10 @@ def main() -> None:
     config = parse(TrainConfig)
     check(config)
     prepare(config.compile_cache, config.cpu_devices)
-    train(config, make_console())
+    join_others(config)
+    console = make_console()
+    console.quiet = not hosts.is_first()
+    train(config, console)
 
 
 def train(
@@ -76,6 +81,18 @@ def train(
         InputError: bad input, found before anything is computed or written.
         RunError: training cannot go on.
     """
+    with hosts_kept_together():
+        _train(config, console, dataset, devices, frozen)
+
+
+def _train(
+    config: TrainConfig,
+    console: Console,
+    dataset: Dataset | None,
+    devices: Sequence[jax.Device] | None,
+    frozen: FrozenRecordings | None,
+) -> None:
+    """See `train`."""
     check(config)
     import_modules(config.imports)
     check_platform()
@@ -87,11 +104,10 @@ def train(
         dataset = dataset or load(config)  # for the folder's name
         fields |= facts_of(graph, dataset)
     workdir = Workdir(config.workdir or default_workdir(config, fields))
-    if config.resume:
-        workdir.check(fields)
-        if workdir.result is not None:
+    if hosts.by_first(lambda: config.resume and _is_finished(workdir, fields)):
+        if hosts.is_first():
             _say_finished(workdir, config, graph, dataset, console)
-            return
+        return
 
     dataset = dataset or load(config)
     check_networks(config, graph, dataset, devices)
@@ -106,16 +122,30 @@ def train(
         fields |= facts_of(graph, dataset)
     if config.tensorboard:
         require_tensorboard()
-    if not config.resume and (aside := workdir.set_aside()):
-        cli.say(console, f"The former run is kept in {aside}.")
     files = {"graph.json": fields["graph"]}
-    with (
-        workdir.begun(fields, config.data_dir, files),
-        Checkpoints(workdir.checkpoints) as checkpoints,
-    ):
-        if workdir.is_damaged("result.json"):
+    names = [str(node.name) for node in run.graph.nodes]
+    with ExitStack() as kept:
+
+        def begin() -> None:
+            if not config.resume and (aside := workdir.set_aside()):
+                cli.say(console, f"The former run is kept in {aside}.")
+            kept.enter_context(workdir.begun(fields, config.data_dir, files))
+
+        hosts.by_first(begin)
+        saved = kept.enter_context(SavedStates(workdir, names, run.steps_per_epoch))
+        if hosts.is_first() and workdir.is_damaged("result.json"):
             cli.say(console, "result.json is damaged; it is made again.")
-        _Training(run, workdir, checkpoints, console, config.tensorboard).go()
+        _Training(run, workdir, saved, console, config.tensorboard).go()
+
+
+def _is_finished(workdir: Workdir, fields: Mapping[str, Any]) -> bool:
+    """Whether the run of these fields is finished.
+
+    Raises:
+        InputError: the folder holds another run.
+    """
+    workdir.check(fields)
+    return workdir.result is not None
 
 
 def _say_finished(
@@ -158,15 +188,15 @@ class _Training:
         self,
         run: Run,
         workdir: Workdir,
-        checkpoints: Checkpoints,
+        saved: SavedStates,
         console: Console,
         tensorboard: bool,
     ) -> None:
         self._run = run
         self._workdir = workdir
-        self._checkpoints = checkpoints
+        self._saved = saved
         self._console = console
-        self._tensorboard = tensorboard
+        self._tensorboard = tensorboard and hosts.is_first()
         self._names = [str(node.name) for node in run.graph.nodes]
 
     def go(self) -> None:
@@ -176,8 +206,8 @@ class _Training:
         for name in self._run.static:
             text = f"{name} is recorded image by image: it does not see the augmentation."
             cli.say(self._console, text)
-        state, records = self._resume()
-        state = self._train(state, records)
+        found = self._resume()
+        state, records = self._train(found), found.records
         result = self._finish(state, records)
         self._console.print(result_table(result))
         cli.say(
@@ -187,19 +217,26 @@ class _Training:
             f"checkpoints are in {self._workdir.path}.",
         )
 
-    def _resume(self) -> tuple[GraphState, list[Record]]:
-        """The state to go on from, and the records of the epochs that led to it."""
-        epoch, state, messages = self._checkpoints.restore_latest(self._run.state, self._names)
-        for message in messages:
+    def _resume(self) -> Found:
+        """Where to go on, the state as the engine wants it."""
+        found = self._saved.find(self._run.state)
+        epoch, step = len(found.records), int(found.state.step)
+        for message in found.messages:
             cli.say(self._console, f"{message}; going back to epoch {epoch}.")
-        if epoch:
+        if found.so_far is not None:
+            within = step - epoch * self._run.steps_per_epoch
+            cli.say(
+                self._console,
+                f"Resuming within epoch {epoch + 1} of {self._run.epochs}, after {within} of its "
+                f"{self._run.steps_per_epoch} updates.",
+            )
+        elif epoch:
             cli.say(self._console, f"Resuming after epoch {epoch} of {self._run.epochs}.")
-        records = self._workdir.records(up_to_epoch=epoch)
-        self._workdir.keep_records(records)
-        return self._run.engine.place(state), records
+        return found._replace(state=self._run.engine.place(found.state))
 
-    def _train(self, state: GraphState, records: list[Record]) -> GraphState:
+    def _train(self, found: Found) -> GraphState:
         """Trains the epochs that are left; each is recorded, then saved."""
+        state, records = found.state, found.records
         run, graph = self._run, self._run.graph
         marks = [
             "target" if i == 0 else "frozen" if i in graph.frozen and node.kind == "network" else ""
@@ -213,31 +250,52 @@ class _Training:
             batch_size=run.batch_size,
             console=self._console,
         )
-        epochs = train_epochs(
-            state,
-            run.step,
-            self._names,
-            epochs=run.epochs,
-            steps_per_epoch=run.steps_per_epoch,
-            batch_size=run.batch_size,
-            steps_per_call=run.steps_per_call,
-            validate=run.evaluate_val,
-            on_step=display.step,
-        )
+        run.engine.wants_to_stop = signals.is_waiting
         events = event_writer(
             self._workdir.path / "tensorboard", records, self._tensorboard, self._console
         )
-        with display, events as write_events:
+        with ExitStack() as held, display, events as write_events:
+
+            def on_step(number: int, metrics: Metrics) -> None:
+                # What is being compiled is not worth waiting for; from now on updates are.
+                if not held_already:
+                    held_already.append(held.enter_context(signals.held()))
+                display.step(number, metrics)
+
+            held_already: list[None] = []
+            epochs = train_epochs(
+                state,
+                run.step,
+                self._names,
+                epochs=run.epochs,
+                steps_per_epoch=run.steps_per_epoch,
+                batch_size=run.batch_size,
+                steps_per_call=run.steps_per_call,
+                validate=run.evaluate_val,
+                on_step=on_step,
+                so_far=found.so_far,
+                should_stop=_is_to_stop,
+            )
             observers = (display.epoch, self._curves_drawer(records), write_events)
-            for record, state in epochs:
-                records.append(record)
-                self._workdir.append_record(record)
-                score = record["nodes"][0]["val_accuracy"]
-                self._checkpoints.save(record["epoch"], state, self._names, score)
-                for observe in observers:
-                    observe(record)
-        self._checkpoints.wait()
+            try:
+                for record, state in epochs:
+                    self._keep(records, record, state)
+                    for observe in observers:
+                        observe(record)
+                    if hosts.any_of(signals.is_waiting()):
+                        raise signals.StoppedElsewhere("stopped between epochs")
+            except Interrupted as stopped:
+                self._saved.save_interrupted(stopped.state, stopped.so_far)
+                raise signals.StoppedElsewhere(str(stopped)) from None
+        self._saved.wait()
         return state
+
+    def _keep(self, records: list[Record], record: Record, state: GraphState) -> None:
+        """Keeps what an epoch led to: its record on disk before its checkpoint."""
+        records.append(record)
+        if hosts.is_first():
+            self._workdir.append_record(record)
+        self._saved.save(record["epoch"], state, record["nodes"][0]["val_accuracy"])
 
     def _curves_drawer(self, records: list[Record]) -> Callable[[Record], None]:
         """A function to call after each epoch, which redraws the curves now and then."""
@@ -246,7 +304,7 @@ class _Training:
         def draw(record: Record) -> None:
             nonlocal is_possible, at
             del record
-            if is_possible and time.monotonic() - at > _REDRAW_SECONDS:
+            if is_possible and hosts.is_first() and time.monotonic() - at > _REDRAW_SECONDS:
                 is_possible = draw_curves(self._workdir, records, self._console)
                 at = time.monotonic()
 
@@ -264,8 +322,9 @@ class _Training:
                 "command evaluates them again"
             ) from None
         result = make_result(graph, records, last=last, best=best)
-        self._workdir.write("result.json", result)
-        draw_result(self._workdir, graph, records, result, self._console)
+        if hosts.is_first():
+            self._workdir.write("result.json", result)
+            draw_result(self._workdir, graph, records, result, self._console)
         return result
 
     def _best(self, state: GraphState, records: list[Record]) -> Best | None:
@@ -275,11 +334,16 @@ class _Training:
             return None
         if epoch < len(records):
             try:
-                state = self._checkpoints.restore(state, self._names, epoch)
+                state = self._saved.restore(state, epoch)
             except RunError as error:
                 cli.say(self._console, f"{error}; the best epoch is left out of the result.")
                 return None
         return epoch, *self._run.evaluate_val_and_test(self._run.engine.place(state))
+
+
+def _is_to_stop(metrics: Metrics) -> bool:
+    """Whether this process, or one of several, was asked to stop."""
+    return bool(metrics.get("stop", signals.is_waiting()))
 
 
 if __name__ == "__main__":

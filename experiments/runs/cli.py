@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,6 +99,9 @@ def _end_with(error: BaseException, interrupted: str) -> None:
         case RunError() | OSError():
             _say(f"failed: {error}")
             signals.end_process(1)
+        case signals.StoppedElsewhere():
+            _say(interrupted.replace("interrupted", "interrupted by another process", 1))
+            signals.end_process(signals.exit_code(signal.SIGTERM))
         case KeyboardInterrupt():  # raised by hand
             _say(interrupted)
             sys.exit(130)

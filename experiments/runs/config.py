@@ -56,7 +56,13 @@ class _GraphOptions:
     """Python modules to import first, such as those that call ktg_jax.register_model."""
 
 
-GROUPS = {"graph": "graph", **DATA_AND_TRAINING, "speed": "parallel", "folder": "workdir"}
+GROUPS = {
+    "graph": "graph",
+    **DATA_AND_TRAINING,
+    "speed": "parallel",
+    "hosts": "coordinator",
+    "folder": "workdir",
+}
 
 EXAMPLES = r"""Examples:
   python -m experiments.train
@@ -112,6 +118,16 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
 
+    coordinator: Annotated[str | None, "HOST:PORT"] = None
+    """Train together with other processes, each with devices of its own: the address of process 0.
+    Every process is given the same command but for its --process-id."""
+    num_processes: int | None = None
+    """How many processes there are, with --coordinator."""
+    process_id: int | None = None
+    """Which one this is, from 0, with --coordinator. The first writes and speaks."""
+    distributed: bool = False
+    """The same, as the launcher's environment says it: Slurm, Open MPI, Kubernetes, a TPU pod."""
+
     workdir: str | None = None
     """Folder of the run; else runs/DATA-GRAPH-HASH, the same for the same options."""
     resume: bool = True
@@ -137,7 +153,8 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     in_graph = ("models", "weights", "inputs", "temperature", "label_smoothing", "prune")
     # These change nothing, or the rounding of sums alone.
     how = ("engine", "placement", "remat", "steps_per_call", "cpu_devices", "compile_cache")
-    for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *in_graph):
+    hosts = ("coordinator", "num_processes", "process_id", "distributed")
+    for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *hosts, *in_graph):
         del fields[field]
     for field, usual in (("data_seed", None), ("accumulate", 1), ("batch_stats", "global")):
         if fields[field] == usual:

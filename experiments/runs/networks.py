@@ -30,7 +30,7 @@ from .recordings import recordings_of
 
 def parallel_of(config: TrainConfig, devices: Sequence[jax.Device] | None) -> ktg.Parallel:
     """How the devices (default: all of this process's) are used."""
-    return ktg.Parallel(config.parallel, devices or jax.local_devices(), config.batch_stats)
+    return ktg.Parallel(config.parallel, devices or jax.devices(), config.batch_stats)
 
 
 def node_functions(

@@ -7,6 +7,7 @@ everything that it depends on.
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ktg_jax as ktg
 from ktg_jax.data.dataset import Dataset
 from ktg_jax.inputs import input_text
 from ktg_jax.io.files import cache_folder
+from ktg_jax.training.hosts import by_first, is_first
 
 from .config import TrainConfig, resolved
 from .facts import data_facts
@@ -90,9 +92,13 @@ def trained_alone(
     formerly = fields | {"data_facts": {field: facts[field] for field in _FORMER_FACTS}}
     keys = [hash_of(k, 16) for k in (identity(known) | {"data_facts": facts}, formerly)]
     path = place_of(cache_folder() / PRETRAINED, model, known, keys)
-    if Workdir(path).result is None:
-        with turn(path.with_name(f"{path.name}.lock")):
-            if Workdir(path).result is None:  # by who had the turn before
+
+    def is_missing() -> bool:
+        return Workdir(path).result is None
+
+    if by_first(is_missing):
+        with turn(path.with_name(f"{path.name}.lock")) if is_first() else nullcontext():
+            if by_first(is_missing):  # or who had the turn before made it
                 train(dataclasses.replace(alone, workdir=str(path)), dataset)
     return path
 

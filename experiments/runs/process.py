@@ -2,14 +2,19 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 import jax.monitoring
 
 from ktg_jax.cpu.memory import keep_freed_memory
-from ktg_jax.errors import InputError
+from ktg_jax.errors import InputError, RunError
 from ktg_jax.io.files import cache_folder
+from ktg_jax.training import hosts
+
+from .config import TrainConfig
 
 
 def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
@@ -39,6 +44,34 @@ def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
         # Small programs are many: together they take as long as the large ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def join_others(config: TrainConfig) -> None:
+    """Joins this process to those that train with it, if any, before JAX computes anything.
+
+    Raises:
+        InputError: options that do not go together, or the others cannot be reached.
+    """
+    given = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
+    said = [name for name, value in given.items() if value is not None]
+    if config.distributed and said:
+        raise InputError(said[0], given[said[0]], "nothing with distributed: the launcher says it")
+    if config.distributed or said:
+        hosts.start(**given)
+
+
+@contextmanager
+def hosts_kept_together() -> Iterator[None]:
+    """Where the other processes of a training are lost within it, that is a failed run."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        reason = str(error).splitlines()[0]
+        text = f"{me} lost the others ({reason}); the same commands go on from the last checkpoint"
+        raise RunError(text) from None
 
 
 def check_platform() -> None:

@@ -91,6 +91,15 @@ def leave_to_system() -> None:
     _handle(signal.SIG_DFL)
 
 
+class StoppedElsewhere(Stopped):
+    """Another process of the same training was asked to end."""
+
+
+def is_waiting() -> bool:
+    """Whether a signal waits for the end of `held`."""
+    return _waiting is not None
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """Within it a signal waits for its end, and only then raises `Stopped`; a second one does not.

@@ -12,6 +12,9 @@ from ktg_jax.training.warm_start import CHECKPOINTS, read_graph
 from .folder import Folder
 from .shapes import MAYBE_NUMBER, NUMBER, Record, misfit
 
+INTERRUPTED = "interrupted"
+"""The folder of the state within an epoch, in which a run was asked to stop."""
+
 _NUMBERS = {
     "val_accuracy": MAYBE_NUMBER,
     "test_accuracy": MAYBE_NUMBER,
@@ -41,7 +44,8 @@ class Workdir(Folder):
     """A run's folder.
 
     `config.json` and `graph.json` say what the run is; `metrics.jsonl` has a line an epoch;
-    `checkpoints/` has the state; `result.json` is there when, and only when, the run is finished.
+    `checkpoints/` has the state, and `interrupted/` that within an epoch where it was stopped
+    there; `result.json` is there when, and only when, the run is finished.
 
     Args:
         path: the path of the folder; need not exist.
@@ -70,13 +74,14 @@ class Workdir(Folder):
             "seconds": NUMBER,
         },
     }
-    traces = (CHECKPOINTS, "metrics.jsonl", "result.json")
+    traces = (CHECKPOINTS, INTERRUPTED, "metrics.jsonl", "result.json")
     mended = ("result.json", "graph.json")
     way_out = "train --no-resume starts over and keeps what is there beside it"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self.checkpoints = self.path / CHECKPOINTS
+        self.interrupted = self.path / INTERRUPTED
 
     @property
     def result(self) -> Record | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -50,7 +51,10 @@ class Checkpoints:
             {epoch: _score(self._folder, epoch) for epoch in checkpoint_epochs(self._folder)}
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept, cleanup_tmp_directories=True
+            preservation_policy=self._kept,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=_alone(),
         )
         self._plain = PlainFolder(self._folder)
         self._manager = ocp.CheckpointManager(self._plain.path, options=options)
@@ -66,7 +70,12 @@ class Checkpoints:
         return checkpoint_epochs(self._folder)
 
     def save(
-        self, epoch: int, state: GraphState, names: Sequence[str], score: float | None
+        self,
+        epoch: int,
+        state: GraphState,
+        names: Sequence[str],
+        score: float | None,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves a checkpoint. The state may be donated as soon as this returns.
 
@@ -79,6 +88,7 @@ class Checkpoints:
             names: the nodes' names, in the state's order.
             score: the checkpoint with the highest score (of several, the first) is kept; None:
                 not a candidate.
+            beside: JSON to be kept with it, for `beside`.
 
         Raises:
             RunError: this or the one before cannot be written, or the first not be read back.
@@ -91,7 +101,7 @@ class Checkpoints:
             args = ocp.args.Composite(
                 nodes=ocp.args.PyTreeSave(nodes),
                 training=ocp.args.PyTreeSave(training),
-                meta=ocp.args.JsonSave({"digests": digests, "score": score}),
+                meta=ocp.args.JsonSave({"digests": digests, "score": score, "beside": beside}),
             )
             self._saver.submit(self._manager.save, epoch, args=args).result()
         if not self._has_read_back:
@@ -137,6 +147,10 @@ class Checkpoints:
             reasons = "; ".join(messages)
             raise RunError(f"{reasons}; none is left: the same command again starts over")
         return 0, template, messages
+
+    def beside(self, epoch: int) -> Any:
+        """The JSON that was saved with a checkpoint; None: nothing that can be read."""
+        return _meta(self._folder, epoch).get("beside")
 
     def wait(self) -> None:
         """Waits until everything saved is on disk.
@@ -259,11 +273,17 @@ def best_checkpoint(folder: str | os.PathLike[str]) -> int | None:
 
 
 def _score(folder: Path, epoch: int) -> float | None:
-    try:
-        score = json.loads((folder / str(epoch) / "meta" / "metadata").read_text())["score"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: no candidate for the best
+    score = _meta(folder, epoch).get("score")  # where it is damaged: no candidate for the best
     return score if isinstance(score, float) else None
+
+
+def _meta(folder: Path, epoch: int) -> dict[str, Any]:
+    """What is kept beside the arrays of a checkpoint; nothing where it is damaged."""
+    try:
+        meta = json.loads((folder / str(epoch) / "meta" / "metadata").read_text())
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 @contextmanager
@@ -292,6 +312,16 @@ def _read(folder: PlainFolder, epoch: int, wanted: Sequence[str]) -> dict[str, A
         raise RunError(f"checkpoint {epoch} is damaged ({reason})") from None
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes this one does it all: Orbax is not to wait for the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
 def _system_reason(error: Exception) -> str:
     """What the operating system said, where that can be told from the error; else nothing."""
     number = error.errno if isinstance(error, OSError) else None
@@ -305,7 +335,10 @@ def _reason(error: Exception) -> str:
 
 
 def _read_checked(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    alone = _alone()
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         items = checkpointer.restore(
             path,
             args=ocp.args.Composite(

@@ -56,11 +56,14 @@ def choose_engine(
     if name == "auto":
         on_cpu = parallel.devices[0].platform == "cpu"
         plain = parallel.strategy == "jit" and steps_per_call == 1
+        plain &= not parallel.spans_processes
         return "per_node" if on_cpu and plain else "fused"
     if name not in ENGINES:
         raise InputError("engine", name, f"auto, {', '.join(ENGINES)}")
     if name != "per_node" and placement in ("nodes", "nodes+data"):
         raise InputError("placement", placement, f"data with the engine {name}")
+    if name == "per_node" and parallel.spans_processes:
+        raise InputError("engine", name, "fused or batched with several processes")
     if name == "per_node" and parallel.strategy != "jit":
         raise InputError("parallel", parallel.strategy, "jit with the engine per_node")
     if name == "per_node" and steps_per_call != 1:
@@ -71,10 +74,11 @@ def choose_engine(
 def fused_step(
     task: Task, parallel: Parallel, steps_per_call: int = 1, *, batched: bool = False
 ) -> Callable[..., tuple[GraphState, Metrics]]:
-    """Compiles `step(state, data, edges, key, priors=None, tables=None, rows=None)`.
+    """Compiles `step(state, data, edges, key, priors=None, tables=None, rows=None, wishes=None)`.
 
     It makes its own batch, and returns a state and metrics; the arguments are those of
-    `Engine.make_step`, `train_step` and of a `Feed`.
+    `Engine.make_step`, `train_step` and of a `Feed`. Wishes, bool `[number of devices]` and split
+    over them, say whose process wants to stop; the metric `stop` is whether any does.
 
     Args:
         task: what is trained.
@@ -97,10 +101,11 @@ def fused_step(
         priors: Priors | None = None,
         tables: Rows | None = None,
         rows: Rows | None = None,
+        wishes: jax.Array | None = None,
     ) -> tuple[GraphState, Metrics]:
         plan = parallel.shard(task.batches.plan(key, state.step))
         recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
-        return train_step(
+        updated, metrics = train_step(
             state,
             *take_batch(data.images, data.labels, plan, find),
             edges,
@@ -112,8 +117,9 @@ def fused_step(
             batched=batched,
             **task.options,
         )
+        return updated, metrics | ({} if wishes is None else {"stop": parallel.any_of(wishes)})
 
-    are_spread = [Arrays(images=parallel.spreads_data, labels=False)]
+    are_spread = [Arrays(images=parallel.spreads_data, labels=False), *[False] * 5, True]
     if steps_per_call == 1:
         return parallel.compile(step, are_spread)
 
@@ -125,11 +131,12 @@ def fused_step(
         priors: Priors | None = None,
         tables: Rows | None = None,
         rows: Rows | None = None,
+        wishes: jax.Array | None = None,
     ) -> tuple[GraphState, Metrics]:
         # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
         unroll = parallel.devices[0].platform == "cpu"
         return jax.lax.scan(
-            lambda state, row: step(state, data, edges, key, priors, tables, row),
+            lambda state, row: step(state, data, edges, key, priors, tables, row, wishes),
             state,
             rows,
             length=steps_per_call,
@@ -149,11 +156,15 @@ class FusedEngine:
             together, as in `train_step`.
 
     Raises:
-        InputError: a batch that is not divisible by the number of devices.
+        InputError: a batch that is not divisible by the number of devices, or pmap over several
+            processes.
     """
 
     def __init__(self, task: Task, parallel: Parallel, *, batched: bool = False) -> None:
         self.name = "batched" if batched else "fused"
+        if parallel.spans_processes and parallel.strategy == "pmap":
+            raise InputError("parallel", "pmap", "jit or shard_map with several processes")
+        self.wants_to_stop: Callable[[], bool] = lambda: False
         self._parallel = parallel
         compiled = functools.partial(fused_step, task, parallel, batched=batched)
         self._compiled = functools.cache(compiled)
@@ -184,8 +195,10 @@ class FusedEngine:
         feed = Feed(recordings, self._parallel.replicate)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
-            rows = feed.rows(state, count)
-            made = self._compiled(count)(state, data, *inputs, feed.tables, rows)
+            given: list[Any] = [feed.tables, feed.rows(state, count)]
+            if self._parallel.spans_processes:
+                given.append(self._parallel.one_each(self.wants_to_stop()))
+            made = self._compiled(count)(state, data, *inputs, *given)
             feed.after(state, count, made[0])
             return made
 
@@ -216,6 +229,7 @@ class PerNodeEngine:
         placement: str = "nodes",
     ) -> None:
         self._task = task
+        self.wants_to_stop: Callable[[], bool] = lambda: False
         share = task.batches.batch_size // task.accumulate
         if placement == "data":
             Parallel("jit", devices).check_batch_size(task.batches.batch_size, task.accumulate)

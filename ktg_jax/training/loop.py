@@ -16,6 +16,19 @@ from ktg_jax.training.state import GraphState
 Record = dict[str, Any]
 
 
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A training was asked to stop, within an epoch.
+
+    Attributes:
+        state: after the last update.
+        so_far: what `train_epochs` needs of the epoch to go on, as JSON.
+    """
+
+    def __init__(self, state: GraphState, so_far: Record) -> None:
+        super().__init__(f"after update {int(state.step)}")
+        self.state, self.so_far = state, so_far
+
+
 def train_epochs(
     state: GraphState,
     step: Callable[[GraphState, int], tuple[GraphState, Metrics]],
@@ -27,6 +40,8 @@ def train_epochs(
     steps_per_call: int = 1,
     validate: Callable[[GraphState], Means] | None = None,
     on_step: Callable[[int, Metrics], None] | None = None,
+    so_far: Record | None = None,
+    should_stop: Callable[[Metrics], bool] | None = None,
 ) -> Iterator[tuple[Record, GraphState]]:
     """Trains from where the state stands to the last epoch.
 
@@ -44,6 +59,8 @@ def train_epochs(
         steps_per_call: the largest count; the last call of an epoch may make fewer.
         validate: evaluates a state on the validation images.
         on_step: called with the number of each update (from 1) and its metrics, on the host.
+        so_far: of a state that stands within an epoch, what `Interrupted` had of it.
+        should_stop: asked after each call, with the metrics of its last update on the host.
 
     Yields:
         After each epoch a record (`epoch`, `step`, `seconds` from its beginning to its last update,
@@ -56,18 +73,24 @@ def train_epochs(
 
     Raises:
         DivergedError: a loss or a parameter that is not finite; names the step and the node.
+        Interrupted: it was to stop; all updates that were begun are made and counted.
     """
-    epoch_of_first = int(state.step) // steps_per_epoch + 1
+    done = int(state.step)
+    epoch_of_first = done // steps_per_epoch + 1
     for epoch in range(epoch_of_first, epochs + 1):
-        first = (epoch - 1) * steps_per_epoch + 1
+        end = epoch * steps_per_epoch
         clock = _Clock()
         means = _Means()
+        if epoch == epoch_of_first and done % steps_per_epoch:
+            clock, means = _Clock(so_far), _Means(so_far)
         pending: tuple[range, Metrics] | None = None
 
         def read(
             numbers: range, metrics: Metrics, means: "_Means" = means, clock: "_Clock" = clock
-        ) -> None:
+        ) -> bool:
+            """Reads the metrics of a call; whether it is time to stop."""
             host = jax.device_get(metrics)
+            one: Any = {}
             for i, number in enumerate(numbers):
                 one = host if len(numbers) == 1 else {key: host[key][i] for key in host}
                 _check_finite(one["loss"], names, f"step {number}", "loss")
@@ -75,11 +98,14 @@ def train_epochs(
                 if on_step is not None:
                     on_step(number, one)
             clock.steps_done(len(numbers))
+            return should_stop is not None and should_stop(one)
 
-        for numbers in _calls(first, steps_per_epoch, steps_per_call):
+        for numbers in _calls(max(done, end - steps_per_epoch) + 1, end, steps_per_call):
             state, metrics = step(state, len(numbers))
             if pending is not None:
-                read(*pending)
+                if read(*pending) and numbers[-1] < end:
+                    read(numbers, metrics)
+                    raise Interrupted(state, {**means.so_far, **clock.so_far})
             elif epoch == epoch_of_first:
                 jax.block_until_ready(metrics)
                 clock.compiled(len(numbers))
@@ -124,11 +150,10 @@ def _node_records(
     return records
 
 
-def _calls(first: int, steps: int, steps_per_call: int) -> Iterator[range]:
-    """The numbers of the updates from `first` on, call by call."""
-    end = first + steps
-    for start in range(first, end, steps_per_call):
-        yield range(start, min(start + steps_per_call, end))
+def _calls(first: int, last: int, steps_per_call: int) -> Iterator[range]:
+    """The numbers of the updates from `first` to `last`, call by call."""
+    for start in range(first, last + 1, steps_per_call):
+        yield range(start, min(start + steps_per_call, last + 1))
 
 
 @jax.jit
@@ -150,9 +175,14 @@ def _check_finite(values: Sequence[Any], names: Sequence[str], where: str, what:
 class _Means:
     """Running means of the metrics, in float64 and in a fixed order: the same on every run."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Any] = {}
-        self._count = 0
+    def __init__(self, so_far: Record | None = None) -> None:
+        known = so_far or {"sums": {}, "count": 0}
+        self._sums: dict[str, Any] = {k: np.asarray(v) for k, v in known["sums"].items()}
+        self._count = int(known["count"])
+
+    @property
+    def so_far(self) -> Record:
+        return {"sums": {k: v.tolist() for k, v in self._sums.items()}, "count": self._count}
 
     def add(self, metrics: dict[str, Any]) -> None:
         for key, value in metrics.items():
@@ -166,14 +196,20 @@ class _Means:
 class _Clock:
     """Seconds of an epoch, and its steps a second, without those of a call that compiled."""
 
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._steps = 0
+    def __init__(self, so_far: Record | None = None) -> None:
+        known = so_far or {"seconds": 0.0, "count": 0}
+        self._last = time.perf_counter()
+        self._start = self._last - known["seconds"]
+        self._steps = int(known["count"])
         self._compiled = self._start, 0
+
+    @property
+    def so_far(self) -> Record:
+        return {"seconds": self.seconds}
 
     def compiled(self, steps: int) -> None:
         """So many steps, which compiled, are computed."""
-        self._compiled = time.perf_counter(), steps
+        self._compiled = time.perf_counter(), self._steps + steps
 
     def steps_done(self, count: int) -> None:
         self._last = time.perf_counter()

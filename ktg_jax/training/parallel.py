@@ -30,7 +30,7 @@ class Parallel:
 
     Attributes:
         strategy: `jit`, `shard_map` or `pmap`.
-        devices: all of one kind; default: every local device.
+        devices: all of one kind; default: every device, those of other processes included.
         batch_stats: of which batch the normalisation takes its statistics: `global`, the whole one,
             as on one device; or `device`, each device of its share, without waiting for the others.
             The running statistics are then the mean over the devices.
@@ -46,7 +46,7 @@ class Parallel:
     """
 
     strategy: str = "jit"
-    devices: Sequence[jax.Device] = field(default_factory=lambda: tuple(jax.local_devices()))
+    devices: Sequence[jax.Device] = field(default_factory=lambda: tuple(jax.devices()))
     batch_stats: str = "global"
 
     def __post_init__(self) -> None:
@@ -95,8 +95,25 @@ class Parallel:
             raise InputError("batch_size", batch_size, allowed)
 
     def replicate(self, tree: Any) -> Any:
-        """A copy of every array of the tree on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """A copy of every array of the tree on every device.
+
+        With devices of other processes, all processes must call this with equal arrays.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if sharding.is_fully_addressable:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda leaf: _everywhere(leaf, sharding), tree)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether some of the devices are other processes'."""
+        return any(device.process_index != jax.process_index() for device in self.devices)
+
+    def one_each(self, value: Any) -> jax.Array:
+        """An array `[number of devices]`, split over them: on each what its process says."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        own = np.asarray([value])
+        return jax.make_array_from_callback((len(self.devices),), sharding, lambda _: own)
 
     def spread(self, table: Any) -> jax.Array:
         """Of an array `[n, ...]` a part on each device, where `spreads_data`; else all of it.
@@ -146,6 +163,13 @@ class Parallel:
 
         return jax.tree.map(share, batch)
 
+    def any_of(self, wishes: jax.Array) -> jax.Array:
+        """Inside a compiled step: whether any element of an array of `one_each` is true."""
+        found = jnp.any(wishes)
+        if self.strategy != "shard_map":
+            return found
+        return jax.lax.pmax(found.astype(jnp.int32), AXIS) > 0
+
     def compile(
         self, step: Callable[..., Any], are_spread: Sequence[Any] = ()
     ) -> Callable[..., Any]:
@@ -190,6 +214,15 @@ class Parallel:
         )
         ranks = np.arange(len(self.devices))
         return lambda state, *inputs: mapped(ranks, state, inputs)
+
+
+def _everywhere(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array on every device, those of other processes included."""
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
+        data = _everywhere(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _rows(part: jax.Array, index: jax.Array) -> jax.Array:

@@ -71,10 +71,13 @@ class Engine(Protocol):
     Attributes:
         name: one of `ENGINES`.
         summary: the devices, in a few words.
+        wants_to_stop: asked before each call of a step whose devices are of several processes; its
+            metric `stop` is whether it is true in any of them.
     """
 
     name: str
     summary: str
+    wants_to_stop: Callable[[], bool]
 
     def place(self, state: GraphState) -> GraphState:
         """Puts a state, or a copy of it, where the engine wants it."""
