@@ -55,6 +55,7 @@ from ktg_jax.relational_losses import contrastive_loss, correlation_loss, simila
 from ktg_jax.space.space import SearchSpace
 from ktg_jax.stage_losses import attention_transfer_loss, feature_transfer_loss
 from ktg_jax.training.batches import Batches
+from ktg_jax.training.delays import with_delays
 from ktg_jax.training.evaluation import eval_step
 from ktg_jax.training.forward import node_forward
 from ktg_jax.training.gradients import graph_gradients
@@ -151,6 +152,7 @@ __all__ = [
     "step_schedule",
     "train_step",
     "whole_prior",
+    "with_delays",
     "with_own_statistics",
     "with_priors",
 ]

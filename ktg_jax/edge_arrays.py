@@ -1,7 +1,7 @@
 """The edges of a graph as arrays: all that `edge_losses` and a compiled step know of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -18,9 +18,26 @@ PAPER_LOSSES = ("cross_entropy", "kl")
 """What the paper's label and transfer edges carry."""
 
 
+class Delayed(NamedTuple):
+    """A stale sender: a node, and how many updates ago it said what is heard. Static, hashable.
+
+    Attributes:
+        sender: index of the node.
+        delay: at least 1.
+        changes: whether the node is another one by then.
+    """
+
+    sender: int
+    delay: int
+    changes: bool = True
+
+
 @flax.struct.dataclass
 class EdgeArrays:
     """All edges of a graph as arrays: what a compiled step takes as data. A pytree.
+
+    N counts the nodes and, after them, the stale senders: as columns those are nodes of their own,
+    and their rows are cut.
 
     Attributes:
         gates: int `[N, N]`, codes of `ktg_jax.gate_names`, or float `[N, N, 4]`, coefficients;
@@ -31,6 +48,7 @@ class EdgeArrays:
             models and losses.
         functions: names of the gates that are functions, and may occur. Static, too.
         connectors: those of the edges, static likewise; their parameters are the receivers'.
+        delayed: the stale senders, static likewise.
 
     >>> EdgeArrays(jnp.zeros((1, 1), int), jnp.ones((2, 1, 1)), jnp.ones((1, 1))).needs_stages
     False
@@ -42,6 +60,7 @@ class EdgeArrays:
     losses: tuple[str, ...] = flax.struct.field(pytree_node=False, default=PAPER_LOSSES)
     functions: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     connectors: tuple[Connector, ...] = flax.struct.field(pytree_node=False, default=())
+    delayed: tuple[Delayed, ...] = flax.struct.field(pytree_node=False, default=())
 
     @property
     def needs_stages(self) -> bool:

@@ -199,6 +199,8 @@ def _initial_state(
         if node.weights:
             state = with_weights(state, i, node_weights(i, node, dataset))
     state, priors = ktg.with_priors(state, graph)
+    images = jax.ShapeDtypeStruct((task.batches.batch_size, *task.image_shape), jnp.float32)
+    state = ktg.with_delays(state, graph.edge_arrays, task.node_fns, images)
     return with_averages(state, graph.derived), priors
 
 

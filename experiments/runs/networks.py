@@ -237,4 +237,5 @@ def _losses(
     labels = jnp.zeros(len(images), jnp.int32)
     connectors = [without_connectors(params)[1] for params in state.params]
     edges = graph.edge_arrays
+    outputs += [outputs[each.sender] for each in edges.delayed]
     return ktg.graph_gradients(outputs, labels, edges, 1.0, connectors=connectors)

@@ -16,6 +16,8 @@ from ktg_jax.named_losses import checked_loss, loss_names, named_loss
 
 LABEL_LOSS = "cross_entropy"
 TRANSFER_LOSS = "kl"
+MOST_DELAY = 10_000
+"""The largest delay: what is said is kept for so many updates."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Edge:
         connector: what is put behind the receiver, and trained with it, where its ends do not fit:
             `conv` or `conv_conv` (1x1 convolutions) behind its stages, `linear` or `linear_linear`
             behind its logits, or one of each as `conv+linear`. None: nothing.
+        delay: how many updates ago the sender was as it is heard; in the first ones the edge is as
+            good as cut. 0: it is heard as it is now.
 
     >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4.0).losses
     {'kl': 1.0, 'attention': 1000.0}
@@ -44,6 +48,7 @@ class Edge:
     weight: float = 1.0
     temperature: float | None = None
     connector: str | None = None
+    delay: int = 0
 
     def __hash__(self) -> int:
         losses = tuple(sorted(self.losses.items()))
@@ -71,13 +76,16 @@ class Edge:
 
         >>> Edge("linear", {"kl": 1, "attention": 1000}, temperature=4).says, Edge().says
         ('kl + 1000 attention, T 4', '')
+        >>> Edge(delay=50).says
+        'kl, 50 updates late'
         """
         if self.is_plain:
             return ""
         parts = [n if w == 1 else f"{w:g} {n}" for n, w in self.losses.items()]
         at = "" if self.temperature is None else f", T {self.temperature:g}"
         by = "" if self.connector is None else f", by {self.connector}"
-        return " + ".join(parts) + at + by
+        late = f", {self.delay} updates late" if self.delay else ""
+        return " + ".join(parts) + at + by + late
 
     def to_json(self) -> Any:
         """The gate's name where it says all, else an object of the fields that are not default."""
@@ -87,7 +95,8 @@ class Edge:
         fields: dict[str, Any] = {"gate": self.gate, "loss": loss}
         fields |= {"weight": self.weight} if self.weight != 1 else {}
         fields |= {} if self.temperature is None else {"temperature": self.temperature}
-        return fields | ({} if self.connector is None else {"connector": self.connector})
+        fields |= {} if self.connector is None else {"connector": self.connector}
+        return fields | ({"delay": self.delay} if self.delay else {})
 
 
 EdgeMatrix: TypeAlias = tuple[tuple[Edge, ...], ...]
@@ -107,7 +116,7 @@ def checked_edge(where: str, given: Any, on_label: bool) -> Edge:
         InputError: names the first field that is wrong.
 
     >>> checked_edge("gates[0][0]", "linear", on_label=True)
-    Edge(gate='linear', loss='cross_entropy', weight=1.0, temperature=None, connector=None)
+    Edge(gate='linear', loss='cross_entropy', weight=1.0, temperature=None, connector=None, delay=0)
     """
     default = LABEL_LOSS if on_label else TRANSFER_LOSS
     if isinstance(given, str):
@@ -129,7 +138,17 @@ def checked_edge(where: str, given: Any, on_label: bool) -> Edge:
         checked_number(f"{where}.weight", given.weight),
         temperature,
         _checked_connector(f"{where}.connector", given.connector, loss, on_label),
+        _checked_delay(f"{where}.delay", given.delay, on_label),
     )
+
+
+def _checked_delay(where: str, given: Any, on_label: bool) -> int:
+    is_number = isinstance(given, int | np.integer) and not isinstance(given, bool)
+    if not is_number or not 0 <= given <= MOST_DELAY:
+        raise InputError(where, given, f"a whole number of updates from 0 to {MOST_DELAY:,}")
+    if given and on_label:
+        raise InputError(where, given, "0: a label is never late")
+    return int(given)
 
 
 def _checked_gate(where: str, gate: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ktg_jax.connectors import Connector
-from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, functions_among
+from ktg_jax.edge_arrays import PAPER_LOSSES, Delayed, EdgeArrays, functions_among
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
@@ -104,32 +104,50 @@ class Graph:
     @property
     def edge_arrays(self) -> EdgeArrays:
         """All edges as arrays, as `edge_losses` and `train_step` take them in place of gates."""
+        edges, delayed = self._with_stale_senders()
         weights = [
-            [[edge.losses.get(name, 0.0) for edge in row] for row in self.edges]
-            for name in self.losses
+            [[edge.losses.get(name, 0.0) for edge in row] for row in edges] for name in self.losses
         ]
         temperatures = [
             [self.temperature if edge.temperature is None else edge.temperature for edge in row]
-            for row in self.edges
+            for row in edges
         ]
+        names = gate_names()
+        gates = np.array([[names.index(edge.gate) for edge in row] for row in edges], np.int32)
         return EdgeArrays(
-            self.gate_codes,
+            gates,
             np.array(weights, np.float32),
             np.array(temperatures, np.float32),
             self.losses,
-            functions_among(self.gate_codes),
-            self.connectors,
+            functions_among(gates),
+            _connectors(self.nodes, edges, delayed),
+            delayed,
         )
+
+    def _with_stale_senders(self) -> tuple[list[list[Edge]], tuple[Delayed, ...]]:
+        """The edges, each delayed one moved to the column of a sender of its own; and these."""
+        found = {
+            (s, edge.delay): None
+            for row in self.edges
+            for s, edge in enumerate(row)
+            if edge.delay and edge.carries
+        }
+        averages = {each.node for each in self.derived.averages}
+        delayed = [Delayed(s, k, s not in self.frozen or s in averages) for s, k in found]
+        number = len(self.nodes)
+        cut = Edge("cutoff", LABEL_LOSS, 0.0)
+        edges = [[cut] * (number + len(delayed)) for _ in range(number + len(delayed))]
+        for t, row in enumerate(self.edges):
+            for s, edge in enumerate(row):
+                is_late = edge.delay and edge.carries
+                column = number + list(found).index((s, edge.delay)) if is_late else s
+                edges[t][column] = edge
+        return edges, tuple(delayed)
 
     @property
     def connectors(self) -> tuple[Connector, ...]:
         """The connectors of all edges that carry something."""
-        return tuple(
-            Connector(t, s, str(self.nodes[s].name), tuple(edge.connector.split("+")))
-            for t, row in enumerate(self.edges)
-            for s, edge in enumerate(row)
-            if edge.connector is not None and edge.carries
-        )
+        return _connectors(self.nodes, self.edges)
 
     @property
     def frozen(self) -> tuple[int, ...]:
@@ -325,6 +343,25 @@ class Graph:
         return cls.from_json(read("graph", path))
 
 
+def _connectors(
+    nodes: Sequence[Node], edges: Sequence[Sequence[Edge]], delayed: Sequence[Delayed] = ()
+) -> tuple[Connector, ...]:
+    """The connectors of edges that carry something.
+
+    Args:
+        nodes: of the graph.
+        edges: [receiver][sender]; after the nodes' columns are those of stale senders.
+        delayed: these.
+    """
+    senders = [*range(len(nodes)), *(each.sender for each in delayed)]
+    return tuple(
+        Connector(t, s, str(nodes[senders[s]].name), tuple(edge.connector.split("+")))
+        for t, row in enumerate(edges)
+        for s, edge in enumerate(row)
+        if edge.connector is not None and edge.carries
+    )
+
+
 def _numbers_of(given: Any) -> Any:
     """An input's numbers; of the data's own its name, and None where there is none."""
     return given if given in (None, OF_DATA) else resolved_input(given)
@@ -335,7 +372,7 @@ def _ranked(edges: Sequence[Sequence[Edge]]) -> list[list[int]]:
 
     def key(edge: Edge) -> tuple[Any, ...]:
         losses = sorted(edge.losses.items())
-        return edge.gate, losses, edge.temperature or 0.0, edge.connector or ""
+        return edge.gate, losses, edge.temperature or 0.0, edge.connector or "", edge.delay
 
     listed = sorted(key(edge) for row in edges for edge in row)
     return [[listed.index(key(edge)) for edge in row] for row in edges]

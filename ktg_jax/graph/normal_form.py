@@ -79,7 +79,7 @@ def merged(
     frozen = set(frozen)
     nodes = range(len(kinds))
     # What is heard by way of two connectors is not twice what is heard by way of one.
-    apart = {i for i in nodes if any(row[i].connector and row[i].carries for row in edges)}
+    apart = {i for i in nodes if any(_is_special(row[i]) for row in edges)}
     groups = [[i] for i in nodes if i not in frozen]
     of_kind: dict[Hashable, list[int]] = defaultdict(list)
     for i in sorted(frozen):
@@ -89,9 +89,9 @@ def merged(
     def carried(receiver: int, senders: Sequence[int]) -> tuple[Edge, ...]:
         on_label = receiver in senders
         (edge, *_) = (edges[receiver][s] for s in senders)
-        if edge.connector and edge.carries:
+        if _is_special(edge):
             (whole,) = edges_of(sum_of([edge], temperature, on_label)) or (edge,)
-            return (dataclasses.replace(whole, connector=edge.connector),)
+            return (dataclasses.replace(whole, connector=edge.connector, delay=edge.delay),)
         return edges_of(sum_of((edges[receiver][s] for s in senders), temperature, on_label))
 
     learning = [i for i in nodes if i not in frozen]
@@ -109,6 +109,11 @@ def merged(
         if groups[t][0] not in frozen and all(edge.gate == "cutoff" for edge in rows[i]):
             rows[i][i] = Edge("through", LABEL_LOSS, 0.0)  # it learns, though nothing
     return [groups[g][0] for g, _ in order], rows
+
+
+def _is_special(edge: Edge) -> bool:
+    """Whether an edge carries something by way of a connector, or late."""
+    return edge.carries and bool(edge.connector or edge.delay)
 
 
 def _part(parts: Sequence[Edge], copy: int, on_label: bool) -> Edge:

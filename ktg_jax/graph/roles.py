@@ -21,8 +21,8 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
     Raises:
         InputError: a target that hears nothing and is no ensemble, a frozen node with a prior or
             with options of learning, a node of other classes that is
-            the target or hears the label, a recorded node that hears something, or stages that are
-            asked of a node without.
+            the target or hears the label, a recorded node that hears something, stages that are
+            asked of a node without, or an ensemble that is heard late.
     """
     if nodes[0].kind != ENSEMBLE and not any(edge.carries for edge in edges[0]):
         gates = [edge.gate for edge in edges[0]]
@@ -43,6 +43,16 @@ def check_roles(nodes: Sequence[Node], edges: EdgeMatrix, frozen: Sequence[int])
             raise InputError(f"gates[{i}]", [edge.gate for edge in edges[i]], allowed)
         if node.kind in (RECORDED, ENSEMBLE):
             _check_no_stages(i, node, edges)
+        if node.kind == ENSEMBLE:
+            _check_no_delay(i, node, edges)
+
+
+def _check_no_delay(sender: int, node: Node, edges: EdgeMatrix) -> None:
+    """Raises InputError where an edge hears an ensemble late."""
+    for t, row in enumerate(edges):
+        if row[sender].delay:
+            allowed = f"0: node {node.name} is an ensemble; its members may be heard late"
+            raise InputError(f"gates[{t}][{sender}].delay", row[sender].delay, allowed)
 
 
 def _check_classes(i: int, node: Node, edges: EdgeMatrix) -> None:

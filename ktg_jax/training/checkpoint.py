@@ -359,7 +359,8 @@ def _to_items(state: GraphState, names: Sequence[str]) -> tuple[dict[str, Any], 
     }
     opt_states = zip(names, state.opt_state, strict=True)
     opt_state = {name: flatten(opt_state) for name, opt_state in opt_states}
-    return nodes, {"step": flatten({"step": state.step}), "opt_state": opt_state}
+    training = {"step": flatten({"step": state.step}), "opt_state": opt_state}
+    return nodes, training | ({"stale": flatten(state.stale)} if state.stale else {})
 
 
 def _from_items(
@@ -381,6 +382,7 @@ def _from_items(
         ),
         opt_state=per_node(template.opt_state, training["opt_state"]),
         step=unflatten({"step": template.step}, training["step"], "checkpoint")["step"],
+        stale=unflatten(template.stale, training.get("stale") or {}, "stale of the checkpoint"),
     )
 
 

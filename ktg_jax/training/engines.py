@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ktg_jax.edge_arrays import EdgeArrays
+from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.training.batches import Arrays, Batches, labels_of, take_batch
+from ktg_jax.training.delays import delays_of
 from ktg_jax.training.evaluation import (
     evaluation_batch_size,
     make_evaluator,
@@ -105,6 +106,15 @@ def fused_step(
     ) -> tuple[GraphState, Metrics]:
         plan = parallel.shard(task.batches.plan(key, state.step))
         recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
+        ahead = {
+            delay: take_batch(
+                data.images,
+                data.labels,
+                parallel.shard(task.batches.plan(key, state.step + delay)),
+                find,
+            )[0]
+            for delay in delays_of(edges)
+        }
         updated, metrics = train_step(
             state,
             *take_batch(data.images, data.labels, plan, find),
@@ -115,6 +125,7 @@ def fused_step(
             recorded=recorded,
             mixed=labels_of(data.images, data.labels, plan)[1],
             batched=batched,
+            ahead=ahead,
             **task.options,
         )
         return updated, metrics | ({} if wishes is None else {"stop": parallel.any_of(wishes)})
@@ -191,7 +202,8 @@ class FusedEngine:
         recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`."""
-        inputs = self._parallel.replicate((jax.tree.map(jnp.asarray, edges), key, priors))
+        arrays = jax.tree.map(jnp.asarray, edge_arrays(edges))
+        inputs = self._parallel.replicate((arrays, key, priors))
         feed = Feed(recordings, self._parallel.replicate)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
@@ -264,14 +276,20 @@ class PerNodeEngine:
         task, placement = self._task, self._placement
         home = placement[0]
         keys = {to: jax.device_put(key, whole(to)) for to in self._used}
-        edges = jax.device_put(jax.tree.map(jnp.asarray, edges), whole(home))
+        arrays = jax.device_put(jax.tree.map(jnp.asarray, edge_arrays(edges)), whole(home))
         if priors is not None:
             priors = [jax.device_put(p, whole(to)) for p, to in zip(priors, placement, strict=True)]
         feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)))
 
-        def batch(state: GraphState, to: Place) -> tuple[Any, ...]:
-            given = data[to], keys[to], jax.device_put(state.step, whole(to)), task.total_steps
+        def batch(state: GraphState, to: Place, ahead: int = 0) -> tuple[Any, ...]:
+            position = state.step + ahead if ahead else state.step
+            given = data[to], keys[to], jax.device_put(position, whole(to)), task.total_steps
             return _make_batch(*given, batches=task.batches, spread=spread_over(to))
+
+        late = {
+            delay: {placement[d.sender] for d in arrays.delayed if d.changes and d.delay == delay}
+            for delay in delays_of(arrays)
+        }
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
@@ -282,12 +300,13 @@ class PerNodeEngine:
                 state,
                 {to: images for to, (images, *_) in made.items()},
                 labels,
-                edges,
+                arrays,
                 progress,
                 placement=placement,
                 priors=priors,
                 recorded=_taken(feed.tables, image_index) | rows,
                 mixed=mixed,
+                ahead={k: {to: batch(state, to, k)[0] for to in used} for k, used in late.items()},
                 **task.options,
             )
             feed.after(state, 1, updated)

@@ -192,7 +192,7 @@ class Parallel:
             known = jax.tree.map(lambda is_spread: (replicated, spread)[is_spread], [*are_spread])
 
             def on_all(state: Any, *inputs: Any) -> Any:
-                specs = (*known, *[replicated] * (len(inputs) - len(known)))
+                specs = (*known, *[replicated] * len(inputs))[: len(inputs)]
                 # Values are as under pmap: of each device's own, until they are averaged.
                 return jax.shard_map(
                     lambda state, inputs: step(state, *inputs),

@@ -25,6 +25,7 @@ from ktg_jax.training.accumulate import (
     check_parts,
     weights_of_parts,
 )
+from ktg_jax.training.delays import check_delays, heard_with
 from ktg_jax.training.node_terms import checked_priors
 from ktg_jax.training.placement import Place, Placement, split, whole
 from ktg_jax.training.state import GraphState
@@ -44,6 +45,7 @@ def per_node_step(
     progress: ArrayLike,
     *,
     placement: Placement,
+    ahead: Mapping[int, Mapping[Place, jax.Array]] | None = None,
     **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
@@ -56,6 +58,7 @@ def per_node_step(
         gates: as for `train_step`.
         progress: scalar in (0, 1].
         placement: the place of each node.
+        ahead: as for `train_step`, the images of each batch in each place that has stale senders.
         **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
             are best already in their nodes' places; `where`, `recorded` and `mixed` are to be in
             the first node's.
@@ -86,11 +89,12 @@ def per_node_step(
     check_states(state.opt_state, state.params, optimizers)
     edges = edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
-    batch = _Batch(images, labels, recorded, how.where, how.mixed)
-    if how.accumulate == 1:
-        made = _passes(state, batch, edges, progress, how, placement)
-    else:
-        made = _passes_in_parts(state, batch, edges, progress, how, placement)
+    check_delays(state, edges, ahead)
+    open_edges, stale = programs.open_and_hear(edges, state.stale, state.step)
+    batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
+    passes = _passes if how.accumulate == 1 else _passes_in_parts
+    made = passes(state, batch, open_edges, progress, how, placement)
+    said = _said_ahead(state, edges, ahead, how, placement)
     params, opt_state = list(state.params), list(state.opt_state)
     model_state, metrics = list(made.model_state), made.metrics
     distances: list[jax.Array | None] = [None] * len(priors)
@@ -115,7 +119,8 @@ def per_node_step(
     if any(distance is not None for distance in distances):
         metrics |= programs.distances_of(distances)
     new_step = programs.next_step(state.step)
-    return GraphState(tuple(params), tuple(model_state), tuple(opt_state), new_step), metrics
+    new = tuple(params), tuple(model_state), tuple(opt_state), new_step, said
+    return GraphState(*new), metrics
 
 
 class _Batch(NamedTuple):
@@ -126,6 +131,7 @@ class _Batch(NamedTuple):
     recorded: dict[int, Any]
     where: ArrayLike | None
     mixed: Any
+    stale: tuple[Any, ...]
 
 
 class _Passes(NamedTuple):
@@ -156,6 +162,7 @@ def _passes(
     outputs, pullbacks, model_state = _forwards(state, batch, how, placement, with_stages)
     if how.ensembles:
         outputs = programs.fill_ensembles(outputs, how.derived.ensembles)
+    outputs = heard_with(outputs, batch.stale, edges)
     connectors = [without_connectors(each)[1] for each in state.params]
     (output_gradients, connector_gradients), metrics, losses = programs.gradients_and_losses(
         outputs,
@@ -176,6 +183,26 @@ def _passes(
         for i, (pullback, place) in enumerate(zip(pullbacks, placement, strict=True))
     ]
     return _Passes(pullbacks, gradients, model_state, losses, metrics)
+
+
+def _said_ahead(
+    state: GraphState,
+    edges: EdgeArrays,
+    ahead: Mapping[int, Mapping[Place, jax.Array]] | None,
+    how: StepOptions,
+    placement: Placement,
+) -> tuple[Any, ...]:
+    """The state's `stale` after an update."""
+    after = []
+    for (i, delay, _), ring in zip(edges.delayed, state.stale, strict=True):
+        if ring is not None:
+            assert ahead is not None  # or check_delays would have raised
+            convolution = cpu_convolution().name
+            forward = programs.frozen_forward(how.node_fns[i], edges.needs_stages, convolution)
+            made = forward(state.params[i], state.model_state[i], ahead[delay][placement[i]])
+            ring = programs.push(ring, jax.device_put(made, whole(placement[0])), state.step)
+        after.append(ring)
+    return tuple(after)
 
 
 def _passes_in_parts(

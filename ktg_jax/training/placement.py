@@ -140,7 +140,7 @@ def place(state: GraphState, placement: Placement) -> GraphState:
         move(state.params),
         move(state.model_state),
         move(state.opt_state),
-        jax.device_put(state.step, whole(placement[0])),
+        *jax.device_put((state.step, state.stale), whole(placement[0])),
     )
 
 

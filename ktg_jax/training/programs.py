@@ -8,8 +8,10 @@ import jax
 import optax
 
 from ktg_jax.connectors import with_connectors, without_connectors
+from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.training.accumulate import added, part_of_batch, zeros_of
+from ktg_jax.training.delays import heard, of_nodes, opened, pushed
 from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.evaluation import eval_sums
 from ktg_jax.training.forward import node_forward
@@ -23,7 +25,7 @@ from ktg_jax.training.updates import node_update
 def gradients_and_losses(*inputs: Any, **options: Any) -> Any:
     """What `graph_gradients` returns, and each node's loss apart: a scalar for its device."""
     gradients, metrics = graph_gradients(*inputs, **options)
-    return gradients, metrics, tuple(metrics["loss"])
+    return gradients, of_nodes(metrics, inputs[2]), tuple(metrics["loss"])
 
 
 distances_of = jax.jit(distance_metrics)
@@ -32,6 +34,17 @@ move = jax.jit(moved, static_argnums=2)
 sums_of = jax.jit(eval_sums, static_argnums=3)
 next_step = jax.jit(lambda step: step + 1)
 cut_part = jax.jit(part_of_batch, static_argnums=(1, 2))
+
+
+push = jax.jit(pushed, donate_argnums=0)
+
+
+@jax.jit
+def open_and_hear(edges: EdgeArrays, stale: tuple[Any, ...], step: jax.Array) -> Any:
+    """The edges that are open in an update, and what stale senders said for it."""
+    both = zip(edges.delayed, stale, strict=True)
+    said = (None if ring is None else heard(ring, step, each.delay) for each, ring in both)
+    return opened(edges, step), tuple(said)
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,6 +32,8 @@ class GraphState:
             optimiser's own state is None, `init_state` puts `NoOptState()` in its place.
         step: int32 scalar, the number of updates made. With the seed it is the position in the
             data, too.
+        stale: what stale senders said for the batches to come, as `with_delays` makes room for it;
+            nothing, in a graph without delays.
 
     >>> GraphState(({},), ({},), (None,), jnp.zeros((), jnp.int32)).frozen
     (0,)
@@ -41,6 +43,7 @@ class GraphState:
     model_state: tuple[PyTree, ...]
     opt_state: tuple[Any, ...]
     step: jax.Array
+    stale: tuple[Any, ...] = ()
 
     @property
     def frozen(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from ktg_jax.training.accumulate import (
     weights_of_parts,
     zeros_of,
 )
+from ktg_jax.training.delays import check_delays, heard_with, of_nodes, opened, said_ahead, stale_of
 from ktg_jax.training.derived import moved, with_ensembles
 from ktg_jax.training.forward import graph_forward
 from ktg_jax.training.gradients import Metrics, graph_gradients
@@ -95,6 +96,7 @@ def train_step(
     *,
     axis_name: str | None = None,
     batched: bool = False,
+    ahead: Mapping[int, jax.Array] | None = None,
     **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node at once, from one forward and one backward pass. Pure.
@@ -115,6 +117,8 @@ def train_step(
         batched: whether learning nodes of equal functions make one forward and one backward pass
             together, by `jax.vmap` over their parameters: fewer and larger operations, and the same
             update to the rounding of the device's convolutions.
+        ahead: where senders are stale, the images of the batches so many updates ahead, by these
+            numbers, each as `images`; the state has room for them (`with_delays`).
         **options: the fields of `StepOptions`: `node_fns`, `optimizer` and others.
 
     Returns:
@@ -147,9 +151,13 @@ def train_step(
     check_states(state.opt_state, state.params, optimizers)
     priors, edges = checked_priors(how.priors, state), edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
-    batch = _Batch(images, labels, recorded, how.where, how.mixed)
+    check_delays(state, edges, ahead)
+    stale = stale_of(state, edges, axis_name)
+    batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
+    open_edges = opened(edges, state.step)
     with batch_spread_over(axis_name):
-        made = _gradients(state, batch, edges, progress, how, axis_name, batched)
+        made = _gradients(state, batch, open_edges, progress, how, axis_name, batched)
+        said = said_ahead(state, edges, ahead, how.node_fns, axis_name)
     model_state, metrics = list(made.model_state), made.metrics
     if axis_name is not None:
         metrics = jax.lax.pmean(metrics, axis_name)
@@ -172,8 +180,8 @@ def train_step(
         params[i] = moved(params[i], params[source], average.decay)
         model_state[i] = moved(model_state[i], model_state[source], average.decay)
     metrics |= distance_metrics(distances)
-    new_state = GraphState(tuple(params), tuple(model_state), tuple(opt_state), state.step + 1)
-    return new_state, metrics
+    new = tuple(params), tuple(model_state), tuple(opt_state), state.step + 1, said
+    return GraphState(*new), metrics
 
 
 class _Batch(NamedTuple):
@@ -184,6 +192,7 @@ class _Batch(NamedTuple):
     recorded: dict[int, Any]
     where: ArrayLike | None
     mixed: Mixed | None
+    stale: tuple[Any, ...]
 
 
 class _Gradients(NamedTuple):
@@ -246,7 +255,7 @@ def _gradients_at_once(
         batched=batched,
         remat=how.remat,
     )
-    outputs = with_ensembles(made.outputs, how.derived.ensembles)
+    outputs = heard_with(with_ensembles(made.outputs, how.derived.ensembles), batch.stale, edges)
     connectors = [without_connectors(each)[1] for each in state.params]
     (output_gradients, connector_gradients), metrics = graph_gradients(
         tuple(outputs),
@@ -264,7 +273,7 @@ def _gradients_at_once(
         else each
         for i, each in enumerate(made.pullback(output_gradients))
     ]
-    return _Gradients(tuple(gradients), tuple(made.model_state), metrics)
+    return _Gradients(tuple(gradients), tuple(made.model_state), of_nodes(metrics, edges))
 
 
 def checked_recorded(

@@ -1,0 +1,180 @@
+"""Several processes that train one graph together, with simulated devices of their own."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import Ended, end_of, finished, in_process, metrics, options, result, small, start
+
+from experiments import train as train_module
+from experiments.runs.workdir import INTERRUPTED
+from ktg_jax.training.checkpoint import checkpoint_epochs
+
+OPTIONS: dict[str, Any] = {"models": ("tiny", "tiny"), "epochs": 3, "engine": "fused"}
+NOISE = re.compile(r"^(\[Gloo\]|[EWI]\d{4} ).*\n", re.MULTILINE)
+"""What XLA says by itself."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def started(
+    number: int, workdir: Path, cwd: Path, devices: int = 2, **changes: Any
+) -> list[subprocess.Popen[str]]:
+    """As many processes, each with so many devices."""
+    config = small(workdir, **OPTIONS | {"engine": "auto"} | changes)
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(number)]
+    return [
+        start(
+            "experiments.train",
+            *options(config),
+            *where,
+            *("--process-id", str(i)),
+            cwd=cwd,
+            devices=devices,
+            cache=cwd / "cache",
+        )
+        for i in range(number)
+    ]
+
+
+def ends_of(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
+    ended = [end_of(process) for process in processes]
+    return [Ended(e.code, NOISE.sub("", e.out), NOISE.sub("", e.err)) for e in ended]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
+    return finished(tmp_path_factory, "hosts", **OPTIONS)
+
+
+def assert_alike(workdir: Path, other: Path) -> None:
+    """Two runs of one configuration, to the rounding of sums."""
+    for ours, theirs in zip(metrics(workdir), metrics(other), strict=True):
+        for a, b in zip(ours["nodes"], theirs["nodes"], strict=True):
+            for key in ("train_loss", "train_accuracy", "val_loss", "edge_losses"):
+                np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=1e-4)
+    found, wanted = (result(each)["target"]["test_loss"] for each in (workdir, other))
+    np.testing.assert_allclose(found, wanted, rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "devices", "parallel"), [(2, 2, "jit"), (2, 2, "shard_map"), (4, 1, "jit")]
+)
+def test_several_processes_train_as_one_does(
+    number: int, devices: int, parallel: str, alone: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    ended = ends_of(started(number, workdir, tmp_path, devices, parallel=parallel))
+    assert [each.code for each in ended] == [0] * number, ended
+    first, *others = ended
+    assert f"on {number * devices} x cpu" in first.out
+    assert all(each.out == each.err == "" for each in others)
+    assert_alike(workdir, alone)
+    assert {path.name for path in workdir.iterdir()} >= {"checkpoints", "result.json"}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
+    """Stopped within an epoch by a signal to one of two, it goes on in one, and in four."""
+    workdir, changes = tmp_path / "run", {"epochs": 3, "train_limit": 1400, "batch_size": 8}
+    one = tmp_path / "one"
+    assert in_process(train_module.main, *options(small(one, **OPTIONS | changes))).code == 0
+    for number, devices in ((2, 2), (4, 1)):
+        before = len(stopped_at(workdir))
+        processes = started(number, workdir, tmp_path, devices, **changes)
+        until = time.monotonic() + 250
+        while len(kept(workdir)) <= before:  # an epoch is done: another one is on its way
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        processes[-1].send_signal(signal.SIGTERM)
+        ended = ends_of(processes)
+        assert [each.code for each in ended] == [143] * number, ended
+        assert ended[-1].err.startswith("interrupted by SIGTERM; the same command goes on")
+        assert ended[0].err.startswith("interrupted by another process; the same command")
+        before = len(kept(workdir))
+    said = in_process(train_module.main, *options(small(workdir, **OPTIONS | changes)))
+    assert said.code == 0
+    assert "Resuming" in said.out
+    assert_alike(workdir, one)
+
+
+def kept(workdir: Path) -> tuple[int, ...]:
+    return checkpoint_epochs(workdir / "checkpoints")
+
+
+def stopped_at(workdir: Path) -> tuple[int, ...]:
+    return checkpoint_epochs(workdir / INTERRUPTED)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_an_error_soon(tmp_path: Path) -> None:
+    processes = started(2, tmp_path / "run", tmp_path, epochs=100_000)
+    until = time.monotonic() + 200
+    while not kept(tmp_path / "run"):
+        assert time.monotonic() < until
+        assert processes[0].poll() is None, ends_of(processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    ended = ends_of(processes)
+    assert time.monotonic() - killed_at < 45  # of silence no more than 30
+    assert ended[1].code == -signal.SIGKILL
+    assert ended[0].code == 1
+    message = r"failed: process 0 of 2 lost the others \(.*\); the same commands go on .*\n"
+    assert re.fullmatch(message, ended[0].err), ended[0].err
+    json.loads((tmp_path / "run" / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_what_the_first_process_finds_wrong_ends_all(tmp_path: Path, alone: Path) -> None:
+    ended = ends_of(started(2, alone, tmp_path, seed=5))
+    assert [each.code for each in ended] == [2, 2]
+    for each in ended:
+        assert each.err.startswith(f"error: workdir: got '{alone}'; allowed: a folder without")
+        assert each.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--coordinator", "here"], "coordinator: got 'here'; allowed: HOST:PORT, the port from 1"),
+        (["--coordinator", "a:0"], "coordinator: got 'a:0'; allowed: HOST:PORT, the port from 1"),
+        (["--coordinator", "a:1"], "num_processes: got None; allowed: at least 1, together with"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2"],
+            "process_id: got None; allowed: 0 to 1, another one for each process",
+        ),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id: got 2; allowed: 0 to 1, another one for each process",
+        ),
+        (["--process-id", "0"], "process_id: got 0; allowed: given together with coordinator"),
+        (["--num-processes", "2"], "num_processes: got 2; allowed: given together with"),
+        (
+            ["--distributed", "--process-id", "1"],
+            "process_id: got 1; allowed: nothing with distributed: the launcher says it",
+        ),
+    ],
+)
+def test_bad_words_about_hosts_are_refused(given: list[str], message: str, tmp_path: Path) -> None:
+    ended = in_process(train_module.main, *given, *options(small(tmp_path / "run")))
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {message}")
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
