@@ -285,7 +285,8 @@ class _Training:
                     if hosts.any_of(signals.is_waiting()):
                         raise signals.StoppedElsewhere("stopped between epochs")
             except Interrupted as stopped:
-                self._saved.save_interrupted(stopped.state, stopped.so_far)
+                whole = run.engine.gathered(stopped.state)
+                self._saved.save_interrupted(whole, stopped.so_far)
                 raise signals.StoppedElsewhere(str(stopped)) from None
         self._saved.wait()
         return state
@@ -295,7 +296,8 @@ class _Training:
         records.append(record)
         if hosts.is_first():
             self._workdir.append_record(record)
-        self._saved.save(record["epoch"], state, record["nodes"][0]["val_accuracy"])
+        whole = self._run.engine.gathered(state)
+        self._saved.save(record["epoch"], whole, record["nodes"][0]["val_accuracy"])
 
     def _curves_drawer(self, records: list[Record]) -> Callable[[Record], None]:
         """A function to call after each epoch, which redraws the curves now and then."""
@@ -334,7 +336,7 @@ class _Training:
             return None
         if epoch < len(records):
             try:
-                state = self._saved.restore(state, epoch)
+                state = self._saved.restore(self._run.state, epoch)
             except RunError as error:
                 cli.say(self._console, f"{error}; the best epoch is left out of the result.")
                 return None

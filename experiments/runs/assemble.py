@@ -17,6 +17,7 @@ from ktg_jax.training import optimizers
 from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
 from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
 from ktg_jax.training.evaluation import Means
+from ktg_jax.training.host_engine import HostNodesEngine
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.state import GraphState, with_averages
 from ktg_jax.training.task import Engine, Step, Task
@@ -37,7 +38,7 @@ class Run:
     Attributes:
         graph: the graph of the networks.
         node_fns: one a node.
-        state: the initial state, pre-trained weights and priors included.
+        state: the initial state on the host, pre-trained weights and priors included.
         engine: which trains and evaluates, on which devices.
         step: the step of the engine.
         val: validation images as the engine has them, or None.
@@ -144,7 +145,7 @@ def assemble(
     return Run(
         graph=graph,
         node_fns=task.node_fns,
-        state=engine.place(state),
+        state=jax.device_get(state),
         engine=engine,
         step=engine.make_step(
             train,
@@ -206,6 +207,8 @@ def _initial_state(
 
 def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:
     name = choose_engine(config.engine, parallel, config.steps_per_call, config.placement)
+    if name == "per_node" and parallel.spans_processes:
+        return HostNodesEngine(task, state, parallel.devices, str(config.placement))
     if name == "per_node":
         return PerNodeEngine(task, state, parallel.devices, config.placement or "nodes")
     return FusedEngine(task, parallel, batched=name == "batched")

@@ -52,7 +52,8 @@ def choose_engine(
     """
     if placement is not None and placement not in PLACEMENTS:
         raise InputError("placement", placement, ", ".join(PLACEMENTS))
-    if name == "auto" and placement in ("nodes", "nodes+data"):
+    apart = ("nodes", "nodes+data")
+    if name == "auto" and placement in apart:
         name = "per_node"
     if name == "auto":
         on_cpu = parallel.devices[0].platform == "cpu"
@@ -61,10 +62,11 @@ def choose_engine(
         return "per_node" if on_cpu and plain else "fused"
     if name not in ENGINES:
         raise InputError("engine", name, f"auto, {', '.join(ENGINES)}")
-    if name != "per_node" and placement in ("nodes", "nodes+data"):
+    if name != "per_node" and placement in apart:
         raise InputError("placement", placement, f"data with the engine {name}")
-    if name == "per_node" and parallel.spans_processes:
-        raise InputError("engine", name, "fused or batched with several processes")
+    if name == "per_node" and parallel.spans_processes and placement not in apart:
+        allowed = f"{' or '.join(apart)}, with the engine per_node and several processes"
+        raise InputError("placement", placement, allowed)
     if name == "per_node" and parallel.strategy != "jit":
         raise InputError("parallel", parallel.strategy, "jit with the engine per_node")
     if name == "per_node" and steps_per_call != 1:
@@ -189,6 +191,10 @@ class FusedEngine:
         """A copy of the state on every device."""
         return self._parallel.replicate(state)
 
+    def gathered(self, state: GraphState) -> GraphState:
+        """The state as it is."""
+        return state
+
     def load(self, arrays: Arrays) -> Arrays:
         """The labels on every device, and of the images a part on each."""
         return arrays.spread_over(self._parallel)
@@ -246,11 +252,11 @@ class PerNodeEngine:
         if placement == "data":
             Parallel("jit", devices).check_batch_size(task.batches.batch_size, task.accumulate)
         shape = task.image_shape
-        self._placement = node_placement(task.node_fns, state, devices, shape, share, placement)
-        self._used = tuple(dict.fromkeys(self._placement))
+        self.placement = node_placement(task.node_fns, state, devices, shape, share, placement)
+        self._used = tuple(dict.fromkeys(self.placement))
         size = evaluation_batch_size(task.image_shape, devices[0].platform)
         self.evaluate = make_per_node_evaluator(
-            task.node_fns, self._placement, size, task.derived.ensembles
+            task.node_fns, self.placement, size, task.derived.ensembles
         )
         used = dict.fromkeys(device for to in self._used for device in devices_of(to))
         how = "" if placement == "nodes" else f", {placement}"
@@ -258,7 +264,11 @@ class PerNodeEngine:
 
     def place(self, state: GraphState) -> GraphState:
         """Every node in its place."""
-        return place(state, self._placement)
+        return place(state, self.placement)
+
+    def gathered(self, state: GraphState) -> GraphState:
+        """The state as it is."""
+        return state
 
     def load(self, arrays: Arrays) -> dict[Place, Arrays]:
         """A copy of the data in each place that has nodes, its images split over the devices."""
@@ -273,18 +283,12 @@ class PerNodeEngine:
         recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`. It makes one update a call."""
-        task, placement = self._task, self._placement
-        home = placement[0]
-        keys = {to: jax.device_put(key, whole(to)) for to in self._used}
+        task, placement = self._task, self.placement
+        home, batch = placement[0], batch_maker(self._task, data, key)
         arrays = jax.device_put(jax.tree.map(jnp.asarray, edge_arrays(edges)), whole(home))
         if priors is not None:
             priors = [jax.device_put(p, whole(to)) for p, to in zip(priors, placement, strict=True)]
         feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)))
-
-        def batch(state: GraphState, to: Place, ahead: int = 0) -> tuple[Any, ...]:
-            position = state.step + ahead if ahead else state.step
-            given = data[to], keys[to], jax.device_put(position, whole(to)), task.total_steps
-            return _make_batch(*given, batches=task.batches, spread=spread_over(to))
 
         late = {
             delay: {placement[d.sender] for d in arrays.delayed if d.changes and d.delay == delay}
@@ -293,7 +297,7 @@ class PerNodeEngine:
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
-            made = {to: batch(state, to) for to in self._used}
+            made = {to: batch(state.step, to) for to in self._used}
             _, labels, progress, image_index, mixed = made[home]
             rows = feed.rows(state, 1)
             updated, metrics = per_node_step(
@@ -306,13 +310,39 @@ class PerNodeEngine:
                 priors=priors,
                 recorded=_taken(feed.tables, image_index) | rows,
                 mixed=mixed,
-                ahead={k: {to: batch(state, to, k)[0] for to in used} for k, used in late.items()},
+                ahead={
+                    k: {to: batch(state.step, to, k)[0] for to in used} for k, used in late.items()
+                },
                 **task.options,
             )
             feed.after(state, 1, updated)
             return updated, metrics
 
         return step
+
+
+def batch_maker(
+    task: Task, data: dict[Place, Arrays], key: jax.Array
+) -> Callable[..., tuple[Any, ...]]:
+    """`batch(step, place, ahead=0)`: what a place needs of the batch of a step, or of a later one.
+
+    Args:
+        task: what is trained.
+        data: in each place, as `PerNodeEngine.load` returns it.
+        key: what batches are drawn by.
+
+    Returns:
+        A function that returns images, labels, the gates' progress, the images' positions, and what
+        is mixed into each.
+    """
+    keys = {to: jax.device_put(key, whole(to)) for to in data}
+
+    def batch(step: jax.Array, to: Place, ahead: int = 0) -> tuple[Any, ...]:
+        position = jax.device_put(step + ahead if ahead else step, whole(to))
+        given = data[to], keys[to], position, task.total_steps
+        return _make_batch(*given, batches=task.batches, spread=spread_over(to))
+
+    return batch
 
 
 def _loaded(arrays: Arrays, to: Place) -> Arrays:

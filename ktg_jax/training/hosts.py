@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -137,6 +138,33 @@ def shared(tree: Any) -> Any:
         return tree
     flat = multihost_utils.broadcast_one_to_all(flatten(tree))
     return unflatten(tree, {path: np.asarray(value) for path, value in flat.items()}, "state")
+
+
+def of_process(tree: Any, process: int, shapes: Any) -> Any:
+    """A process's values in a tree of arrays, on the host of every process.
+
+    Args:
+        tree: its arrays; in other processes anything.
+        process: whose.
+        shapes: the tree's structure, shapes and dtypes.
+
+    >>> of_process({"a": np.ones(2)}, 0, {"a": jax.ShapeDtypeStruct((2,), np.float32)})["a"].shape
+    (2,)
+    """
+    is_mine = process == jax.process_index()
+    flat = flatten(tree) if is_mine else flatten(_zeros(shapes))
+    if jax.process_count() > 1:
+        flat = multihost_utils.broadcast_one_to_all(flat, is_source=is_mine)
+    return unflatten(shapes, {path: np.asarray(value) for path, value in flat.items()}, "state")
+
+
+def _zeros(shapes: Any) -> Any:
+    def zeros(leaf: Any) -> Any:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return np.zeros(leaf.shape, leaf.dtype)
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+
+    return jax.tree.map(zeros, shapes)
 
 
 def any_of(flag: bool) -> bool:

@@ -9,7 +9,7 @@ place, a device or a group of them, and only what nodes put out travels between 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,7 @@ def per_node_step(
     *,
     placement: Placement,
     ahead: Mapping[int, Mapping[Place, jax.Array]] | None = None,
+    meet: Callable[[list[Any]], list[Any]] | None = None,
     **options: Any,
 ) -> tuple[GraphState, Metrics]:
     """One update of every node, like `train_step`; composes compiled pieces and is not jitted.
@@ -59,6 +60,8 @@ def per_node_step(
         progress: scalar in (0, 1].
         placement: the place of each node.
         ahead: as for `train_step`, the images of each batch in each place that has stale senders.
+        meet: given what all nodes put out, in the first node's place, it fills in what it knows
+            better: of nodes that other processes compute, here given as recorded.
         **options: the fields of `StepOptions`. Equal `node_fns` share their executables; `priors`
             are best already in their nodes' places; `where`, `recorded` and `mixed` are to be in
             the first node's.
@@ -93,7 +96,7 @@ def per_node_step(
     open_edges, stale = programs.open_and_hear(edges, state.stale, state.step)
     batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
     passes = _passes if how.accumulate == 1 else _passes_in_parts
-    made = passes(state, batch, open_edges, progress, how, placement)
+    made = passes(state, batch, open_edges, progress, how, placement, meet)
     said = _said_ahead(state, edges, ahead, how, placement)
     params, opt_state = list(state.params), list(state.opt_state)
     model_state, metrics = list(made.model_state), made.metrics
@@ -156,10 +159,13 @@ def _passes(
     progress: ArrayLike,
     how: StepOptions,
     placement: Placement,
+    meet: Callable[[list[Any]], list[Any]] | None,
 ) -> _Passes:
     """The forward passes of all nodes, and the gradients of the whole graph."""
     home, with_stages = placement[0], edges.needs_stages
     outputs, pullbacks, model_state = _forwards(state, batch, how, placement, with_stages)
+    if meet is not None:
+        outputs = meet(outputs)
     if how.ensembles:
         outputs = programs.fill_ensembles(outputs, how.derived.ensembles)
     outputs = heard_with(outputs, batch.stale, edges)
@@ -212,6 +218,7 @@ def _passes_in_parts(
     progress: ArrayLike,
     how: StepOptions,
     placement: Placement,
+    meet: Callable[[list[Any]], list[Any]] | None,
 ) -> _Passes:
     """As `_passes`, of equal parts of the batch; the gradients are the parameters' already."""
     parts = how.accumulate
@@ -223,7 +230,7 @@ def _passes_in_parts(
         images = {to: programs.cut_part(x, parts, index) for to, x in batch.images.items()}
         others = programs.cut_part(batch._replace(images={}), parts, index)
         part = others._replace(images=images)
-        made = _passes(state, part, edges, progress, how, placement)
+        made = _passes(state, part, edges, progress, how, placement, meet)
         state = dataclasses.replace(state, model_state=tuple(made.model_state))
         for i, (pullback, place) in enumerate(zip(made.pullbacks, placement, strict=True)):
             if pullback is not None:

@@ -78,7 +78,8 @@ def make_per_node_evaluator(
         sums = []
         for start in range(0, len(data[placement[0]].labels), batch_size):
             made = {
-                to: _batch(data[to], start, size=batch_size, spread=spread_over(to)) for to in used
+                to: batch_at(data[to], start, size=batch_size, spread=spread_over(to))
+                for to in used
             }
             images = {to: images for to, (images, _, _) in made.items()}
             _, labels, mask = made[placement[0]]
@@ -95,9 +96,10 @@ def spread_over(place: Place) -> Parallel | None:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "spread"))
-def _batch(
+def batch_at(
     data: Arrays, start: int, *, size: int, spread: Parallel | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`evaluation_batch` of so many images from a start on, in one place."""
     position = start + jnp.arange(size)
     if spread is None:
         return evaluation_batch(data, position)

@@ -164,6 +164,16 @@ def node_placement(
     """
     if len(devices) == 1 or how == "data":
         return (place_of(devices),) * len(node_fns)
+    of_nodes = node_costs(node_fns, state, image_shape)
+    if how == "nodes":
+        return balanced(of_nodes, devices)
+    return grouped(of_nodes, devices, batch_size)
+
+
+def node_costs(
+    node_fns: Sequence[NodeFns], state: GraphState, image_shape: Sequence[int]
+) -> list[float]:
+    """What an update of each node costs, per image: the arguments are as for `node_placement`."""
     costs: dict[NodeFns, float] = {}
     costs[NO_NETWORK] = 0.0
     for i, fns in enumerate(node_fns):
@@ -171,7 +181,4 @@ def node_placement(
             costs[fns] = forward_cost(fns, state.params[i], state.model_state[i], image_shape)
     # A backward pass costs about two forward passes.
     passes = [1 if i in state.frozen else 3 for i in range(len(node_fns))]
-    of_nodes = [n * costs[f] for n, f in zip(passes, node_fns, strict=True)]
-    if how == "nodes":
-        return balanced(of_nodes, devices)
-    return grouped(of_nodes, devices, batch_size)
+    return [n * costs[f] for n, f in zip(passes, node_fns, strict=True)]

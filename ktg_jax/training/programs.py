@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ktg_jax.connectors import with_connectors, without_connectors
@@ -37,6 +38,16 @@ cut_part = jax.jit(part_of_batch, static_argnums=(1, 2))
 
 
 push = jax.jit(pushed, donate_argnums=0)
+
+
+metrics_of_nodes = jax.jit(of_nodes)
+
+
+@jax.jit
+def closed_alike(gates: jax.Array, opened: jax.Array, closed: jax.Array) -> jax.Array:
+    """These gates, those cut that are cut among the opened ones and are not among the others."""
+    is_shut = (opened != closed) if gates.ndim == 2 else (opened != closed).any(-1, keepdims=True)
+    return jnp.where(is_shut, opened, gates)
 
 
 @jax.jit

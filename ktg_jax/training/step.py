@@ -293,9 +293,10 @@ def checked_recorded(
         if i not in state.frozen:
             frozen = ", ".join(map(str, state.frozen)) or "none"
             raise InputError("recorded", i, f"frozen nodes alone: {frozen}")
-        logits = jnp.asarray(given)
+        logits = jnp.asarray(given.logits if isinstance(given, Outputs) else given)
         with errors_of(f"node {i}"):
             check_logits(logits, len(jnp.asarray(labels)))
             check_for_labels(logits, labels)
-        recorded[i] = Outputs(logits) if with_stages else logits
+        if not isinstance(given, Outputs):
+            recorded[i] = Outputs(logits) if with_stages else logits
     return recorded

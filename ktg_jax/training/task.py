@@ -82,6 +82,9 @@ class Engine(Protocol):
     def place(self, state: GraphState) -> GraphState:
         """Puts a state, or a copy of it, where the engine wants it."""
 
+    def gathered(self, state: GraphState) -> GraphState:
+        """The whole state, of one that is spread over processes; all call it at the same time."""
+
     def load(self, arrays: Arrays) -> Any:
         """Puts images and labels where the engine wants them."""
 
