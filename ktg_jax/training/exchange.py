@@ -85,10 +85,14 @@ class Mailbox:
         self._under_way.append((number, answers))
         return answers
 
-    def arrived(self, up_to: int | None = None) -> list[tuple[int, list[Any]]]:
-        """The answers of all updates up to a number (None: all), in order; they are waited for."""
+    def wait(self) -> list[tuple[int, list[Any]]]:
+        """Waits until nothing is on its way; the answers that were not taken yet, in order."""
+        return [(number, answers.result()) for number, answers in self._under_way]
+
+    def arrived(self, up_to: int) -> list[tuple[int, list[Any]]]:
+        """Takes the answers of the updates up to a number, in order; they are waited for."""
         found = []
-        while self._under_way and (up_to is None or self._under_way[0][0] <= up_to):
+        while self._under_way and self._under_way[0][0] <= up_to:
             number, answers = self._under_way.pop(0)
             found.append((number, answers.result()))
         return found

@@ -69,7 +69,7 @@ class HostNodesEngine:
         local = dataclasses.replace(task, node_fns=fns)
         self._inner = PerNodeEngine(local, self._local(state), mine, placement)
         self.placement = self._inner.placement
-        self._gather: Callable[[GraphState, int | None], GraphState] = lambda state, _: state
+        self._step: _HostStep | None = None
         size = evaluation_batch_size(task.image_shape, mine[0].platform)
         self._evaluation_size = -(-size // len(mine)) * len(mine)
         self.summary = f"{self.processes} processes, each with nodes of its own; of the first, "
@@ -96,8 +96,8 @@ class HostNodesEngine:
 
     def gathered(self, state: GraphState) -> GraphState:
         """The state of all nodes on the host, of a state of this process's."""
-        state = self._gather(state, None)
         nodes = []
+        stale = state.stale if self._step is None else self._step.all_said(state.stale)
         for i, owner in enumerate(self.owner):
             own = state.params[i], state.model_state[i], state.opt_state[i]
             shapes = (
@@ -106,7 +106,7 @@ class HostNodesEngine:
             )
             nodes.append(of_process(own, owner, tuple(shapes)))
         params, model_state, opt_state = zip(*nodes, strict=True)
-        rest = jax.device_get((state.step, state.stale))
+        rest = jax.device_get((state.step, stale))
         return GraphState(tuple(params), tuple(model_state), tuple(opt_state), *rest)
 
     def load(self, arrays: Arrays) -> dict[Place, Arrays]:
@@ -122,13 +122,13 @@ class HostNodesEngine:
         recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`. It makes one update a call."""
-        step = _HostStep(self, data, edge_arrays(edges), key, priors, recordings)
-        self._gather = step.with_all_said
-        return step
+        self._step = _HostStep(self, data, edge_arrays(edges), key, priors, recordings)
+        return self._step
 
     def evaluate(self, state: GraphState, data: dict[Place, Arrays]) -> Means:
         """Every node's and the ensemble's means; each process evaluates its own nodes."""
-        self._gather(state, None)  # or messages of updates would be on their way at the same time
+        if self._step is not None:
+            self._step.wait()  # or messages of updates would be on their way at the same time
         task, placement, size = self.task, self.placement, self._evaluation_size
         home, shapes = placement[0], self.output_shapes(size, with_stages=False)
         are_here = [
@@ -209,7 +209,7 @@ class _HostStep:
         del count  # always 1
         number = self._number(state)
         lag = min((each.delay for each in self._edges.delayed if each.changes), default=_LAG)
-        state = self.with_all_said(state, number - lag)
+        state = self._with_what_was_said(state, number - lag)
         said = self._say_ahead(state)
         updated, metrics = self._update(state)
         rows = programs.metrics_of_nodes(metrics, self._edges)
@@ -218,8 +218,24 @@ class _HostStep:
         self._last = updated.step, number + 1
         return updated, self._merged(answers)
 
-    def with_all_said(self, state: GraphState, up_to: int | None) -> GraphState:
-        """The state with what stale senders said in the updates up to a number; None: in all."""
+    def wait(self) -> None:
+        """Waits until nothing is on its way."""
+        self._mailbox.wait()
+
+    def all_said(self, stale: Sequence[Any]) -> tuple[Any, ...]:
+        """A state's `stale` on the host, with all that was said; the state stays as it is."""
+        found = jax.tree.map(np.array, tuple(stale))
+        for number, answers in self._mailbox.wait():
+            for d, said in (each for answer in answers for each in answer["said"].items()):
+
+                def put(ring: np.ndarray, new: np.ndarray, number: int = number) -> None:
+                    ring[number % len(ring)] = new
+
+                jax.tree.map(put, found[d], said)
+        return found
+
+    def _with_what_was_said(self, state: GraphState, up_to: int) -> GraphState:
+        """The state with what stale senders said in the updates up to a number."""
         stale = list(state.stale)
         for number, answers in self._mailbox.arrived(up_to):
             for answer in answers:

@@ -325,7 +325,7 @@ def test_an_evaluation_is_a_plain_mean_over_all_images(batch_size: int, strategy
     state = parallel.replicate(GraphState(params, model_state, (None, None), jnp.zeros((), int)))
     evaluate = make_evaluator([TINY, TINY], parallel, batch_size)
     with compiled_once():
-        means = evaluate(state, parallel.replicate(DATA))
+        means = evaluate(state, DATA.spread_over(parallel))
 
     images, labels = DATA.images / jnp.float32(255), np.asarray(DATA.labels)
     logits = [np.asarray(TINY.apply(*each, images, False)[0], np.float64) for each in variables]
