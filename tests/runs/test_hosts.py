@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,6 +113,54 @@ def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: P
     assert said.code == 0
     assert "Resuming" in said.out
     assert_alike(workdir, one)
+
+
+# --- nodes of their own
+
+LATE = {"gate": "through", "delay": 3}
+GRAPHS: dict[str, Any] = {
+    # What is heard late alone travels; and with what is heard at once.
+    "late": [["through", LATE, "cutoff", LATE], [{**LATE, "delay": 5}, "through", "linear", LATE]],
+    "now": [["through", "correct", LATE, "linear"], [LATE, "through", "cutoff", "cutoff"]],
+}
+
+
+def graph_file(folder: Path, name: str) -> Path:
+    """Two networks that learn, an average of one, and a recurring guest that never does."""
+    nodes = [
+        {"name": "a", "model": "tiny"},
+        {"name": "b", "model": "dropping"},
+        {"name": "mean", "average": "b", "decay": 0.9},
+        {"name": "c", "model": "tiny"},
+    ]
+    gates = [*GRAPHS[name], ["cutoff"] * 4, [LATE, "cutoff", "cutoff", "through"]]
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"nodes": nodes, "gates": gates, "temperature": 2.0}))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRAPHS)
+def test_processes_with_nodes_of_their_own_train_as_one_simulates_it(
+    name: str, tmp_path: Path
+) -> None:
+    changes = {"graph": str(graph_file(tmp_path, name)), "models": (), "epochs": 4}
+    alone = tmp_path / "alone"
+    config = small(alone, **changes)
+    assert in_process(train_module.main, *options(config)).code == 0
+    workdir = tmp_path / "run"
+    processes = started(2, workdir, tmp_path, placement="nodes", **changes)
+    ended = ends_of(processes)
+    assert [each.code for each in ended] == [0, 0], ended
+    assert "2 processes, each with nodes of its own" in ended[0].out
+    assert_alike(workdir, alone)
+    # What was saved is the whole graph: another epoch of one process ends where the other's does.
+    for folder in (workdir, alone):
+        (folder / "result.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "4")
+        said = in_process(train_module.main, *options(small(folder, **changes)))
+        assert "Resuming after epoch 3 of 4" in said.out
+    assert_alike(workdir, alone)
 
 
 def kept(workdir: Path) -> tuple[int, ...]:
