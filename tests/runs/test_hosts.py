@@ -144,7 +144,8 @@ def graph_file(folder: Path, name: str) -> Path:
 def test_processes_with_nodes_of_their_own_train_as_one_simulates_it(
     name: str, tmp_path: Path
 ) -> None:
-    changes = {"graph": str(graph_file(tmp_path, name)), "models": (), "epochs": 4}
+    graph = str(graph_file(tmp_path, name))
+    changes: dict[str, Any] = {"graph": graph, "models": (), "epochs": 4}
     alone = tmp_path / "alone"
     config = small(alone, **changes)
     assert in_process(train_module.main, *options(config)).code == 0

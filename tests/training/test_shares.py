@@ -99,9 +99,9 @@ def test_a_single_process_is_the_first_and_has_nobody_to_tell() -> None:
     assert by_first(lambda: {"a": 1}) == {"a": 1}
     assert not any_of(False)
     assert any_of(True)
-    tree = {"a": np.arange(3)}
+    tree = {"a": np.arange(3, dtype=np.int32)}
     assert shared(tree) is tree
-    shapes = {"a": jax.ShapeDtypeStruct((3,), np.int64), "key": jax.eval_shape(jax.random.key, 0)}
+    shapes = {"a": jax.ShapeDtypeStruct((3,), np.int32), "key": jax.eval_shape(jax.random.key, 0)}
     mine = of_process({**tree, "key": jax.random.key(4)}, 0, shapes)
     np.testing.assert_array_equal(mine["a"], tree["a"])
     assert jax.random.key_data(mine["key"]).tolist() == [0, 4]
