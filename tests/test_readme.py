@@ -25,7 +25,10 @@ from experiments.search import config as searching
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("experiments", "graphs", "search", "design", "devices")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("experiments", "graphs", "search", "design", "devices")
+    ),
 )
 
 
