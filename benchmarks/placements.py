@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 import ktg_jax as ktg
+from experiments.runs.console import Table, make_console
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches, data_key
@@ -153,7 +152,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         where = [str(row[key]) for key in ("nodes", "devices", "placement")]
         figures = [f"{row[f'busiest_{key}']:.2f}" for key in ("gflop", "state_mib", "work_mib")]
         table.add_row(*where, *figures, str(row["busiest_nodes"]))
-    Console(width=100).print(table)
+    make_console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -206,11 +206,12 @@ def _initial_state(
 
 
 def _engine(config: TrainConfig, task: Task, state: GraphState, parallel: ktg.Parallel) -> Engine:
-    name = choose_engine(config.engine, parallel, config.steps_per_call, config.placement)
+    where = None if config.placement == "auto" else config.placement
+    name = choose_engine(config.engine, parallel, config.steps_per_call, where)
     if name == "per_node" and parallel.spans_processes:
-        return HostNodesEngine(task, state, parallel.devices, str(config.placement))
+        return HostNodesEngine(task, state, parallel.devices, str(where))
     if name == "per_node":
-        return PerNodeEngine(task, state, parallel.devices, config.placement or "nodes")
+        return PerNodeEngine(task, state, parallel.devices, where or "nodes")
     return FusedEngine(task, parallel, batched=name == "batched")
 
 

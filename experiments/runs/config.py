@@ -93,9 +93,9 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     parallel: Literal["jit", "shard_map", "pmap"] = "jit"
     """How a batch is split over devices: by the compiler (jit), or each device runs the step on its
     share (shard_map, pmap)."""
-    placement: Literal["data", "nodes", "nodes+data"] | None = None
+    placement: Literal["auto", "data", "nodes", "nodes+data"] = "auto"
     """data: the batch is split over all devices; nodes: each node is on one device, by its cost,
-    and only outputs travel; nodes+data: on a group of devices, over which its batch is split; else
+    and only outputs travel; nodes+data: on a group of devices, over which its batch is split; auto:
     nodes with the engine per_node, data with the others. The same training to rounding."""
     batch_stats: Literal["global", "device"] = "global"
     """Statistics of normalisation over the whole batch, or of each device's share (with shard_map

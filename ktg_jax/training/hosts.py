@@ -54,7 +54,7 @@ def start(
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if coordinator is None:
-            allowed = f"a launcher that says who takes part, or --coordinator ({reason})"
+            allowed = f"a launcher that says who takes part, or a coordinator ({reason})"
             raise InputError("distributed", True, allowed) from None
         allowed = f"the address of process 0, which all processes reach ({reason})"
         raise InputError("coordinator", coordinator, allowed) from None

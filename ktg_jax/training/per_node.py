@@ -72,6 +72,7 @@ def per_node_step(
     Raises:
         InputError: as `train_step`.
 
+    >>> import jax.numpy as jnp
     >>> import ktg_jax as ktg
     >>> graph, optimizer = ktg.graphs.mutual(["cnn", "cnn"]), ktg.sgd(learning_rate=0.1)
     >>> node_fns = [ktg.build_model(node.model, num_classes=10) for node in graph.nodes]
