@@ -19,7 +19,7 @@ from experiments.runs.console import Table, make_console
 from ktg_jax.cpu.convolution import formulation
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches, data_key
-from ktg_jax.training.engines import fused_step
+from ktg_jax.training.fused_engine import fused_step
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.placement import (
     PLACEMENTS,

@@ -27,7 +27,9 @@ from experiments.runs.command_line import Command, parse
 from experiments.runs.console import Table
 from experiments.runs.options import at_least
 from ktg_jax.training.batches import Arrays, data_key
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
+from ktg_jax.training.engines import choose_engine
+from ktg_jax.training.fused_engine import FusedEngine
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.record import Network, record_batches
 from ktg_jax.training.task import Step, Task
 

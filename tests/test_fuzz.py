@@ -25,7 +25,8 @@ import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, RunError
 from ktg_jax.data.npz import load_npz
 from ktg_jax.recording import Header, Recording, RecordingWriter
-from ktg_jax.training.checkpoint import Checkpoints, read_nodes
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.checkpoint_reading import read_nodes
 
 EXAMPLES = int(os.environ.get("KTG_FUZZ_EXAMPLES", "60"))
 FUZZ = settings(

@@ -20,7 +20,7 @@ from ktg_jax.edge_arrays import EdgeArrays
 from ktg_jax.errors import InputError
 from ktg_jax.outputs import Outputs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import fused_step
+from ktg_jax.training.fused_engine import fused_step
 from ktg_jax.training.task import Task
 
 RNG = np.random.default_rng(0)

@@ -21,8 +21,8 @@ from ktg_jax.cpu import operations
 from ktg_jax.cpu.convolution import conv2d, formulation
 from ktg_jax.models.layers import BatchNormRelu
 from ktg_jax.training.batches import Arrays, Batches, plan_batch, take_batch
-from ktg_jax.training.engines import fused_step
 from ktg_jax.training.evaluation import make_evaluator
+from ktg_jax.training.fused_engine import fused_step
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.placement import place
 from ktg_jax.training.task import Task

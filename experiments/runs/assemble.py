@@ -15,10 +15,12 @@ from ktg_jax.data.sources import load_dataset
 from ktg_jax.errors import InputError
 from ktg_jax.training import optimizers
 from ktg_jax.training.batches import Arrays, data_key, steps_per_epoch
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
+from ktg_jax.training.engines import choose_engine
 from ktg_jax.training.evaluation import Means
+from ktg_jax.training.fused_engine import FusedEngine
 from ktg_jax.training.host_engine import HostNodesEngine
 from ktg_jax.training.node_terms import Priors
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.state import GraphState, with_averages
 from ktg_jax.training.task import Engine, Step, Task
 from ktg_jax.training.warm_start import with_weights

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from ktg_jax.errors import RunError
 from ktg_jax.training import hosts
-from ktg_jax.training.checkpoint import Checkpoints, checkpoint_epochs
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.checkpoint_reading import checkpoint_epochs
 from ktg_jax.training.state import GraphState
 
 from .shapes import Record

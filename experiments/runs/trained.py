@@ -19,7 +19,7 @@ from ktg_jax.models.input import check_channels, with_input
 from ktg_jax.models.network import NodeFns, PyTree
 from ktg_jax.models.streams import without_stream
 from ktg_jax.models.weights import NodeWeights, read_node
-from ktg_jax.training.checkpoint import best_checkpoint, checkpoint_epochs, read_nodes
+from ktg_jax.training.checkpoint_reading import best_checkpoint, checkpoint_epochs, read_nodes
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.warm_start import load_weights, run_inputs
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ktg_jax.connectors import Connector
-from ktg_jax.edge_arrays import PAPER_LOSSES, Delayed, EdgeArrays, functions_among
+from ktg_jax.edge_arrays import PAPER_LOSSES, EdgeArrays, functions_among
 from ktg_jax.errors import InputError
 from ktg_jax.gates import gate_names
 from ktg_jax.graph.canonical import canonical_order
@@ -25,6 +25,7 @@ from ktg_jax.graph.node_checks import (
 )
 from ktg_jax.graph.normal_form import merged
 from ktg_jax.graph.roles import check_roles
+from ktg_jax.graph.stale import connectors_of, with_stale_senders
 from ktg_jax.inputs import OF_DATA, resolved_input
 from ktg_jax.io.files import write_text
 from ktg_jax.io.json_input import check_fields, decoded, read
@@ -104,7 +105,8 @@ class Graph:
     @property
     def edge_arrays(self) -> EdgeArrays:
         """All edges as arrays, as `edge_losses` and `train_step` take them in place of gates."""
-        edges, delayed = self._with_stale_senders()
+        moving = {each.node for each in self.derived.averages}
+        edges, delayed = with_stale_senders(self.edges, set(self.frozen) - moving)
         weights = [
             [[edge.losses.get(name, 0.0) for edge in row] for row in edges] for name in self.losses
         ]
@@ -120,34 +122,14 @@ class Graph:
             np.array(temperatures, np.float32),
             self.losses,
             functions_among(gates),
-            _connectors(self.nodes, edges, delayed),
+            connectors_of(self.nodes, edges, delayed),
             delayed,
         )
-
-    def _with_stale_senders(self) -> tuple[list[list[Edge]], tuple[Delayed, ...]]:
-        """The edges, each delayed one moved to the column of a sender of its own; and these."""
-        found = {
-            (s, edge.delay): None
-            for row in self.edges
-            for s, edge in enumerate(row)
-            if edge.delay and edge.carries
-        }
-        averages = {each.node for each in self.derived.averages}
-        delayed = [Delayed(s, k, s not in self.frozen or s in averages) for s, k in found]
-        number = len(self.nodes)
-        cut = Edge("cutoff", LABEL_LOSS, 0.0)
-        edges = [[cut] * (number + len(delayed)) for _ in range(number + len(delayed))]
-        for t, row in enumerate(self.edges):
-            for s, edge in enumerate(row):
-                is_late = edge.delay and edge.carries
-                column = number + list(found).index((s, edge.delay)) if is_late else s
-                edges[t][column] = edge
-        return edges, tuple(delayed)
 
     @property
     def connectors(self) -> tuple[Connector, ...]:
         """The connectors of all edges that carry something."""
-        return _connectors(self.nodes, self.edges)
+        return connectors_of(self.nodes, self.edges)
 
     @property
     def frozen(self) -> tuple[int, ...]:
@@ -341,25 +323,6 @@ class Graph:
             InputError: as `from_json`, and where the file is missing or unreadable.
         """
         return cls.from_json(read("graph", path))
-
-
-def _connectors(
-    nodes: Sequence[Node], edges: Sequence[Sequence[Edge]], delayed: Sequence[Delayed] = ()
-) -> tuple[Connector, ...]:
-    """The connectors of edges that carry something.
-
-    Args:
-        nodes: of the graph.
-        edges: [receiver][sender]; after the nodes' columns are those of stale senders.
-        delayed: these.
-    """
-    senders = [*range(len(nodes)), *(each.sender for each in delayed)]
-    return tuple(
-        Connector(t, s, str(nodes[senders[s]].name), tuple(edge.connector.split("+")))
-        for t, row in enumerate(edges)
-        for s, edge in enumerate(row)
-        if edge.connector is not None and edge.carries
-    )
 
 
 def _numbers_of(given: Any) -> Any:

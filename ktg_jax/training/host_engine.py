@@ -17,12 +17,12 @@ from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays
-from ktg_jax.training.engines import PerNodeEngine
 from ktg_jax.training.evaluation import Means, evaluation_batch_size, means_of
 from ktg_jax.training.exchange import Exchange
 from ktg_jax.training.host_step import HostNodes, HostStep
 from ktg_jax.training.hosts import of_process
 from ktg_jax.training.node_terms import Priors
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.per_node_evaluation import batch_at, spread_over
 from ktg_jax.training.placement import Place, node_costs, whole
 from ktg_jax.training.recorded import Recordings

@@ -18,12 +18,12 @@ from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.training import programs
 from ktg_jax.training.accumulate import zeros_of
 from ktg_jax.training.batches import Arrays
-from ktg_jax.training.engines import batch_maker
 from ktg_jax.training.exchange import Exchange, Later, Mailbox
 from ktg_jax.training.forward import node_forward
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import Priors, absent
 from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_engine import batch_maker
 from ktg_jax.training.placement import Place, Placement, split, whole
 from ktg_jax.training.recorded import Feed, Recordings, taken
 from ktg_jax.training.shares import shares_of_edges

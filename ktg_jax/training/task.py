@@ -108,3 +108,8 @@ class Engine(Protocol):
 
     def evaluate(self, state: GraphState, data: Any) -> Means:
         """Every node's and the ensemble's means over data of `load`."""
+
+
+def named(devices: Sequence[jax.Device]) -> str:
+    """How many devices of which kind."""
+    return f"{len(devices)} x {devices[0].device_kind}"

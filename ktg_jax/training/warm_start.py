@@ -15,7 +15,7 @@ from ktg_jax.models.foreign import is_foreign, load_state_dict, state_dict_check
 from ktg_jax.models.network import PyTree
 from ktg_jax.models.streams import with_own_keys, without_stream
 from ktg_jax.models.weights import NodeWeights, read_node
-from ktg_jax.training.checkpoint import read_nodes
+from ktg_jax.training.checkpoint_reading import read_nodes
 from ktg_jax.training.state import GraphState
 
 INPUT_FACTS = "input_facts"

@@ -20,9 +20,10 @@ from ktg_jax.io.trees import by_path, replaced
 from ktg_jax.priors import normalised, prior_distance, prior_loss, save_prior
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine, fused_step
+from ktg_jax.training.fused_engine import FusedEngine, fused_step
 from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.placement import place
 from ktg_jax.training.task import Engine, Task
 

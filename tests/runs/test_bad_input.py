@@ -17,7 +17,7 @@ import ktg_jax as ktg
 from experiments import evaluate
 from experiments import train as train_module
 from ktg_jax.models.weights import save_node
-from ktg_jax.training.checkpoint import read_nodes
+from ktg_jax.training.checkpoint_reading import read_nodes
 
 SMALL: dict[str, Any] = {
     "imports": "tiny_models",

@@ -11,7 +11,7 @@ import pytest
 from runs import assert_same_end, end_of, finished, options, small, start, train
 
 from ktg_jax.io.files import naming, write_text
-from ktg_jax.training.checkpoint import read_nodes
+from ktg_jax.training.checkpoint_reading import read_nodes
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from runs import Ended, end_of, finished, in_process, metrics, options, result, 
 
 from experiments import train as train_module
 from experiments.runs.workdir import INTERRUPTED
-from ktg_jax.training.checkpoint import checkpoint_epochs
+from ktg_jax.training.checkpoint_reading import checkpoint_epochs
 
 OPTIONS: dict[str, Any] = {"models": ("tiny", "tiny"), "epochs": 3, "engine": "fused"}
 NOISE = re.compile(r"^(\[Gloo\]|[EWI]\d{4} ).*\n", re.MULTILINE)

@@ -20,8 +20,9 @@ from ktg_jax.data.tfds import prepare_command
 from ktg_jax.errors import InputError
 from ktg_jax.io.files import write_text
 from ktg_jax.io.plain_path import PlainFolder
-from ktg_jax.training import checkpoint
-from ktg_jax.training.checkpoint import Checkpoints, best_checkpoint, read_nodes
+from ktg_jax.training import checkpoint_reading
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.checkpoint_reading import best_checkpoint, read_nodes
 from ktg_jax.training.warm_start import load_weights
 
 STRANGE = (
@@ -98,13 +99,13 @@ def test_where_no_link_can_be_made_strange_folders_are_refused(
 def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = checkpoint._read_checked
+    read = checkpoint_reading._read_checked
 
     def damaged(path: Path, wanted: Any) -> Any:
         (path / "nodes" / "_METADATA").unlink()
         return read(path, wanted)
 
-    monkeypatch.setattr(checkpoint, "_read_checked", damaged)
+    monkeypatch.setattr(checkpoint_reading, "_read_checked", damaged)
     ended = in_process(train_module.main, *options(small(tmp_path / "run")))
     assert ended.code == 1
     assert ended.err.startswith("failed: checkpoint 1 is damaged (")
@@ -122,7 +123,7 @@ def test_only_the_first_checkpoint_of_a_process_is_read_back(
         read.append(path.name)
         return {}
 
-    monkeypatch.setattr(checkpoint, "_read_checked", noted)
+    monkeypatch.setattr(checkpoint_reading, "_read_checked", noted)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for epoch in (4, 5, 6):
             checkpoints.save(epoch, state_of(epoch), NAMES, None)

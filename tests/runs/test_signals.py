@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, Ended, end_of, in_process, metrics, options, small, start
 
-from ktg_jax.training.checkpoint import checkpoint_epochs
+from ktg_jax.training.checkpoint_reading import checkpoint_epochs
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LINES = {

@@ -8,7 +8,7 @@ from runs import assert_same_end, finished, metrics, train
 
 from experiments.runs import signals
 from experiments.runs.workdir import INTERRUPTED
-from ktg_jax.training.checkpoint import checkpoint_epochs
+from ktg_jax.training.checkpoint_reading import checkpoint_epochs
 
 pytestmark = pytest.mark.slow
 

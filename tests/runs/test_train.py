@@ -33,7 +33,7 @@ from experiments import train as train_module
 from experiments.runs.workdir import Workdir
 from ktg_jax.errors import InputError
 from ktg_jax.io.trees import FlatTree
-from ktg_jax.training.checkpoint import read_nodes
+from ktg_jax.training.checkpoint_reading import read_nodes
 
 
 def node_arrays(workdir: Path, epoch: int, name: str) -> FlatTree:

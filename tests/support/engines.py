@@ -8,7 +8,8 @@ import jax
 import ktg_jax as ktg
 from ktg_jax import GraphState, Parallel
 from ktg_jax.training.batches import Arrays, data_key
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine
+from ktg_jax.training.fused_engine import FusedEngine
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.task import Engine, Task
 
 How: TypeAlias = Callable[[Task, GraphState], tuple[Engine, int]]

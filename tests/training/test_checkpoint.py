@@ -22,7 +22,8 @@ import ktg_jax as ktg
 from ktg_jax import GraphState
 from ktg_jax.errors import RunError
 from ktg_jax.io.trees import flatten
-from ktg_jax.training.checkpoint import Checkpoints, read_nodes
+from ktg_jax.training.checkpoint import Checkpoints
+from ktg_jax.training.checkpoint_reading import read_nodes
 
 
 def save_all(folder: Path, scores: list[float | None]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ktg_jax.edge_arrays import Delayed
 from ktg_jax.losses import cross_entropy
 from ktg_jax.training.batches import Arrays, Batches, data_key, take_batch
 from ktg_jax.training.checkpoint import Checkpoints
-from ktg_jax.training.engines import PerNodeEngine
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.task import Task
 
 DEVICES = jax.local_devices()

@@ -17,8 +17,8 @@ from tiny_models import Tiny
 import ktg_jax as ktg
 from ktg_jax import GraphState, InputError, Parallel, RunError
 from ktg_jax.training.batches import Arrays, Batches, plan_batch, take_batch
-from ktg_jax.training.engines import FusedEngine, fused_step
 from ktg_jax.training.evaluation import make_evaluator
+from ktg_jax.training.fused_engine import FusedEngine, fused_step
 from ktg_jax.training.loop import train_epochs
 from ktg_jax.training.task import Task
 

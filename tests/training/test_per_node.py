@@ -19,9 +19,11 @@ from ktg_jax import Graph, GraphState, InputError, Node, NodeFns, Parallel
 from ktg_jax.cpu.convolution import cpu_convolution, formulation
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
+from ktg_jax.training.engines import choose_engine
 from ktg_jax.training.evaluation import make_evaluator
+from ktg_jax.training.fused_engine import FusedEngine
 from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.per_node_evaluation import per_node_eval
 from ktg_jax.training.placement import Placement, balanced, forward_cost, place
 from ktg_jax.training.task import Engine, Task

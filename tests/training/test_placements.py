@@ -20,8 +20,10 @@ from ktg_jax import Edge, Graph, GraphState, InputError, Node, Parallel
 from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.recording import Header, Recording, RecordingWriter
 from ktg_jax.training.batches import Arrays, Batches, data_key
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine, choose_engine
+from ktg_jax.training.engines import choose_engine
+from ktg_jax.training.fused_engine import FusedEngine
 from ktg_jax.training.per_node import per_node_step
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.placement import Place, devices_of, grouped, place, place_of, split, whole
 from ktg_jax.training.state import with_averages
 from ktg_jax.training.task import Task

@@ -22,7 +22,8 @@ import ktg_jax as ktg
 from experiments import evaluate
 from ktg_jax import NodeFns, from_linen, from_nnx
 from ktg_jax.training.batches import Arrays, Batches
-from ktg_jax.training.engines import FusedEngine, PerNodeEngine
+from ktg_jax.training.fused_engine import FusedEngine
+from ktg_jax.training.per_node_engine import PerNodeEngine
 from ktg_jax.training.task import Engine, Task
 from ktg_jax.training.warm_start import load_weights, with_weights
 
