@@ -54,9 +54,8 @@ def main() -> None:
     config = parse(TrainConfig)
     check(config)
     prepare(config.compile_cache, config.cpu_devices)
-    join_others(config)
     console = make_console()
-    console.quiet = not hosts.is_first()
+    console.quiet = join_others(config) and not hosts.is_first()
     train(config, console)
 
 

@@ -1,7 +1,8 @@
 """Hurts a training in many ways, and looks how it ends: `python -m tests.faults --rounds 100`.
 
 After each fault the same command is given again. It must end bit for bit where a training that
-nobody disturbed ends, or say in one line what is wrong. Anything else is a failure, and is shown.
+nobody disturbed ends (but for the numbers of the best epoch, where its checkpoint alone is damaged,
+which is said), or say in one line what is wrong. Anything else is a failure, and is shown.
 """
 
 import argparse
@@ -24,7 +25,18 @@ ROOT = Path(__file__).parents[1]
 for place in (ROOT, ROOT / "tests" / "support"):
     sys.path.insert(0, str(place))
 
-from runs import Ended, assert_same_end, end_of, in_process, options, small, start  # noqa: E402
+from runs import (  # noqa: E402
+    Ended,
+    assert_same_arrays,
+    assert_same_end,
+    end_of,
+    in_process,
+    metrics,
+    options,
+    saved_state,
+    small,
+    start,
+)
 
 from experiments import train as train_module  # noqa: E402
 
@@ -79,6 +91,11 @@ class Faults:
             assert ended.err.startswith(("failed: ", "error: ")), ended.err
             return "one clear error"
         assert ended.code == 0, f"code {ended.code}: {ended.err}"
+        if "the best epoch is left out of the result" in ended.out:
+            assert metrics(workdir) == metrics(self.whole)
+            last = (saved_state(each, EPOCHS) for each in (workdir, self.whole))
+            assert_same_arrays(*last)
+            return "the same, but for the best epoch"
         assert_same_end(workdir, self.whole)
         return "the undisturbed end"
 
@@ -208,7 +225,7 @@ def main() -> None:
             print(f"{number + 1} of {given.rounds}, {kind}", flush=True)
     rows = [{"kind": k, "end": e, "rounds": n} for (k, e), n in sorted(faults.counts.items())]
     for row in rows:
-        print(f"{row['kind']:35} {row['end']:20} {row['rounds']:5}")
+        print(f"{row['kind']:35} {row['end']:33} {row['rounds']:5}")
     for failure in faults.failures:
         print(failure, file=sys.stderr)
     if given.json is not None:

@@ -46,8 +46,11 @@ def prepare(compile_cache: bool = True, cpu_devices: int | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def join_others(config: TrainConfig) -> None:
-    """Joins this process to those that train with it, if any, before JAX computes anything.
+def join_others(config: TrainConfig) -> bool:
+    """Joins this process to those that train with it, before JAX computes anything.
+
+    Returns:
+        Whether there are others.
 
     Raises:
         InputError: options that do not go together, or the others cannot be reached.
@@ -56,8 +59,10 @@ def join_others(config: TrainConfig) -> None:
     said = [name for name, value in given.items() if value is not None]
     if config.distributed and said:
         raise InputError(said[0], given[said[0]], "nothing with distributed: the launcher says it")
-    if config.distributed or said:
-        hosts.start(**given)
+    if not (config.distributed or said):
+        return False
+    hosts.start(**given)
+    return True
 
 
 @contextmanager

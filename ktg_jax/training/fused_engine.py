@@ -57,6 +57,7 @@ def fused_step(
         rows: Rows | None = None,
         wishes: jax.Array | None = None,
     ) -> tuple[GraphState, Metrics]:
+        edges = edge_arrays(edges)
         plan = parallel.shard(task.batches.plan(key, state.step))
         recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
         ahead = {

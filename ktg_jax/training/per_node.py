@@ -94,7 +94,9 @@ def per_node_step(
     edges = edge_arrays(gates, how.temperature)
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
     check_delays(state, edges, ahead)
-    open_edges, stale = programs.open_and_hear(edges, state.stale, state.step)
+    open_edges, stale = edges, ()
+    if edges.delayed:
+        open_edges, stale = programs.open_and_hear(edges, state.stale, state.step)
     batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
     passes = _passes if how.accumulate == 1 else _passes_in_parts
     made = passes(state, batch, open_edges, progress, how, placement, meet)

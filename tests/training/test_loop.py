@@ -252,7 +252,8 @@ def test_a_step_takes_the_planned_batch_and_updates_every_node() -> None:
     with compiled_once():
         expected = expected_step(state)
         parallel = Parallel()
-        ours = step(parallel.replicate(state), *parallel.replicate((DATA, edges, key)))
+        inputs = DATA.spread_over(parallel), *parallel.replicate((edges, key))
+        ours = step(parallel.replicate(state), *inputs)
     chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert int(ours[0].step) == 4
 
