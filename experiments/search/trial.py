@@ -88,7 +88,7 @@ class Trainer:
         live = len(graph.frozen) - run.read
         cost = len(graph.nodes) - len(graph.frozen) + FROZEN_COST * live
         epochs = train_epochs(
-            run.state,
+            run.engine.place(run.state),
             run.step,
             [str(node.name) for node in graph.nodes],
             epochs=run.epochs,
