@@ -59,7 +59,6 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--nodes", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--remat", action="store_true", help="as of experiments.train")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(options.devices))
@@ -67,7 +66,7 @@ def main() -> None:
     for nodes in options.nodes:
         for devices in options.devices:
             for placement in PLACEMENTS:
-                load = load_of(placement, nodes, devices, options.batch_size, options.remat)
+                load = load_of(placement, nodes, devices, options.batch_size)
                 where = {"nodes": nodes, "devices": devices, "placement": placement}
                 rows.append(where | {f"busiest_{k}": v for k, v in asdict(load).items()})
     show(rows)
@@ -75,13 +74,13 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def load_of(how: str, nodes: int, devices: int, batch_size: int, remat: bool = False) -> Load:
+def load_of(how: str, nodes: int, devices: int, batch_size: int) -> Load:
     """The load of the busiest device."""
     with formulation("xla"):  # whose operations the compiler knows
         graph = ktg.graphs.mutual([MODEL] * nodes)
         fns, optimizer = [ktg.build_model(MODEL, CLASSES)] * nodes, ktg.sgd(0.1)
         batches = Batches(batch_size, batch_size)
-        task = Task(fns, optimizer, batches, IMAGE, 1, remat=remat)
+        task = Task(fns, optimizer, batches, IMAGE, 1)
         sample = jnp.zeros((1, *IMAGE))
         state = ktg.init_state(graph, fns, optimizer, jax.random.key(0), sample)
         used = jax.devices()[:devices]

@@ -42,7 +42,7 @@ from .runs.pretrained import locate_pretrained
 from .runs.process import check_platform, hosts_kept_together, join_others, prepare
 from .runs.progress import Display
 from .runs.results import Best, best_epoch, make_result, result_table
-from .runs.saved import Found, SavedStates
+from .runs.saved import Found, SavedStates, saved_states
 from .runs.shapes import Record
 from .runs.workdir import Workdir
 
@@ -131,7 +131,7 @@ def _train(
             kept.enter_context(workdir.begun(fields, config.data_dir, files))
 
         hosts.by_first(begin)
-        saved = kept.enter_context(SavedStates(workdir, names, run.steps_per_epoch))
+        saved = kept.enter_context(saved_states(workdir, names, run.steps_per_epoch))
         if hosts.is_first() and workdir.is_damaged("result.json"):
             cli.say(console, "result.json is damaged; it is made again.")
         _Training(run, workdir, saved, console, config.tensorboard).go()
@@ -254,14 +254,15 @@ class _Training:
             self._workdir.path / "tensorboard", records, self._tensorboard, self._console
         )
         with ExitStack() as held, display, events as write_events:
+            are_held = False
 
             def on_step(number: int, metrics: Metrics) -> None:
-                # What is being compiled is not worth waiting for; from now on updates are.
-                if not held_already:
-                    held_already.append(held.enter_context(signals.held()))
+                nonlocal are_held
+                if not are_held:  # what was being compiled until now is not worth waiting for
+                    held.enter_context(signals.held())
+                    are_held = True
                 display.step(number, metrics)
 
-            held_already: list[None] = []
             epochs = train_epochs(
                 state,
                 run.step,

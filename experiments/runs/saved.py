@@ -4,8 +4,8 @@ Of several processes the first one reads and writes; what it reads the others ar
 """
 
 import shutil
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from ktg_jax.errors import RunError
@@ -34,37 +34,39 @@ class Found(NamedTuple):
     messages: Sequence[str]
 
 
-class SavedStates:
-    """The states in a run's folder; a context, in which they can be read and written.
+@contextmanager
+def saved_states(
+    workdir: Workdir, names: Sequence[str], steps_per_epoch: int
+) -> Iterator["SavedStates"]:
+    """The states in a run's folder, for as long as the block lasts; all is written at its end.
 
     Args:
         workdir: which the run keeps.
         names: the nodes' names, in the state's order.
         steps_per_epoch: updates an epoch.
     """
+    with ExitStack() as opened:
+        checkpoints: list[Checkpoints] = []  # in the first process alone
 
-    def __init__(self, workdir: Workdir, names: Sequence[str], steps_per_epoch: int) -> None:
-        self._workdir, self._names, self._steps = workdir, names, steps_per_epoch
-        self._checkpoints: Checkpoints | None = None
+        def open_them() -> None:
+            checkpoints.append(opened.enter_context(Checkpoints(workdir.checkpoints)))
 
-    def __enter__(self) -> "SavedStates":
-        """Opens the folder, in the first process."""
+        hosts.by_first(open_them)
+        yield SavedStates(workdir, names, steps_per_epoch, next(iter(checkpoints), None))
 
-        def enter() -> None:
-            self._checkpoints = Checkpoints(self._workdir.checkpoints)
 
-        hosts.by_first(enter)
-        return self
+class SavedStates:
+    """The states in a run's folder: see `saved_states`."""
 
-    def __exit__(
+    def __init__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        workdir: Workdir,
+        names: Sequence[str],
+        steps_per_epoch: int,
+        checkpoints: Checkpoints | None,
     ) -> None:
-        """Waits until all is written."""
-        if self._checkpoints is not None:
-            self._checkpoints.__exit__(kind, error, trace)
+        self._workdir, self._names, self._steps = workdir, names, steps_per_epoch
+        self._checkpoints = checkpoints
 
     def find(self, template: GraphState) -> Found:
         """The newest state that is whole; the template, where there is none.

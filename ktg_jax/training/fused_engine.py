@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,11 @@ from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
 from ktg_jax.training.batches import Arrays, labels_of, take_batch
 from ktg_jax.training.delays import delays_of
-from ktg_jax.training.evaluation import (
-    evaluation_batch_size,
-    make_evaluator,
-)
+from ktg_jax.training.evaluation import evaluation_batch_size, make_evaluator
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.parallel import Parallel
-from ktg_jax.training.recorded import Feed, Recordings, Rows, taken
+from ktg_jax.training.recorded import Feed, Recordings, taken
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import train_step
 from ktg_jax.training.task import Step, Task, named
@@ -47,68 +44,59 @@ def fused_step(
     parallel.check_batch_size(task.batches.batch_size, task.accumulate)
     find = parallel.rows if parallel.spreads_data else None
 
-    def step(
-        state: GraphState,
-        data: Arrays,
-        edges: EdgeArrays,
-        key: jax.Array,
-        priors: Priors | None = None,
-        tables: Rows | None = None,
-        rows: Rows | None = None,
-        wishes: jax.Array | None = None,
-    ) -> tuple[GraphState, Metrics]:
-        edges = edge_arrays(edges)
+    def step(state: GraphState, *given: Any) -> tuple[GraphState, Metrics]:
+        inputs = _Inputs(*given)
+        (images, labels), key = inputs.data, inputs.key
+        edges = edge_arrays(inputs.edges)
         plan = parallel.shard(task.batches.plan(key, state.step))
-        recorded = taken(tables or {}, plan.image_index) | parallel.shard(rows or {})
         ahead = {
-            delay: take_batch(
-                data.images,
-                data.labels,
-                parallel.shard(task.batches.plan(key, state.step + delay)),
-                find,
-            )[0]
+            delay: parallel.shard(task.batches.plan(key, state.step + delay))
             for delay in delays_of(edges)
         }
+        recorded = taken(inputs.tables or {}, plan.image_index)
         updated, metrics = train_step(
             state,
-            *take_batch(data.images, data.labels, plan, find),
+            *take_batch(images, labels, plan, find),
             edges,
             (state.step + 1) / task.total_steps,
             axis_name=parallel.axis_name,
-            priors=priors,
-            recorded=recorded,
-            mixed=labels_of(data.images, data.labels, plan)[1],
+            priors=inputs.priors,
+            recorded=recorded | parallel.shard(inputs.rows or {}),
+            mixed=labels_of(images, labels, plan)[1],
             batched=batched,
-            ahead=ahead,
+            ahead={k: take_batch(images, labels, later, find)[0] for k, later in ahead.items()},
             **task.options,
         )
+        wishes = inputs.wishes
         return updated, metrics | ({} if wishes is None else {"stop": parallel.any_of(wishes)})
 
-    are_spread = [Arrays(images=parallel.spreads_data, labels=False), *[False] * 5, True]
-    if steps_per_call == 1:
-        return parallel.compile(step, are_spread)
-
-    def steps(
-        state: GraphState,
-        data: Arrays,
-        edges: EdgeArrays,
-        key: jax.Array,
-        priors: Priors | None = None,
-        tables: Rows | None = None,
-        rows: Rows | None = None,
-        wishes: jax.Array | None = None,
-    ) -> tuple[GraphState, Metrics]:
+    def steps(state: GraphState, *given: Any) -> tuple[GraphState, Metrics]:
+        inputs = _Inputs(*given)
         # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
         unroll = parallel.devices[0].platform == "cpu"
         return jax.lax.scan(
-            lambda state, row: step(state, data, edges, key, priors, tables, row, wishes),
+            lambda state, rows: step(state, *inputs._replace(rows=rows)),
             state,
-            rows,
+            inputs.rows,
             length=steps_per_call,
             unroll=unroll,
         )
 
-    return parallel.compile(steps, are_spread)
+    spread = Arrays(images=parallel.spreads_data, labels=False)
+    are_spread = _Inputs(spread, False, False, False, False, False, wishes=True)
+    return parallel.compile(step if steps_per_call == 1 else steps, are_spread)
+
+
+class _Inputs(NamedTuple):
+    """What a compiled step takes beside the state: see `fused_step`."""
+
+    data: Arrays
+    edges: Any
+    key: Any
+    priors: Any = None
+    tables: Any = None
+    rows: Any = None
+    wishes: Any = None
 
 
 class FusedEngine:

@@ -64,6 +64,7 @@ class HostNodesEngine:
         self._step: HostStep | None = None
         size = evaluation_batch_size(task.image_shape, mine[0].platform)
         self._evaluation_size = -(-size // len(mine)) * len(mine)
+        self._evaluated = self._nodes.output_shapes(self._evaluation_size, with_stages=False)
         self.summary = f"{processes} processes, each with nodes of its own; of the first, "
         self.summary += self._inner.summary
 
@@ -123,7 +124,7 @@ class HostNodesEngine:
             self._step.wait()  # or messages of updates would be on their way at the same time
         nodes, size = self._nodes, self._evaluation_size
         task, placement = nodes.task, nodes.placement
-        home, shapes = placement[0], nodes.output_shapes(size, with_stages=False)
+        home, shapes = placement[0], self._evaluated
         are_here = [
             [i for i, of in enumerate(self._owner) if of == p and shapes[i] is not None]
             for p in range(nodes.processes)

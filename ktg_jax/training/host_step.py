@@ -25,7 +25,7 @@ from ktg_jax.training.node_terms import Priors, absent
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.per_node_engine import batch_maker
 from ktg_jax.training.placement import Place, Placement, split, whole
-from ktg_jax.training.recorded import Feed, Recordings, taken
+from ktg_jax.training.recorded import Feed, Recordings
 from ktg_jax.training.shares import shares_of_edges
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.task import Task
@@ -108,10 +108,18 @@ class HostStep:
         self._feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(self._home)))
         self._options = self._local_options(priors)
         self._local_edges = jax.device_put(self._cut(), whole(self._home))
-        self._blank = self._placeholders()
-        self._now = Exchange(self._shapes_now())
+        size, with_stages = task.batches.batch_size, edges.needs_stages
+        shapes = nodes.output_shapes(size, with_stages)
+        blank = {i: zeros_of(each) for i, each in enumerate(shapes) if each is not None}
+        self._blank = jax.device_put(blank, split(self._home))
+        shapes = nodes.output_shapes(size // task.accumulate, with_stages)
+        self._now = Exchange([{i: shapes[i] for i in said} for said in self._shares.said_now])
         distances = _distances(priors, nodes.shapes)
         late = Exchange(self._shapes_late(distances))
+        self._no_metrics = {
+            key: np.full(shape.shape, absent(), np.float32)
+            for key, shape in self._late_metrics.items()
+        }
         self._mailbox = Mailbox(late, at_once=self._shares.waits)
         self._last: tuple[Any, int] | None = None
 
@@ -124,8 +132,12 @@ class HostStep:
         said = self._say_ahead(state)
         updated, metrics = self._update(state)
         rows = programs.metrics_of_nodes(metrics, self._edges)
-        message = {"said": said, "metrics": dict(rows), "stop": self._wants_to_stop()}
-        answers = self._mailbox.post(number, self._filled(message))
+        message = {
+            "said": said,
+            "metrics": {key: rows.get(key, none) for key, none in self._no_metrics.items()},
+            "stop": self._wants_to_stop(),
+        }
+        answers = self._mailbox.post(number, message)
         self._last = updated.step, number + 1
         return updated, self._merged(answers)
 
@@ -169,7 +181,9 @@ class HostStep:
         extra = len(self._edges.delayed)
         edges, stale = programs.open_and_hear(self._edges, state.stale, state.step)
         gates = programs.closed_alike(self._local_edges.gates, edges.gates, self._edges.gates)
-        recorded = taken(self._feed.tables, image_index) | self._feed.rows(state, 1)
+        recorded = programs.rows_of_images(self._feed.tables, image_index) | self._feed.rows(
+            state, 1
+        )
         filled_in = self._blank | recorded  # by `_meet`, where a sender never changes
         late = {
             self._number_of_nodes + d: filled_in[each.sender] if said is None else said
@@ -234,13 +248,6 @@ class HostStep:
 
     # --- what is said
 
-    def _filled(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with all metrics that there are in any process."""
-        shapes = self._late_metrics
-        blank = {key: jnp.full(shape.shape, absent(), shape.dtype) for key, shape in shapes.items()}
-        message["metrics"] = {key: message["metrics"].get(key, blank[key]) for key in blank}
-        return message
-
     def _merged(self, answers: "Future[list[Any]]") -> Metrics:
         """Each node's metrics as its own process has them."""
 
@@ -286,19 +293,6 @@ class HostStep:
         gates[others] = CUTOFF if gates.ndim == 2 else 0
         connectors = tuple(c for c in self._edges.connectors if c.receiver in self._nodes.own)
         return dataclasses.replace(self._edges, gates=gates, connectors=connectors, delayed=())
-
-    def _placeholders(self) -> dict[int, Any]:
-        """By node, zeros in place of what it puts out for a batch."""
-        size = self._nodes.task.batches.batch_size
-        shapes = self._nodes.output_shapes(size, self._edges.needs_stages)
-        zeros = {i: zeros_of(each) for i, each in enumerate(shapes) if each is not None}
-        return jax.device_put(zeros, split(self._home))
-
-    def _shapes_now(self) -> list[Any]:
-        task = self._nodes.task
-        size = task.batches.batch_size // task.accumulate
-        shapes = self._nodes.output_shapes(size, self._edges.needs_stages)
-        return [{i: shapes[i] for i in nodes} for nodes in self._shares.said_now]
 
     def _shapes_late(self, distances: int) -> list[Any]:
         number = self._number_of_nodes

@@ -9,6 +9,7 @@ place, a device or a group of them, and only what nodes put out travels between 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +27,11 @@ from ktg_jax.training.accumulate import (
     weights_of_parts,
 )
 from ktg_jax.training.delays import check_delays, heard_with
+from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import checked_priors
 from ktg_jax.training.placement import Place, Placement, split, whole
 from ktg_jax.training.state import GraphState
-from ktg_jax.training.step import (
-    Metrics,
-    StepOptions,
-    checked_recorded,
-)
+from ktg_jax.training.step import Batch, StepOptions, checked_recorded
 from ktg_jax.training.updates import check_states
 
 
@@ -97,9 +95,12 @@ def per_node_step(
     open_edges, stale = edges, ()
     if edges.delayed:
         open_edges, stale = programs.open_and_hear(edges, state.stale, state.step)
-    batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
-    passes = _passes if how.accumulate == 1 else _passes_in_parts
-    made = passes(state, batch, open_edges, progress, how, placement, meet)
+    batch = Batch(images, labels, recorded, how.where, how.mixed, stale)
+    at_once = functools.partial(
+        _passes, edges=open_edges, progress=progress, how=how, placement=placement, meet=meet
+    )
+    in_parts = functools.partial(_passes_in_parts, at_once, how.accumulate, placement)
+    made = (at_once if how.accumulate == 1 else in_parts)(state, batch)
     said = _said_ahead(state, edges, ahead, how, placement)
     params, opt_state = list(state.params), list(state.opt_state)
     model_state, metrics = list(made.model_state), made.metrics
@@ -129,17 +130,6 @@ def per_node_step(
     return GraphState(*new), metrics
 
 
-class _Batch(NamedTuple):
-    """A batch, or a part of it; the fields are arguments of `per_node_step`."""
-
-    images: Mapping[Place, jax.Array]
-    labels: jax.Array
-    recorded: dict[int, Any]
-    where: ArrayLike | None
-    mixed: Any
-    stale: tuple[Any, ...]
-
-
 class _Passes(NamedTuple):
     """What the passes of all nodes made.
 
@@ -157,7 +147,8 @@ class _Passes(NamedTuple):
 
 def _passes(
     state: GraphState,
-    batch: _Batch,
+    batch: Batch,
+    *,
     edges: EdgeArrays,
     progress: ArrayLike,
     how: StepOptions,
@@ -215,16 +206,13 @@ def _said_ahead(
 
 
 def _passes_in_parts(
-    state: GraphState,
-    batch: _Batch,
-    edges: EdgeArrays,
-    progress: ArrayLike,
-    how: StepOptions,
+    at_once: Callable[[GraphState, Batch], _Passes],
+    parts: int,
     placement: Placement,
-    meet: Callable[[list[Any]], list[Any]] | None,
+    state: GraphState,
+    batch: Batch,
 ) -> _Passes:
     """As `_passes`, of equal parts of the batch; the gradients are the parameters' already."""
-    parts = how.accumulate
     check_parts(len(batch.labels), parts)
     weights = weights_of_parts(batch.where, parts, None)
     gradients: list[Any] = [None] * len(placement)
@@ -233,7 +221,7 @@ def _passes_in_parts(
         images = {to: programs.cut_part(x, parts, index) for to, x in batch.images.items()}
         others = programs.cut_part(batch._replace(images={}), parts, index)
         part = others._replace(images=images)
-        made = _passes(state, part, edges, progress, how, placement, meet)
+        made = at_once(state, part)
         state = dataclasses.replace(state, model_state=tuple(made.model_state))
         for i, (pullback, place) in enumerate(zip(made.pullbacks, placement, strict=True)):
             if pullback is not None:
@@ -246,7 +234,7 @@ def _passes_in_parts(
 
 
 def _forwards(
-    state: GraphState, batch: _Batch, how: StepOptions, placement: Placement, with_stages: bool
+    state: GraphState, batch: Batch, how: StepOptions, placement: Placement, with_stages: bool
 ) -> tuple[list[Any], list[Any], list[PyTree]]:
     """What each node puts out, in the first node's place; its pullback, and its model state.
 

@@ -9,18 +9,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
+from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches, labels_of, take_batch
 from ktg_jax.training.delays import delays_of
-from ktg_jax.training.evaluation import (
-    evaluation_batch_size,
-)
+from ktg_jax.training.evaluation import evaluation_batch_size
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.per_node_evaluation import make_per_node_evaluator, spread_over
 from ktg_jax.training.placement import Place, devices_of, node_placement, place, whole
-from ktg_jax.training.recorded import Feed, Recordings, taken
+from ktg_jax.training.recorded import Feed, Recordings
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.task import Step, Task, named
 
@@ -110,7 +109,7 @@ class PerNodeEngine:
                 progress,
                 placement=placement,
                 priors=priors,
-                recorded=_taken(feed.tables, image_index) | rows,
+                recorded=programs.rows_of_images(feed.tables, image_index) | rows,
                 mixed=mixed,
                 ahead={
                     k: {to: batch(state.step, to, k)[0] for to in used} for k, used in late.items()
@@ -172,6 +171,3 @@ def _make_batch(
     images, labels = take_batch(*data, plan, None if spread is None else spread.rows)
     mixed = labels_of(*data, plan)[1]
     return images, labels, (step + 1) / total_steps, plan.image_index, mixed
-
-
-_taken = jax.jit(taken)

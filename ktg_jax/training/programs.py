@@ -18,6 +18,7 @@ from ktg_jax.training.evaluation import eval_sums
 from ktg_jax.training.forward import node_forward
 from ktg_jax.training.gradients import graph_gradients
 from ktg_jax.training.node_terms import NodeTerm, distance_metrics
+from ktg_jax.training.recorded import taken
 from ktg_jax.training.updates import node_update
 
 
@@ -41,6 +42,7 @@ push = jax.jit(pushed, donate_argnums=0)
 
 
 metrics_of_nodes = jax.jit(of_nodes)
+rows_of_images = jax.jit(taken)
 
 
 @jax.jit

@@ -7,7 +7,8 @@ their own.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,9 +132,10 @@ def train_step(
         InputError: images that are no floats; a prior of a frozen node or of another student, or
             not one entry a node; stages that are needed and not there, or do not fit each other; a
             network whose logits are not float `[B, classes]`, the same for all; a batch that cannot
-            be cut into so many parts; an optimiser that
-            asks for more than `value`, or whose state is None where the state, made by hand, has
-            None for every node; recorded logits that are missing, or of a node that learns.
+            be cut into so many parts; a state without room for stale senders, or no images for
+            them; an optimiser that asks for more than `value`, or whose state is None where the
+            state, made by hand, has None for every node; recorded logits that are missing, or of a
+            node that learns.
 
     >>> from functools import partial
     >>> import ktg_jax as ktg
@@ -153,10 +155,19 @@ def train_step(
     recorded = checked_recorded(how, state, labels, edges.needs_stages)
     check_delays(state, edges, ahead)
     stale = stale_of(state, edges, axis_name)
-    batch = _Batch(images, labels, recorded, how.where, how.mixed, stale)
+    batch = Batch(images, labels, recorded, how.where, how.mixed, stale)
     open_edges = opened(edges, state.step)
     with batch_spread_over(axis_name):
-        made = _gradients(state, batch, open_edges, progress, how, axis_name, batched)
+        at_once = functools.partial(
+            _gradients,
+            edges=open_edges,
+            progress=progress,
+            how=how,
+            axis_name=axis_name,
+            batched=batched,
+        )
+        in_parts = functools.partial(_gradients_in_parts, at_once, how.accumulate, axis_name)
+        made = (at_once if how.accumulate == 1 else in_parts)(state, batch)
         said = said_ahead(state, edges, ahead, how.node_fns, axis_name)
     model_state, metrics = list(made.model_state), made.metrics
     if axis_name is not None:
@@ -184,11 +195,11 @@ def train_step(
     return GraphState(*new), metrics
 
 
-class _Batch(NamedTuple):
-    """A batch, or a part of it; the fields are arguments of `train_step`."""
+class Batch(NamedTuple):
+    """A batch, or a part of it: arguments of `train_step`, and what stale senders said for it."""
 
-    images: jax.Array
-    labels: ArrayLike
+    images: Any
+    labels: Any
     recorded: dict[int, Any]
     where: ArrayLike | None
     mixed: Mixed | None
@@ -203,26 +214,19 @@ class _Gradients(NamedTuple):
     metrics: Metrics
 
 
-def _gradients(
-    state: GraphState,
-    batch: _Batch,
-    edges: EdgeArrays,
-    progress: ArrayLike,
-    how: StepOptions,
+def _gradients_in_parts(
+    at_once: Callable[[GraphState, Batch], _Gradients],
+    parts: int,
     axis_name: str | None,
-    batched: bool,
+    state: GraphState,
+    batch: Batch,
 ) -> _Gradients:
-    """The gradients of a batch, in as many parts as is said."""
-
-    def of_part(model_state: tuple[Any, ...], part: _Batch) -> _Gradients:
-        before = dataclasses.replace(state, model_state=model_state)
-        return _gradients_at_once(before, part, edges, progress, how, axis_name, batched)
-
-    parts = how.accumulate
-    if parts == 1:
-        return of_part(state.model_state, batch)
+    """The gradients of a batch in so many equal parts, one after another."""
     check_parts(len(batch.images), parts)
     weights = weights_of_parts(batch.where, parts, axis_name)
+
+    def of_part(model_state: tuple[Any, ...], part: Batch) -> _Gradients:
+        return at_once(dataclasses.replace(state, model_state=model_state), part)
 
     def add_part(so_far: _Gradients, index: jax.Array) -> tuple[_Gradients, None]:
         made = of_part(so_far.model_state, part_of_batch(batch, parts, index))
@@ -235,9 +239,10 @@ def _gradients(
     return jax.lax.scan(add_part, none_yet, jnp.arange(parts))[0]
 
 
-def _gradients_at_once(
+def _gradients(
     state: GraphState,
-    batch: _Batch,
+    batch: Batch,
+    *,
     edges: EdgeArrays,
     progress: ArrayLike,
     how: StepOptions,
