@@ -1,31 +1,26 @@
-"""Decoding image files and resizing images, with PIL."""
+"""Decoding image files and resizing images, with PIL: all of a data set in one form."""
 
 import logging
 import math
-import re
-import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ktg_jax.data.cache import OnProgress, in_chunks
 from ktg_jax.data.memory import empty
+from ktg_jax.data.pictures import decoded, has_frames, is_greyscale, opened, upright
+from ktg_jax.data.views import centre_part, resized
 from ktg_jax.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
-_GREYSCALE_MODES = ("1", "L", "LA")
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits
-_DEEP_CHANNELS = re.compile(r";16[BLN]")  # of these PIL would keep the high byte
-_OF_LAYERS = ("MPO", "PSD")  # whose first frame is the picture, the others being its parts
 _LARGE = 2**24  # pixels, of images that are decoded one at a time
-_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # or made by other programs
 
 
 @dataclass(frozen=True)
@@ -37,19 +32,19 @@ class ImageForm:
         width: in pixels.
         greyscale: one channel; otherwise RGB.
         resize: images of another size are resized; otherwise they are an error.
+        centre: their middle is, in its own proportions; otherwise all of them.
     """
 
     height: int
     width: int
     greyscale: bool
     resize: bool = False
+    centre: bool = False
 
-
-def image_suffixes() -> set[str]:
-    """Suffixes of the files that can be read, as `.png`: what PIL and its plugins decode."""
-    formats = {*_formats(), "MPO"}  # which is opened as a JPEG
-    suffixes = Image.registered_extensions()
-    return {suffix for suffix, name in suffixes.items() if name in formats}
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.height, self.width, 1 if self.greyscale else 3
 
 
 def form_of(paths: Sequence[Path], image_size: int | None = None) -> ImageForm:
@@ -62,11 +57,15 @@ def form_of(paths: Sequence[Path], image_size: int | None = None) -> ImageForm:
     Raises:
         InputError: a file is not an image.
     """
-    greyscale = all(_mode(path) in _GREYSCALE_MODES for path in paths)
+    greyscale = True
+    for path in paths:
+        if greyscale:
+            with opened(path, str(path)) as image:
+                greyscale = is_greyscale(image)
     if image_size is not None:
         return ImageForm(image_size, image_size, greyscale, resize=True)
-    with _opened(paths[0]) as image:
-        width, height = _upright(image).size
+    with opened(paths[0], str(paths[0])) as image:
+        width, height = upright(image).size
     return ImageForm(height, width, greyscale)
 
 
@@ -89,16 +88,16 @@ def read_images(
         InputError: names the first file that cannot be decoded or has another size; or the images
             do not fit in memory.
     """
-    channels = 1 if form.greyscale else 3
-    shape = (len(paths), form.height, form.width, channels)
-    images = _empty(shape, form)
+    images = _empty((len(paths), *form.shape), form)
     moving, turn = [], threading.Lock()
 
     def read(i: int) -> None:
-        pixels, has_frames = _decode(paths[i], form, turn)
-        images[i] = pixels.reshape(images.shape[1:])
-        if has_frames:
-            moving.append(paths[i])
+        path = paths[i]
+        with opened(path, str(path)) as image:
+            with turn if math.prod(image.size) > _LARGE else nullcontext():
+                images[i] = in_form(decoded(image, form.greyscale, str(path)), form, str(path))
+            if has_frames(image):
+                moving.append(path)
 
     def read_all(chunk: range) -> None:
         for _ in threads.map(read, chunk):
@@ -130,10 +129,40 @@ def resize_images(images: np.ndarray, size: int) -> np.ndarray:
     if (height, width) == (size, size):
         return images
     form = ImageForm(size, size, greyscale=channels == 1, resize=True)
-    resized = _empty((count, size, size, channels), form)
+    made = _empty((count, size, size, channels), form)
     for i, c in np.ndindex(count, channels):  # by channel: PIL has no modes for other than 1 and 3
-        resized[i, :, :, c] = np.asarray(_resize(Image.fromarray(images[i, :, :, c]), size, size))
-    return resized
+        made[i, ..., c : c + 1] = resized(Image.fromarray(images[i, :, :, c]), size, size)
+    return made
+
+
+def in_form(picture: Image.Image, form: ImageForm, name: str) -> np.ndarray:
+    """A decoded picture in the form of its data set.
+
+    Args:
+        picture: of as many channels as the form has.
+        form: to bring it to.
+        name: what it is called in errors.
+
+    Returns:
+        uint8 `form.shape`.
+
+    Raises:
+        InputError: it has another size, where images are not resized.
+    """
+    width, height = picture.size
+    if form.centre:
+        box = centre_part(width, height, (form.height, form.width))
+        return resized(picture, form.height, form.width, box)
+    if (width, height) == (form.width, form.height):
+        return np.asarray(picture).reshape(form.shape)
+    if not form.resize:
+        raise InputError(
+            "data",
+            f"{name}: {width}x{height}",
+            f"{form.width}x{form.height}, the size of the first image; "
+            "image_size resizes the images of a folder to one size",
+        )
+    return resized(picture, form.height, form.width)
 
 
 def _empty(shape: tuple[int, int, int, int], form: ImageForm) -> np.ndarray:
@@ -142,82 +171,3 @@ def _empty(shape: tuple[int, int, int, int], form: ImageForm) -> np.ndarray:
     if form.resize:
         return empty("image_size", height, shape)
     return empty("data", f"{count} images of {width}x{height} pixels", shape)
-
-
-def _formats() -> list[str]:
-    """PIL's names of the formats that are read."""
-    Image.init()
-    return [name for name in Image.OPEN if name not in _NO_PICTURES]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image of a file, not decoded yet; what goes wrong within is an InputError."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise InputError("data", str(path), "a regular file")
-        with Image.open(path, formats=_formats()) as image:
-            yield image
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        allowed = f"an image of at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
-        raise InputError("data", str(path), allowed) from error
-    except Exception as error:  # PIL has no common type for its decoding errors
-        raise InputError("data", str(path), "a complete, undamaged image file") from error
-
-
-def _mode(path: Path) -> str:
-    """The mode of a file, without decoding it."""
-    with _opened(path) as image:
-        return image.mode
-
-
-def _decode(path: Path, form: ImageForm, turn: threading.Lock) -> tuple[np.ndarray, bool]:
-    """The pixels of a file, and whether it has further frames; a large one waits for its turn."""
-    with _opened(path) as image, turn if math.prod(image.size) > _LARGE else nullcontext():
-        _check_depth(image, path)
-        pixels = _in_form(_upright(image), form, path)
-        return pixels, image.format not in _OF_LAYERS and getattr(image, "is_animated", False)
-
-
-def _in_form(image: Image.Image, form: ImageForm, path: Path) -> np.ndarray:
-    # PIL warns of a palette with transparency unless it goes through RGBA
-    opaque = image.convert("RGBA") if "transparency" in image.info else image
-    pixels = opaque.convert("L" if form.greyscale else "RGB")
-    if pixels.size == (form.width, form.height):
-        return np.asarray(pixels)
-    if not form.resize:
-        width, height = pixels.size
-        raise InputError(
-            "data",
-            f"{path}: {width}x{height}",
-            f"{form.width}x{form.height}, the size of the first image; "
-            "image_size resizes the images of a folder to one size",
-        )
-    return np.asarray(_resize(pixels, form.height, form.width))
-
-
-def _check_depth(image: Image.Image, path: Path) -> None:
-    """Raises InputError where PIL would make 8 bits of more, by clipping or by cutting off."""
-    if image.mode in _DEEP_MODES:
-        allowed = f"images of 8 bits a channel, not PIL mode {image.mode}"
-        raise InputError("data", str(path), allowed)
-    for decoder, _, _, arguments in getattr(image, "tile", ()):
-        is_deep = _DEEP_CHANNELS.search(str(arguments)) is not None
-        if decoder in ("ppm", "ppm_plain"):
-            is_deep = arguments[1] > 255  # the largest value
-        if is_deep:
-            raise InputError("data", str(path), "images of 8 bits a channel, not of 16")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image, decoded, and turned as its EXIF orientation says."""
-    image.load()
-    with suppress(Exception):  # of many types: an EXIF block that cannot be read says nothing
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    return image.resize((width, height), Image.Resampling.BILINEAR)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ktg_jax.data.images import image_suffixes
+from ktg_jax.data.pictures import image_suffixes
 from ktg_jax.errors import InputError
 
 _PICTURES = (

@@ -323,17 +323,17 @@ def test_large_images_are_decoded_one_at_a_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once: list[int] = []
-    decoding: list[Path] = []
+    decoding: list[str] = []
 
-    def in_form(image: Image.Image, form: Any, path: Path) -> np.ndarray:
-        decoding.append(path)
+    def in_form(image: Image.Image, form: Any, name: str) -> np.ndarray:
+        decoding.append(name)
         at_once.append(len(decoding))
         time.sleep(0.002)  # in which another thread would begin
-        decoding.remove(path)
+        decoding.remove(name)
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr(images, "_LARGE", 63)
-    monkeypatch.setattr(images, "_in_form", in_form)
+    monkeypatch.setattr(images, "in_form", in_form)
     for i in range(2, 40):
         save_image(folder / "train" / "a" / f"{i}.png", PIXELS)
     load_dataset(f"folder:{folder}")
