@@ -36,7 +36,13 @@ from .runs.command_line import Command, parse
 from .runs.console import Table, make_console
 from .runs.facts import data_facts, without_test
 from .runs.identity import data_kind, is_own
-from .runs.options import MOST_IMAGE_SIZE, Training, at_least, import_modules
+from .runs.options import (
+    MOST_IMAGE_SIZE,
+    StreamOptions,
+    Training,
+    at_least,
+    import_modules,
+)
 from .runs.process import check_platform, prepare
 from .runs.texts import per_cent
 from .runs.trained import Trained, trained_file, trained_run
@@ -136,7 +142,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     split = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[config.split]
     if split is None:
         raise InputError("split", config.split, f"a split that the data of {config.workdir} has")
-    arrays = Arrays(jnp.asarray(split.images), jnp.asarray(split.labels))
+    images = split.images if dataset.is_streamed else jnp.asarray(split.images)
+    arrays = Arrays(images, jnp.asarray(split.labels))
     means = _evaluate(trained.node_fns, trained.state, arrays, dataset.image_shape)
 
     epoch = "" if trained.epoch is None else f", epoch {trained.epoch}"
@@ -171,7 +178,8 @@ def _of_run(config: EvaluateConfig, workdir: Workdir, console: Console) -> tuple
         image_size=run["image_size"],
         split_seed=run["split_seed"],
     )
-    dataset = load(wanted, with_test=config.split == "test")
+    streaming = StreamOptions(run.get("stream", False), run.get("crop", "shift"))
+    dataset = load(wanted, with_test=config.split == "test", streaming=streaming)
     _check_data(data, facts, data_facts(dataset), config.split)
     return trained, dataset
 

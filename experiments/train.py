@@ -100,7 +100,7 @@ def _train(
         ktg.cpu_convolution()
     fields = resolved(config, graph)
     if config.workdir is None and (is_own(config.data) or graph_files(graph)):
-        dataset = dataset or load(config)  # for the folder's name
+        dataset = dataset or load(config, streaming=config)  # for the folder's name
         fields |= facts_of(graph, dataset)
     workdir = Workdir(config.workdir or default_workdir(config, fields))
     if hosts.by_first(lambda: config.resume and _is_finished(workdir, fields)):
@@ -108,7 +108,7 @@ def _train(
             _say_finished(workdir, config, graph, dataset, console)
         return
 
-    dataset = dataset or load(config)
+    dataset = dataset or load(config, streaming=config)
     check_networks(config, graph, dataset, devices)
 
     def train_alone(alone: TrainConfig, dataset: Dataset) -> None:
@@ -168,7 +168,7 @@ def _say_finished(
     with suppress(InputError) if are_where_they_were else nullcontext():
         facts |= graph_facts(graph)
         if dataset is not None or is_own(config.data):
-            facts |= {"data_facts": data_facts(dataset or load(config))}
+            facts |= {"data_facts": data_facts(dataset or load(config, streaming=config))}
     workdir.check(fields | facts)
     result = workdir.result
     assert result is not None

@@ -197,7 +197,11 @@ def _check_rates(config: AblationConfig) -> None:
         if rate > MOST_RATE:
             raise InputError(f"learning_rates[{i}]", rate, f"at most {MOST_RATE:g}")
     at_least(config, 1, "rate_seeds", most=MOST_SEEDS)
-    if len(rates) > 1 and not config.val_fraction and not has_val_images(config.data):
+    if (
+        len(rates) > 1
+        and not config.val_fraction
+        and not has_val_images(config.data, config.data_dir)
+    ):
         allowed = "above 0: learning rates are compared on validation images"
         raise InputError("val_fraction", config.val_fraction, allowed)
 

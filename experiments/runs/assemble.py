@@ -28,7 +28,7 @@ from ktg_jax.training.warm_start import with_weights
 from .config import TrainConfig
 from .frozen import FrozenRecordings
 from .networks import node_functions, node_weights, parallel_of
-from .options import MOST, Training
+from .options import MOST, StreamOptions, Training
 from .progress import decoding_shown
 from .recordings import batches_of, recordings_of, seed_of_data
 
@@ -82,8 +82,16 @@ class Run:
         return val, None if self.test is None else evaluate(state, self.test)
 
 
-def load(training: Training, with_test: bool = True) -> Dataset:
-    """Loads the data, split as is said; without its test images they are not even opened."""
+def load(
+    training: Training, with_test: bool = True, streaming: StreamOptions | None = None
+) -> Dataset:
+    """Loads the data, split as is said; without its test images they are not even opened.
+
+    Args:
+        training: whose data it is.
+        with_test: whether to read the test images.
+        streaming: whether and how images are streamed; None: they are not.
+    """
     with decoding_shown() as on_progress:
         return load_dataset(
             training.data,
@@ -94,6 +102,7 @@ def load(training: Training, with_test: bool = True) -> Dataset:
             split_seed=training.split_seed,
             with_test=with_test,
             on_progress=on_progress,
+            stream=None if streaming is None else streaming.streaming,
         )
 
 

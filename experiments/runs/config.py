@@ -16,8 +16,10 @@ from .identity import data_kind, identity, without_facts
 from .options import (
     DATA_AND_TRAINING,
     MOST_SEED,
+    StreamOptions,
     Training,
     at_least,
+    check_streaming,
     check_training,
     hash_of,
     without_unused,
@@ -59,6 +61,7 @@ class _GraphOptions:
 GROUPS = {
     "graph": "graph",
     **DATA_AND_TRAINING,
+    "stream": "stream",
     "speed": "parallel",
     "hosts": "coordinator",
     "folder": "workdir",
@@ -79,16 +82,19 @@ EXAMPLES = r"""Examples:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
+class _DataSeed:
+    data_seed: int | None = None
+    """Seed of data order and augmentation alone, by which a recording is told; else --seed."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(StreamOptions, _DataSeed, Training, _GraphOptions):  # the last's come first
     """Train a knowledge transfer graph: several networks together, each learning from the others.
 
     The target is node 0. Running the same command again resumes an interrupted run.
     """
 
     command: ClassVar = Command("experiments.train", GROUPS, EXAMPLES)
-
-    data_seed: int | None = None
-    """Seed of data order and augmentation alone, by which a recording is told; else --seed."""
 
     parallel: Literal["jit", "shard_map", "pmap"] = "jit"
     """How a batch is split over devices: by the compiler (jit), or each device runs the step on its
@@ -137,9 +143,20 @@ class TrainConfig(Training, _GraphOptions):  # the fields of the last come first
     """Write TensorBoard files too (extra: tensorboard)."""
 
 
+_USUAL = {
+    "data_seed": None,
+    "accumulate": 1,
+    "batch_stats": "global",
+    "stream": False,
+    "crop": "shift",
+}
+"""Of later fields the values that are no part of what determines a run."""
+
+
 def check(config: TrainConfig) -> None:
     """Raises InputError for the first value that is out of range, before anything is loaded."""
     check_training(config)
+    check_streaming(config)
     at_least(config, 0, "data_seed", most=MOST_SEED)
     if not 0 <= config.label_smoothing < 1:
         raise InputError("label_smoothing", config.label_smoothing, "at least 0 and below 1")
@@ -153,10 +170,10 @@ def resolved(config: TrainConfig, graph: ktg.Graph) -> dict[str, Any]:
     in_graph = ("models", "weights", "inputs", "temperature", "label_smoothing", "prune")
     # These change nothing, or the rounding of sums alone.
     how = ("engine", "placement", "remat", "steps_per_call", "cpu_devices", "compile_cache")
-    hosts = ("coordinator", "num_processes", "process_id", "distributed")
+    hosts = ("coordinator", "num_processes", "process_id", "distributed", "stream_workers")
     for field in ("workdir", "resume", "tensorboard", "data_dir", *how, *hosts, *in_graph):
         del fields[field]
-    for field, usual in (("data_seed", None), ("accumulate", 1), ("batch_stats", "global")):
+    for field, usual in _USUAL.items():
         if fields[field] == usual:
             del fields[field]
     fields["graph"] = json.loads(graph.to_json())

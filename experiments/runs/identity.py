@@ -22,12 +22,13 @@ _OF_NODES = {
 
 
 def data_kind(data: str) -> str:
-    """What data is, without where it is.
+    """What data is, without where it is: of one's own its kind, of other data its name for files.
 
-    >>> data_kind("npz:images.npz"), data_kind("cifar10")
-    ('npz', 'cifar10')
+    >>> data_kind("npz:images.npz"), data_kind("cifar10"), data_kind("tfds:imagenette/320px")
+    ('npz', 'cifar10', 'tfds-imagenette-320px')
     """
-    return data.partition(":")[0]
+    kind = data.partition(":")[0]
+    return kind if kind in OWN_DATA else data.replace(":", "-").replace("/", "-")
 
 
 def is_own(data: str) -> bool:

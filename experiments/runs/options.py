@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ktg_jax.checks import check_not_negative, check_positive
+from ktg_jax.data.streamed import Streaming
 from ktg_jax.errors import InputError, in_a_line
 
 MOST = 2**31 - 1
@@ -19,6 +20,9 @@ MOST_SEED = 2**32 - 1
 
 MOST_SEEDS = 1000
 """The most seeds of one command."""
+
+MOST_WORKERS = 256
+"""The most processes that read images."""
 
 MOST_IMAGE_SIZE = 4096
 MOST_RATE = 1e30
@@ -34,9 +38,10 @@ class Training:
     """The data, and how networks are trained on it."""
 
     data: Annotated[str, "NAME"] = "digits"
-    """digits | cifar10 | cifar100 | tiny_imagenet | npz:FILE | folder:DIR."""
+    """digits | cifar10 | cifar100 | tiny_imagenet | tfds:NAME | npz:FILE | folder:DIR."""
     data_dir: str | None = None
-    """Where cifar10, cifar100 or tiny_imagenet are; else tensorflow-datasets' own folder."""
+    """Where cifar10, cifar100, tiny_imagenet or tfds:NAME are; else tensorflow-datasets' own
+    folder."""
     train_limit: int | None = None
     """Use only so many training images (stratified), validation images included; else all."""
     val_fraction: float = 0.1
@@ -72,6 +77,34 @@ class Training:
     batch is mixed in one of the two ways."""
     mixed_precision: bool = False
     """Compute in bfloat16; parameters, statistics and losses stay float32."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Whether images stay in their files, and how they are read from there."""
+
+    stream: bool = False
+    """Leave images in their files, and read them batch by batch: for data larger than memory. Of
+    cifar10, cifar100, tiny_imagenet, tfds:NAME and folder:DIR. The same training as from memory."""
+    crop: Literal["shift", "resized"] = "shift"
+    """shift: what --augment says; resized: a random part of 8 to 100 per cent of each image,
+    resized to --image-size, as with ImageNet; evaluation sees the middle. Needs --stream."""
+    stream_workers: int = 0
+    """Processes that read and decode; 0: threads of this one, enough for few cores."""
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """As `load_dataset` takes it."""
+        return Streaming(self.crop == "resized", self.stream_workers) if self.stream else None
+
+
+def check_streaming(options: StreamOptions) -> None:
+    """Raises InputError for what is said of streams where there is none, or is out of range."""
+    at_least(options, 0, "stream_workers", most=MOST_WORKERS)
+    if not options.stream:
+        for field, usual in (("crop", "shift"), ("stream_workers", 0)):
+            if getattr(options, field) != usual:
+                raise InputError(field, getattr(options, field), f"{usual} without --stream")
 
 
 def check_training(training: Training) -> None:

@@ -23,13 +23,15 @@ def batches_of(training: Training, dataset: Dataset) -> Batches:
         InputError: a batch larger than the data.
     """
     steps_per_epoch(len(dataset.train), training.batch_size)
+    parts = training.augment and dataset.is_streamed and dataset.train.images.form.centre
     return Batches(
         num_images=len(dataset.train),
         batch_size=training.batch_size,
-        max_offset=min(dataset.image_shape[:2]) // 8 if training.augment else 0,
+        max_offset=min(dataset.image_shape[:2]) // 8 if training.augment and not parts else 0,
         flip=training.augment and training.mirror and dataset.flip,
         mixup=training.mixup,
         cutmix=training.cutmix,
+        parts=parts,
     )
 
 
@@ -54,6 +56,9 @@ def recordings_of(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> di
     paths = {i: n.outputs for i, n in enumerate(graph.nodes) if n.outputs is not None}
     if not paths:
         return {}
+    if dataset.is_streamed:
+        field, path = next(iter(paths.items()))
+        raise InputError(f"nodes[{field}].outputs", path, "null with --stream")
     batches = batches_of(config, dataset)
     stream = BatchStream(dataset.train.images, dataset.train.labels, batches, seed_of_data(config))
     steps = config.epochs * steps_per_epoch(batches.num_images, batches.batch_size)

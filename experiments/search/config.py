@@ -190,7 +190,7 @@ def check(config: SearchConfig) -> ktg.SearchSpace:
         raise InputError("min_epochs", config.min_epochs, f"1 to epochs ({config.epochs})")
     if not 0 <= config.patience <= 1:
         raise InputError("patience", config.patience, "a share of the epochs, 0 to 1")
-    if config.val_fraction == 0 and not has_val_images(config.data):
+    if config.val_fraction == 0 and not has_val_images(config.data, config.data_dir):
         allowed = "above 0: graphs are compared on validation images"
         raise InputError("val_fraction", config.val_fraction, allowed)
     if config.timeout is not None and not config.timeout > 0:

@@ -144,7 +144,7 @@ def _loaded(config: SearchConfig) -> tuple[Dataset, dict[str, Any]]:
     models = {f"candidates[{i}]": model for i, model in enumerate(candidates)}
     check_models(config.training(), {"target": config.target, **models}, dataset)
     _check_losses(config, dataset)
-    if config.retrain_top and not has_test_images(config.data):
+    if config.retrain_top and not has_test_images(config.data, config.data_dir):
         allowed = "0, for the data has no test images"
         raise InputError("retrain_top", config.retrain_top, allowed)
     training, retrained = config.training(), config.retrain_top > 0

@@ -1,10 +1,16 @@
-"""Image-classification data in memory, and stratified subsets of it. Host arrays only, no JAX."""
+"""Image-classification data on the host, and stratified subsets of it. No JAX."""
 
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ktg_jax.data.arrays import check_images, describe
+from ktg_jax.data.cache import cached
+from ktg_jax.data.streamed import StreamedImages
 from ktg_jax.errors import InputError
 
 
@@ -13,18 +19,19 @@ class Split:
     """Images and their labels.
 
     Attributes:
-        images: uint8 `[n, h, w, c]`, values 0 to 255, n at least 1.
+        images: uint8 `[n, h, w, c]`, values 0 to 255, n at least 1; or what stays in files.
         labels: int32 `[n]`, class indices.
 
     Raises:
         InputError: another dtype or rank, no images, channels first, or not one label per image.
     """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        check_images(self.images, "images")
+        if not isinstance(self.images, StreamedImages):
+            check_images(self.images, "images")
         if self.labels.dtype != np.int32 or self.labels.shape != self.images.shape[:1]:
             raise InputError("labels", describe(self.labels), f"int32[{len(self.images)}]")
 
@@ -32,7 +39,7 @@ class Split:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> "Split":
-        """The images at `indices`, integers `[m]`, in that order, copied."""
+        """The images at `indices`, integers `[m]`, in that order; arrays are copied."""
         return Split(self.images[indices], self.labels[indices])
 
 
@@ -74,6 +81,11 @@ class Dataset:
                 raise InputError(f"{name} labels", label, f"0 to {self.num_classes - 1}")
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether the images stay in their files."""
+        return isinstance(self.train.images, StreamedImages)
+
+    @property
     def num_classes(self) -> int:
         """The number of classes, whether or not each of them occurs."""
         return len(self.class_names)
@@ -83,6 +95,26 @@ class Dataset:
         """Height, width and channels of every image."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
+
+
+def cached_split(
+    key: str,
+    files: Iterable[Path],
+    decode: Callable[[], Split],
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Split:
+    """Decodes a split once and reads it from the cache from then on: see `cached`.
+
+    Raises:
+        InputError: one of the files is not there, and whatever `decode` raises.
+    """
+    return cached(
+        key,
+        files,
+        lambda: vars(decode()),
+        lambda arrays: Split(arrays["images"], arrays["labels"]),
+        cache_dir,
+    )
 
 
 def limit_split(split: Split, limit: int, seed: int) -> Split:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from ktg_jax.data.dataset import Dataset, Split
 from ktg_jax.data.images import ImageForm, form_of, read_images
 from ktg_jax.data.listing import count_images, find_images, loose_images, named, subfolders
 from ktg_jax.data.splits import by_split
+from ktg_jax.data.streamed import Streaming, all_of, image_files
 from ktg_jax.errors import InputError
 
 _logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 500  # images, to tell the form of all
 
 _LAYOUT = "a folder with one folder of images per class"
 
@@ -27,6 +31,7 @@ def load_image_folder(
     image_size: int | None = None,
     with_test: bool = True,
     on_progress: OnProgress | None = None,
+    stream: Streaming | None = None,
 ) -> Dataset:
     """Reads `folder/<split>/<class>/*.png`, and whatever else PIL reads, by its suffix.
 
@@ -41,6 +46,9 @@ def load_image_folder(
         image_size: resize to a square of this size, in pixels; None: all have the same size.
         with_test: whether to read `test`.
         on_progress: see `OnProgress`.
+        stream: how images are streamed: of the files of `train` some hundred then decide, evenly
+            taken from all, and one that is otherwise is an error when it is read. None: all are
+            read.
 
     Raises:
         InputError: no `train`, a class folder without images, a class that train does not have,
@@ -58,8 +66,11 @@ def load_image_folder(
         if with_test or split != "test"
     }
     _check_depth(files["train"], places["train"])
-    form = form_of([path for path, _ in files["train"]], image_size)
-    splits = {split: read_files(files[split], form, split, on_progress) for split in files}
+    if stream is not None:
+        splits = _streamed(folder, files, image_size, stream)
+    else:
+        form = form_of([path for path, _ in files["train"]], image_size)
+        splits = {split: read_files(files[split], form, split, on_progress) for split in files}
     return Dataset(
         name=f"folder:{folder}",
         class_names=class_names,
@@ -86,6 +97,23 @@ def read_files(
     """Decodes image files: see `read_images`."""
     images = read_images([path for path, _ in files], form, what, on_progress)
     return Split(images, np.array([label for _, label in files], np.int32))
+
+
+def stream_files(folder: Path, files: Files, form: ImageForm, stream: Streaming) -> Split:
+    """Image files of a folder, none of which is read."""
+    source = image_files(folder, [path for path, _ in files])
+    labels = np.array([label for _, label in files], np.int32)
+    return Split(all_of(source, form, stream.workers), labels)
+
+
+def _streamed(
+    folder: Path, files: Mapping[str, Files], image_size: int | None, stream: Streaming
+) -> dict[str, Split]:
+    """The splits of a folder, in the form that some of the training images have."""
+    every = -(-len(files["train"]) // _LOOKED_AT)
+    form = form_of([path for path, _ in files["train"][::every]], image_size)
+    form = replace(form, centre=stream.centre)
+    return {split: stream_files(folder, files[split], form, stream) for split in files}
 
 
 def images_in(folder: Path, option: str) -> list[Path]:

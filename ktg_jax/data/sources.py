@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from ktg_jax.data.arrays import check_values
-from ktg_jax.data.cache import OnProgress, cached_split
-from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
+from ktg_jax.data.cache import OnProgress
+from ktg_jax.data.dataset import Dataset, Split, cached_split, hold_out, limit_split
 from ktg_jax.data.folders import load_image_folder, splits_of_folder
 from ktg_jax.data.images import resize_images
 from ktg_jax.data.npz import load_npz, splits_of_npz
-from ktg_jax.data.tfds import load_tfds
+from ktg_jax.data.streamed import STREAMS, Streaming
+from ktg_jax.data.tfds import load_tfds, splits_of_tfds
 from ktg_jax.data.tiny_imagenet import load_tiny_imagenet
 from ktg_jax.errors import InputError
 
-SOURCES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "npz:FILE", "folder:DIR")
+SOURCES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "tfds:NAME", "npz:FILE", "folder:DIR")
 MIN_IMAGE_SIZE = 4
 _DIGITS_TEST_SEED = 0  # the test split is a part of the data set: no option may change it
 
@@ -34,8 +35,9 @@ def load_dataset(
     with_test: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    stream: Streaming | None = None,
 ) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set into memory, or only says where each of its images is.
 
     In this order: read, limit the training images, hold out the validation images from those,
     resize. Both choices are stratified by class.
@@ -46,10 +48,12 @@ def load_dataset(
             `cifar10`, `cifar100`: array_record files of tensorflow-datasets;
             `tiny_imagenet`: the original folder layout (the official val images are the test
             split, as the labels of the official test images were never published);
+            `tfds:NAME`: another data set that tensorflow-datasets has prepared as array_record
+            files, such as `tfds:imagenette/320px-v2`;
             `npz:FILE`: arrays `images` and `labels`, see `load_npz`;
             `folder:DIR`: image files as `DIR/<split>/<class>/*`, see `load_image_folder`.
-        data_dir: where CIFAR and Tiny-ImageNet are; the others do not use it. None: for CIFAR,
-            the folder of tensorflow-datasets.
+        data_dir: where CIFAR, Tiny-ImageNet and what tensorflow-datasets has prepared are; the
+            others do not use it. None: the folder of tensorflow-datasets.
         train_limit: number of training images to keep, before any are held out; None: all.
         val_fraction: part of the training images to hold out as validation split, in [0, 1); not
             used where the data has validation images of its own.
@@ -60,6 +64,8 @@ def load_dataset(
             `KTG_CACHE_DIR`, else the user's cache folder.
         on_progress: is called with what is decoded, how many of its images are, and how many there
             are; it can draw a progress bar.
+        stream: images stay in their files (`StreamedImages`), to be read batch by batch, in this
+            way; None: all are in memory. Only labels are read at once. Not of `digits` and `npz`.
 
     Raises:
         InputError: names the option or the part of the data that is wrong.
@@ -68,9 +74,10 @@ def load_dataset(
         raise InputError("image_size", image_size, f"{MIN_IMAGE_SIZE} or more")
     if not 0 <= val_fraction < 1:
         raise InputError("val_fraction", val_fraction, "0 or more, below 1")
-    dataset = _read(data, data_dir, image_size, with_test, cache_dir, on_progress)
+    how: dict[str, Any] = {"with_test": with_test, "cache_dir": cache_dir}
+    dataset = _read(data, data_dir, image_size, on_progress, stream, how)
     for name in ("train", "val", "test"):
-        if (split := getattr(dataset, name)) is not None:
+        if stream is None and (split := getattr(dataset, name)) is not None:
             check_values(split.images, f"{name} images")
     train, val = dataset.train, dataset.val
     if train_limit is not None:
@@ -78,14 +85,15 @@ def load_dataset(
     if val is None:
         train, val = hold_out(train, val_fraction, split_seed)
     dataset = replace(dataset, train=train, val=val)
-    return dataset if image_size is None else _resized(dataset, image_size)
+    return dataset if image_size is None or stream else _resized(dataset, image_size)
 
 
-def has_test_images(data: str) -> bool:
+def has_test_images(data: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
     """Whether there are test images in data that can be loaded; none of them is opened.
 
     Args:
-        data: as of `load_dataset`. Only a file or a folder of one's own may be without.
+        data: as of `load_dataset`.
+        data_dir: likewise.
 
     Raises:
         InputError: the file is not there or damaged, or two of its splits are the same.
@@ -93,15 +101,16 @@ def has_test_images(data: str) -> bool:
     >>> has_test_images("digits")
     True
     """
-    own = _own_splits(data)
+    own = _own_splits(data, data_dir)
     return own is None or "test" in own
 
 
-def has_val_images(data: str) -> bool:
+def has_val_images(data: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
     """Whether data has validation images of its own, which take the place of a share of train.
 
     Args:
-        data: as of `load_dataset`. Only a file or a folder of one's own may have them.
+        data: as of `load_dataset`.
+        data_dir: likewise.
 
     Raises:
         InputError: as `has_test_images`.
@@ -109,7 +118,7 @@ def has_val_images(data: str) -> bool:
     >>> has_val_images("digits")
     False
     """
-    return "val" in (_own_splits(data) or ())
+    return "val" in (_own_splits(data, data_dir) or ())
 
 
 def load_digits(
@@ -143,9 +152,11 @@ def _decode_digits() -> Split:
     return Split(images, digits.target.astype(np.int32))
 
 
-def _own_splits(data: str) -> set[str] | None:
-    """The splits of one's own file or folder; None: other data."""
+def _own_splits(data: str, data_dir: str | os.PathLike[str] | None) -> set[str] | None:
+    """The splits of data that may have any; None: train and test."""
     kind, _, path = data.partition(":")
+    if kind == "tfds" and path:
+        return splits_of_tfds(path, data_dir)
     if kind == "npz":
         return splits_of_npz(Path(path).expanduser())
     return splits_of_folder(Path(path).expanduser()) if kind == "folder" else None
@@ -155,25 +166,32 @@ def _read(
     data: str,
     data_dir: str | os.PathLike[str] | None,
     image_size: int | None,
-    with_test: bool,
-    cache_dir: str | os.PathLike[str] | None,
     on_progress: OnProgress | None,
+    stream: Streaming | None,
+    how: dict[str, Any],
 ) -> Dataset:
-    cached: dict[str, Any] = {"with_test": with_test, "cache_dir": cache_dir}
     kind, _, path = data.partition(":")
+    of_files: dict[str, Any] = {
+        "on_progress": on_progress,
+        "image_size": image_size,
+        "stream": stream,
+    }
+    if stream is not None and (data == "digits" or kind == "npz"):
+        raise InputError("stream", True, f"data that stays in files: {', '.join(STREAMS)}")
     if data == "digits":
-        return load_digits(**cached)
+        return load_digits(**how)
     if data in ("cifar10", "cifar100"):
-        return load_tfds(data, data_dir, on_progress=on_progress, **cached)
+        return load_tfds(data, data_dir, **of_files, **how)
+    if kind == "tfds" and path:
+        loaded = load_tfds(path, data_dir, **of_files, **how)
+        return replace(loaded, name=data)
     if data == "tiny_imagenet":
-        return load_tiny_imagenet(data_dir, on_progress=on_progress, **cached)
+        return load_tiny_imagenet(data_dir, **of_files, **how)
     if kind == "npz" and path:
-        return load_npz(path, with_test=with_test)
+        return load_npz(path, with_test=how["with_test"])
     if kind == "folder" and path:
         folder = Path(path).expanduser()
-        return load_image_folder(
-            folder, image_size=image_size, with_test=with_test, on_progress=on_progress
-        )
+        return load_image_folder(folder, with_test=how["with_test"], **of_files)
     raise InputError("data", data, ", ".join(SOURCES))
 
 

@@ -1,5 +1,6 @@
 """Data sets that tensorflow-datasets has prepared as array_record files. Needs no TensorFlow."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -8,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ktg_jax.data.cache import OnProgress, cached_split, in_chunks
-from ktg_jax.data.dataset import Dataset, Split
+from ktg_jax.data.cache import OnProgress, cached, in_chunks
+from ktg_jax.data.dataset import Dataset, Split, cached_split
+from ktg_jax.data.images import ImageForm
+from ktg_jax.data.splits import by_split
+from ktg_jax.data.streamed import ImageRecords, Streaming, all_of, undamaged
 from ktg_jax.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 
 def load_tfds(
@@ -20,39 +26,74 @@ def load_tfds(
     with_test: bool,
     cache_dir: str | os.PathLike[str] | None,
     on_progress: OnProgress | None = None,
+    image_size: int | None = None,
+    stream: Streaming | None = None,
 ) -> Dataset:
-    """Reads the splits `train` and `test` of a tensorflow-datasets classification data set.
+    """Reads a tensorflow-datasets classification data set: `train` and, if there, `val` and `test`.
 
     Args:
-        name: such as `cifar10`.
+        name: such as `cifar10`, or `imagenette/320px-v2`.
         data_dir: folder that holds `<name>/<version>`; None: the one of tensorflow-datasets,
             `~/tensorflow_datasets` unless `TFDS_DATA_DIR` says otherwise.
         with_test: whether to read `test`.
         cache_dir: see `cache_folder`.
         on_progress: see `OnProgress`.
+        image_size: of streamed images, the height and width to resize to; None: as they are.
+        stream: how images are streamed; None: they are all read, and must be of one size.
 
     Raises:
-        InputError: the data is not there in array_record format, or its files are damaged.
+        InputError: the data is not there in array_record format, its files are damaged, or it has
+            no images with labels.
     """
     builder = open_builder(name, data_dir)
+    form = _form(name, builder.info.features, image_size, stream)
+    key = f"{name.replace('/', '-')}-{builder.version}"
 
     def read(split: str) -> Split:
-        return cached_split(
-            f"{name}-{builder.version}-{split}",
-            [Path(file) for file in builder.info.splits[split].filepaths],
-            lambda: decode_examples(builder, split, on_progress=on_progress),
+        files = _files(builder, split)
+        if stream is None:
+            return cached_split(
+                f"{key}-{split}",
+                files,
+                lambda: decode_examples(builder, split, on_progress=on_progress),
+                cache_dir,
+            )
+        labels = cached(
+            f"{key}-{split}-labels",
+            files,
+            lambda: {"labels": _decode_labels(builder, split, on_progress)},
+            lambda arrays: np.asarray(arrays["labels"], np.int32),
             cache_dir,
         )
+        source = ImageRecords(_encoded(builder, split), tuple(files))
+        return Split(all_of(source, form, stream.workers), labels)
 
-    class_names = tuple(builder.info.features["label"].names)
+    places = by_split(builder.info.splits, "data")
+    splits = {split: read(named) for split, named in places.items() if with_test or split != "test"}
+    for split in ("val", "test"):
+        if split in splits and (splits[split].labels < 0).all():
+            _logger.warning("%s: the labels of %s were not published: left out", name, split)
+            del splits[split]
+    if "train" not in splits:
+        raise InputError("data", name, "a data set with a split train")
     return Dataset(
         name=name,
-        class_names=class_names,
-        train=read("train"),
-        val=None,
-        test=read("test") if with_test else None,
+        class_names=tuple(builder.info.features["label"].names),
+        train=splits["train"],
+        val=splits.get("val"),
+        test=splits.get("test"),
         flip=True,
+        own_val="val" in splits,
     )
+
+
+def splits_of_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> set[str]:
+    """Which of `train`, `val` and `test` a data set has; no record is read.
+
+    Raises:
+        InputError: it is not there.
+    """
+    return set(by_split(open_builder(name, data_dir).info.splits, "data"))
 
 
 def open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -99,7 +140,7 @@ def decode_examples(
     Raises:
         InputError: a file is damaged or incomplete.
     """
-    try:
+    with undamaged(_files(builder, split)):
         source = builder.as_data_source(split)
         wanted = range(len(source)) if indices is None else list(indices)
         images = np.empty((len(wanted), *builder.info.features["image"].shape), np.uint8)
@@ -111,12 +152,49 @@ def decode_examples(
                 images[i], labels[i] = example["image"], example["label"]
 
         in_chunks(decode, len(wanted), f"{builder.name} {split}", on_progress)
-    except ImportError:
-        raise
-    except Exception as error:  # array_record, protobuf and PIL each have their own types
-        files = ", ".join(str(file) for file in builder.info.splits[split].filepaths)
-        raise InputError("data_dir", files, "complete, undamaged array_record files") from error
     return Split(images, labels)
+
+
+def _decode_labels(builder: Any, split: str, on_progress: OnProgress | None) -> np.ndarray:
+    """The labels of all examples of a split, of which the images stay encoded."""
+    with undamaged(_files(builder, split)):
+        source = _encoded(builder, split)
+        labels = np.empty(len(source), np.int32)
+
+        def decode(chunk: range) -> None:
+            labels[chunk.start : chunk.stop] = [e["label"] for e in source.__getitems__([*chunk])]
+
+        in_chunks(decode, len(labels), f"labels of {builder.name} {split}", on_progress)
+    return labels
+
+
+def _encoded(builder: Any, split: str) -> Any:
+    """The data source of a split, its images as they are in the files."""
+    import tensorflow_datasets as tfds
+
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _files(builder: Any, split: str) -> list[Path]:
+    return [Path(file) for file in builder.info.splits[split].filepaths]
+
+
+def _form(name: str, features: Any, image_size: int | None, stream: Streaming | None) -> ImageForm:
+    """The form of the images.
+
+    Raises:
+        InputError: there are no images with labels, or they differ in size.
+    """
+    if not {"image", "label"} <= set(features or ()) or not hasattr(features["label"], "names"):
+        raise InputError("data", name, "a data set of images and their labels")
+    height, width, channels = features["image"].shape
+    if stream is not None and image_size is not None:
+        return ImageForm(image_size, image_size, channels == 1, resize=True, centre=stream.centre)
+    if None not in (height, width):
+        return ImageForm(height, width, channels == 1, centre=stream is not None and stream.centre)
+    if stream is None:
+        raise InputError("stream", False, f"true: the images of {name} differ in size")
+    raise InputError("image_size", None, f"pixels: the images of {name} differ in size")
 
 
 def prepare_command(name: str, folder: str | None) -> str:

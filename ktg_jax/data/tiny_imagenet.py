@@ -6,11 +6,12 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from ktg_jax.data.cache import OnProgress, cached_split
-from ktg_jax.data.dataset import Dataset, Split
-from ktg_jax.data.folders import Files, images_in, read_files
+from ktg_jax.data.cache import OnProgress
+from ktg_jax.data.dataset import Dataset, Split, cached_split
+from ktg_jax.data.folders import Files, images_in, read_files, stream_files
 from ktg_jax.data.images import ImageForm
 from ktg_jax.data.listing import find_images, named
+from ktg_jax.data.streamed import Streaming
 from ktg_jax.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ def load_tiny_imagenet(
     with_test: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    image_size: int | None = None,
+    stream: Streaming | None = None,
 ) -> Dataset:
     """Reads Tiny-ImageNet in the folder layout in which it is distributed.
 
@@ -36,6 +39,8 @@ def load_tiny_imagenet(
         with_test: whether to read the official `val`.
         cache_dir: see `cache_folder`.
         on_progress: see `OnProgress`.
+        image_size: of streamed images, the height and width to resize to; None: as they are.
+        stream: how images are streamed; None: they are all read.
 
     Raises:
         InputError: a file of the layout is not there or cannot be decoded, an annotation names an
@@ -49,7 +54,12 @@ def load_tiny_imagenet(
         raise InputError("data_dir", f"{root / 'wnids.txt'}: {twice} twice", "each class once")
     names = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
 
+    size = image_size or _FORM.height
+
     def read(split: str, files: Files, *index: Path) -> Split:
+        if stream is not None:
+            form = ImageForm(size, size, greyscale=False, resize=True, centre=stream.centre)
+            return stream_files(root, files, form, stream)
         return cached_split(
             f"tiny_imagenet-upright-{split}",
             [*index, *(path for path, _ in files)],  # the labels come from the index files

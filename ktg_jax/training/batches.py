@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from ktg_jax.data.streamed import StreamedImages
+from ktg_jax.data.views import ATTEMPTS
 from ktg_jax.errors import InputError
 from ktg_jax.mixed import Mixed
 from ktg_jax.models.pixels import to_float
@@ -21,7 +23,7 @@ FindRows: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Arrays(NamedTuple):
-    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`."""
+    """Images uint8 `[n, H, W, C]` and labels int32 `[n]`; or images that stay in their files."""
 
     images: Any
     labels: Any
@@ -29,7 +31,30 @@ class Arrays(NamedTuple):
     def spread_over(self, parallel: Parallel) -> "Arrays":
         """The labels on every device, and of the images a part on each, where it has parts."""
         labels = parallel.replicate(jnp.asarray(self.labels))
-        return Arrays(parallel.spread(self.images), labels)
+        images = self.images if self.is_streamed else parallel.spread(self.images)
+        return Arrays(images, labels)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the images stay in their files."""
+        return isinstance(self.images, StreamedImages)
+
+    @property
+    def on_device(self) -> "Arrays":
+        """What a compiled program is given: of streamed images the labels alone."""
+        return self._replace(images=None) if self.is_streamed else self
+
+
+class Views(NamedTuple):
+    """The images of one batch, already as each is augmented by itself, in place of all images.
+
+    Attributes:
+        images: uint8 `[B, H, W, C]`.
+        partners: likewise, what each is mixed with; None: nothing.
+    """
+
+    images: Any
+    partners: Any = None
 
 
 class BatchPlan(NamedTuple):
@@ -40,12 +65,15 @@ class BatchPlan(NamedTuple):
         offset: int32 `[B, 2]`, the crop's shift down and to the right, in pixels.
         flip: bool `[B]`, whether the image is mirrored left to right.
         mix: what each image is mixed with; None: nothing.
+        part: float32 `[B, attempts, 4]` in [0, 1), which choose a random part of each image as
+            `ktg_jax.data.views.random_part` does; None: images are taken whole.
     """
 
     image_index: jax.Array
     offset: jax.Array
     flip: jax.Array
     mix: Mix | None = None
+    part: jax.Array | None = None
 
 
 class Batches(NamedTuple):
@@ -58,6 +86,7 @@ class Batches(NamedTuple):
         flip: as in `plan_batch`.
         mixup: as in `plan_batch`.
         cutmix: as in `plan_batch`.
+        parts: as in `plan_batch`.
 
     >>> plan = Batches(num_images=10, batch_size=4, flip=True).plan(jax.random.key(0), 0)
     >>> plan.image_index.shape, plan.offset.tolist() == [[0, 0]] * 4
@@ -70,6 +99,7 @@ class Batches(NamedTuple):
     flip: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    parts: bool = False
 
     def plan(self, key: jax.Array, step: jax.Array | int) -> BatchPlan:
         """The batch of a step: see `plan_batch`."""
@@ -102,6 +132,7 @@ def plan_batch(
     flip: bool = False,
     mixup: float = 0.0,
     cutmix: float = 0.0,
+    parts: bool = False,
 ) -> BatchPlan:
     """Plans the batch of a step: a new order every epoch, every image at most once in it.
 
@@ -115,6 +146,7 @@ def plan_batch(
         flip: whether to mirror half of the images.
         mixup: alpha of mixup, by which images are laid over each other; 0: they are not.
         cutmix: alpha of CutMix, by which a box of each image is another's; 0: none is.
+        parts: whether images are random parts of those in files.
 
     Raises:
         InputError: a batch larger than the data.
@@ -130,9 +162,15 @@ def plan_batch(
     offset = jax.random.randint(offset_key, (batch_size, 2), -max_offset, max_offset + 1, jnp.int32)
     flips = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch_size,)) & flip
     views = index, offset, flips
-    if not (mixup or cutmix):
-        return BatchPlan(*views)
-    return BatchPlan(*views, plan_mix(jax.random.fold_in(step_key, 2), views, mixup, cutmix))
+    plan = BatchPlan(*views)
+    if mixup or cutmix:
+        mix = plan_mix(jax.random.fold_in(step_key, 2), views, mixup, cutmix)
+        plan = plan._replace(mix=mix)
+    if parts:
+        shape = (batch_size, ATTEMPTS, 4)
+        numbers = jax.random.uniform(jax.random.fold_in(step_key, 3), shape, jnp.float32)
+        plan = plan._replace(part=numbers)
+    return plan
 
 
 def shuffled(key: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -178,7 +216,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def take_batch(
-    images: jax.Array, labels: jax.Array, plan: BatchPlan, rows: FindRows | None = None
+    images: jax.Array | Views, labels: jax.Array, plan: BatchPlan, rows: FindRows | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Takes a planned batch from the data and augments it.
 
@@ -186,7 +224,7 @@ def take_batch(
     random crop of the original size.
 
     Args:
-        images: uint8 `[n, H, W, C]`.
+        images: uint8 `[n, H, W, C]`, or those of the plan as a stream has read them.
         labels: int `[n]`.
         plan: from `plan_batch`, or a share of it.
         rows: finds images by their positions where they are spread over devices
@@ -203,7 +241,7 @@ def take_batch(
 
 
 def labels_of(
-    images: jax.Array, labels: jax.Array, plan: BatchPlan
+    images: jax.Array | Views, labels: jax.Array, plan: BatchPlan
 ) -> tuple[jax.Array, Mixed | None]:
     """The labels of a planned batch, int `[B]`, and what is mixed into it; None: nothing is.
 
@@ -211,12 +249,15 @@ def labels_of(
     """
     if plan.mix is None:
         return labels[plan.image_index], None
-    size = images.shape[1], images.shape[2]
+    height, width = (images.images if isinstance(images, Views) else images).shape[1:3]
+    size = height, width
     return mixed_labels(labels, plan.image_index, plan.mix, size)
 
 
-def _views(images: jax.Array, plan: BatchPlan | Mix, find: FindRows | None) -> jax.Array:
-    """Each image as it is augmented by itself."""
+def _views(images: jax.Array | Views, plan: BatchPlan | Mix, find: FindRows | None) -> jax.Array:
+    """Each image as it is augmented by itself, or what it is mixed with."""
+    if isinstance(images, Views):
+        return to_float(images.partners if isinstance(plan, Mix) else images.images)
     height, width = images.shape[1:3]
     index = plan.image_index
     if find is not None:

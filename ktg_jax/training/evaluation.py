@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import chex
@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ktg_jax.data.streamed import StreamedImages
 from ktg_jax.graph.derived import Ensemble
 from ktg_jax.losses import checked_labels, cross_entropy, is_correct
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.pixels import to_float
 from ktg_jax.models.returned import check_for_labels, errors_of
-from ktg_jax.training.batches import Arrays, FindRows
+from ktg_jax.training.batches import Arrays, FindRows, Views
 from ktg_jax.training.derived import with_ensembles
 from ktg_jax.training.forward import node_forward
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.node_terms import absent
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.state import GraphState
+from ktg_jax.training.streaming import EvaluationFeed
 
 Means = dict[str, np.ndarray]
 """Float64 on the host: `loss` `[N]`, `accuracy` `[N]`, and of the summed logits `ensemble_loss` and
@@ -174,11 +176,41 @@ def make_evaluator(
         batch = evaluation_batch(data, position, mesh.rows if parallel.spreads_data else None)
         return eval_step(state, *batch, node_fns=node_fns, ensembles=ensembles)
 
+    rows = parallel.own_rows(batch_size)
+    batches = evaluation_batches(batch_size, rows, lambda x: parallel.split_batch(x, batch_size))
+
     def evaluate(state: GraphState, data: Arrays) -> Means:
-        starts = range(0, len(data.labels), batch_size)
-        return means_of([evaluate_batch(state, data, start) for start in starts])
+        return means_of([evaluate_batch(state, *batch) for batch in batches(data)])
 
     return evaluate
+
+
+def evaluation_batches(
+    size: int, rows: np.ndarray | None, place: Callable[[np.ndarray], Any]
+) -> Callable[[Arrays], Iterator[tuple[Any, int]]]:
+    """A function that gives the batches of an evaluation, of streamed images too.
+
+    Args:
+        size: of a batch.
+        rows: as of `EvaluationFeed`.
+        place: puts these rows of streamed images where they are evaluated.
+
+    Returns:
+        `batches(data)`, which yields for each batch the data to give to `evaluation_batch`, and
+        where it starts.
+    """
+    feeds: dict[StreamedImages, EvaluationFeed] = {}
+
+    def batches(data: Arrays) -> Iterator[tuple[Any, int]]:
+        starts = range(0, len(data.labels), size)
+        if not data.is_streamed:
+            yield from ((data, start) for start in starts)
+            return
+        feed = feeds.setdefault(data.images, EvaluationFeed(data.images, size, rows))
+        for start, views in zip(starts, feed, strict=True):
+            yield data._replace(images=jax.tree.map(place, views)), start
+
+    return batches
 
 
 def evaluation_batch(
@@ -187,7 +219,7 @@ def evaluation_batch(
     """Images as floats, labels and a mask for `eval_step`; positions beyond the data do not count.
 
     Args:
-        data: images, and labels of these alone.
+        data: images, and labels of these alone; in place of all images the `Views` of the batch.
         position: int `[B]`.
         rows: as for `take_batch`.
 
@@ -197,7 +229,10 @@ def evaluation_batch(
     ([7, 7], [True, False])
     """
     index = jnp.minimum(position, len(data.labels) - 1)
-    images = data.images[index] if rows is None else rows(data.images, index)
+    if isinstance(data.images, Views):
+        images = data.images.images
+    else:
+        images = data.images[index] if rows is None else rows(data.images, index)
     return to_float(images), data.labels[index], position < len(data.labels)
 
 

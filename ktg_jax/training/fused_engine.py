@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.errors import InputError
-from ktg_jax.training.batches import Arrays, labels_of, take_batch
+from ktg_jax.training.batches import Arrays, BatchPlan, labels_of, take_batch
+from ktg_jax.training.counter import Counter
 from ktg_jax.training.delays import delays_of
 from ktg_jax.training.evaluation import evaluation_batch_size, make_evaluator
 from ktg_jax.training.gradients import Metrics
@@ -19,17 +20,16 @@ from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.recorded import Feed, Recordings, taken
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.step import train_step
+from ktg_jax.training.streaming import TrainingFeed
 from ktg_jax.training.task import Step, Task, named
 
 
 def fused_step(
     task: Task, parallel: Parallel, steps_per_call: int = 1, *, batched: bool = False
 ) -> Callable[..., tuple[GraphState, Metrics]]:
-    """Compiles `step(state, data, edges, key, priors=None, tables=None, rows=None, wishes=None)`.
+    """Compiles `step(state, *inputs)`, the inputs being the fields of `Inputs`.
 
-    It makes its own batch, and returns a state and metrics; the arguments are those of
-    `Engine.make_step`, `train_step` and of a `Feed`. Wishes, bool `[number of devices]` and split
-    over them, say whose process wants to stop; the metric `stop` is whether any does.
+    It makes its own batch, and returns a state and metrics.
 
     Args:
         task: what is trained.
@@ -45,14 +45,22 @@ def fused_step(
     find = parallel.rows if parallel.spreads_data else None
 
     def step(state: GraphState, *given: Any) -> tuple[GraphState, Metrics]:
-        inputs = _Inputs(*given)
-        (images, labels), key = inputs.data, inputs.key
+        inputs = Inputs(*given)
         edges = edge_arrays(inputs.edges)
-        plan = parallel.shard(task.batches.plan(key, state.step))
-        ahead = {
-            delay: parallel.shard(task.batches.plan(key, state.step + delay))
-            for delay in delays_of(edges)
-        }
+
+        def batch(delay: int) -> tuple[BatchPlan, Any]:
+            """The plan of the batch so many updates ahead, and where its images are."""
+            plan = parallel.shard(task.batches.plan(inputs.key, state.step + delay))
+            if inputs.views is None:
+                return plan, inputs.data.images
+            views = inputs.views[delay]
+            return plan, views if parallel.spreads_data else parallel.shard(views)
+
+        (plan, images), labels = batch(0), inputs.data.labels
+        ahead = {}
+        for delay in delays_of(edges):
+            later, seen = batch(delay)
+            ahead[delay] = take_batch(seen, labels, later, find)[0]
         recorded = taken(inputs.tables or {}, plan.image_index)
         updated, metrics = train_step(
             state,
@@ -64,31 +72,45 @@ def fused_step(
             recorded=recorded | parallel.shard(inputs.rows or {}),
             mixed=labels_of(images, labels, plan)[1],
             batched=batched,
-            ahead={k: take_batch(images, labels, later, find)[0] for k, later in ahead.items()},
+            ahead=ahead,
             **task.options,
         )
         wishes = inputs.wishes
         return updated, metrics | ({} if wishes is None else {"stop": parallel.any_of(wishes)})
 
     def steps(state: GraphState, *given: Any) -> tuple[GraphState, Metrics]:
-        inputs = _Inputs(*given)
+        inputs = Inputs(*given)
+        views = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs.views)
         # Unrolled on CPUs, where XLA runs the body of a loop several times slower.
         unroll = parallel.devices[0].platform == "cpu"
         return jax.lax.scan(
-            lambda state, rows: step(state, *inputs._replace(rows=rows)),
+            lambda state, each: step(state, *inputs._replace(rows=each[0], views=each[1])),
             state,
-            inputs.rows,
+            (inputs.rows, views),
             length=steps_per_call,
             unroll=unroll,
         )
 
     spread = Arrays(images=parallel.spreads_data, labels=False)
-    are_spread = _Inputs(spread, False, False, False, False, False, wishes=True)
+    are_spread = Inputs(spread, False, False, False, False, False, views=True, wishes=True)
     return parallel.compile(step if steps_per_call == 1 else steps, are_spread)
 
 
-class _Inputs(NamedTuple):
-    """What a compiled step takes beside the state: see `fused_step`."""
+class Inputs(NamedTuple):
+    """What a compiled step takes beside the state.
+
+    Attributes:
+        data: images and labels; of streamed images the labels alone.
+        edges: as of `train_step`.
+        key: as of `Engine.make_step`.
+        priors: as of `train_step`.
+        tables: as of a `Feed`.
+        rows: likewise.
+        views: of streamed images those of the batch, by how many updates ahead it is; with several
+            updates a call `[B, count, H, W, C]`.
+        wishes: bool `[number of devices]`, split over them: whose process wants to stop. The metric
+            `stop` is whether any does.
+    """
 
     data: Arrays
     edges: Any
@@ -96,6 +118,7 @@ class _Inputs(NamedTuple):
     priors: Any = None
     tables: Any = None
     rows: Any = None
+    views: Any = None
     wishes: Any = None
 
 
@@ -118,7 +141,7 @@ class FusedEngine:
         if parallel.spans_processes and parallel.strategy == "pmap":
             raise InputError("parallel", "pmap", "jit or shard_map with several processes")
         self.wants_to_stop: Callable[[], bool] = lambda: False
-        self._parallel = parallel
+        self._task, self._parallel = task, parallel
         compiled = functools.partial(fused_step, task, parallel, batched=batched)
         self._compiled = functools.cache(compiled)
         self._compiled(1)  # checks the batch size; compiles nothing yet
@@ -148,16 +171,25 @@ class FusedEngine:
         recordings: Recordings | None = None,
     ) -> Step:
         """The step of a training: see `Engine`."""
+        parallel, counter = self._parallel, Counter()
         arrays = jax.tree.map(jnp.asarray, edge_arrays(edges))
-        inputs = self._parallel.replicate((arrays, key, priors))
-        feed = Feed(recordings, self._parallel.replicate)
+        inputs = Inputs(data.on_device, *parallel.replicate((arrays, key, priors)))
+        feed = Feed(recordings, parallel.replicate, counter)
+        size, stream = self._task.batches.batch_size, None
+        if data.is_streamed:
+            how = self._task.batches, key, parallel.own_rows(size), delays_of(arrays)
+            stream = TrainingFeed(data.images, *how)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
-            given: list[Any] = [feed.tables, feed.rows(state, count)]
-            if self._parallel.spans_processes:
-                given.append(self._parallel.one_each(self.wants_to_stop()))
-            made = self._compiled(count)(state, data, *inputs, *given)
-            feed.after(state, count, made[0])
+            given = inputs._replace(tables=feed.tables, rows=feed.rows(state, count))
+            if stream is not None:
+                views = stream.views(counter.number(state), count)
+                placed = jax.tree.map(lambda own: parallel.split_batch(own, size), views)
+                given = given._replace(views=placed)
+            if parallel.spans_processes:
+                given = given._replace(wishes=parallel.one_each(self.wants_to_stop()))
+            made = self._compiled(count)(state, *given)
+            counter.after(state, count, made[0])
             return made
 
         return step

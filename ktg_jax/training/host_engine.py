@@ -23,7 +23,7 @@ from ktg_jax.training.host_step import HostNodes, HostStep
 from ktg_jax.training.hosts import of_process
 from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.per_node_engine import PerNodeEngine
-from ktg_jax.training.per_node_evaluation import batch_at, spread_over
+from ktg_jax.training.per_node_evaluation import batches_in_places
 from ktg_jax.training.placement import Place, node_costs, whole
 from ktg_jax.training.recorded import Recordings
 from ktg_jax.training.shares import owners
@@ -63,8 +63,9 @@ class HostNodesEngine:
         self._nodes = HostNodes(task, shapes, self._owner, where, me, processes)
         self._step: HostStep | None = None
         size = evaluation_batch_size(task.image_shape, mine[0].platform)
-        self._evaluation_size = -(-size // len(mine)) * len(mine)
-        self._evaluated = self._nodes.output_shapes(self._evaluation_size, with_stages=False)
+        size = -(-size // len(mine)) * len(mine)
+        self._batches = batches_in_places(size, tuple(dict.fromkeys(where)))
+        self._evaluated = self._nodes.output_shapes(size, with_stages=False)
         self.summary = f"{processes} processes, each with nodes of its own; of the first, "
         self.summary += self._inner.summary
 
@@ -122,7 +123,7 @@ class HostNodesEngine:
         """Every node's and the ensemble's means; each process evaluates its own nodes."""
         if self._step is not None:
             self._step.wait()  # or messages of updates would be on their way at the same time
-        nodes, size = self._nodes, self._evaluation_size
+        nodes = self._nodes
         task, placement = nodes.task, nodes.placement
         home, shapes = placement[0], self._evaluated
         are_here = [
@@ -131,8 +132,7 @@ class HostNodesEngine:
         ]
         exchange = Exchange([{i: shapes[i] for i in nodes} for nodes in are_here])
         sums = []
-        for start in range(0, len(data[home].labels), size):
-            made = {to: batch_at(data[to], start, size=size, spread=spread_over(to)) for to in data}
+        for made in self._batches(data):
             own = {}
             for i in are_here[nodes.me]:
                 forward = programs.frozen_forward(task.node_fns[i], False, cpu_convolution().name)

@@ -18,6 +18,8 @@ from ktg_jax.models.network import NO_NETWORK
 from ktg_jax.training import programs
 from ktg_jax.training.accumulate import zeros_of
 from ktg_jax.training.batches import Arrays
+from ktg_jax.training.counter import Counter
+from ktg_jax.training.delays import delays_of
 from ktg_jax.training.exchange import Exchange, Later, Mailbox
 from ktg_jax.training.forward import node_forward
 from ktg_jax.training.gradients import Metrics
@@ -104,8 +106,10 @@ class HostStep:
         are_networks = [fns != NO_NETWORK for fns in task.node_fns]
         given = nodes.owner, edges, task.derived, are_networks, nodes.processes
         self._shares = shares_of_edges(*given)
-        self._batch = batch_maker(task, data, key)
-        self._feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(self._home)))
+        self._counter = Counter()
+        self._batches = batch_maker(task, data, key, delays_of(edges), self._counter)
+        to_home = partial(jax.device_put, device=whole(self._home))
+        self._feed = Feed(recordings, to_home, self._counter)
         self._options = self._local_options(priors)
         self._local_edges = jax.device_put(self._cut(), whole(self._home))
         size, with_stages = task.batches.batch_size, edges.needs_stages
@@ -121,16 +125,15 @@ class HostStep:
             for key, shape in self._late_metrics.items()
         }
         self._mailbox = Mailbox(late, at_once=self._shares.waits)
-        self._last: tuple[Any, int] | None = None
 
     def __call__(self, state: GraphState, count: int) -> tuple[GraphState, Metrics]:
         """Makes an update; its metrics are on their way."""
         del count  # always 1
-        number = self._number(state)
+        number, batch = self._counter.number(state), self._batches(state)
         lag = min((each.delay for each in self._edges.delayed if each.changes), default=_LAG)
         state = self._with_what_was_said(state, number - lag)
-        said = self._say_ahead(state)
-        updated, metrics = self._update(state)
+        said = self._say_ahead(state, batch)
+        updated, metrics = self._update(state, batch)
         rows = programs.metrics_of_nodes(metrics, self._edges)
         message = {
             "said": said,
@@ -138,7 +141,7 @@ class HostStep:
             "stop": self._wants_to_stop(),
         }
         answers = self._mailbox.post(number, message)
-        self._last = updated.step, number + 1
+        self._counter.after(state, 1, updated)
         return updated, self._merged(answers)
 
     def wait(self) -> None:
@@ -167,16 +170,13 @@ class HostStep:
                     stale[d] = programs.push(stale[d], new, number)
         return dataclasses.replace(state, stale=tuple(stale))
 
-    def _number(self, state: GraphState) -> int:
-        if self._last is None or self._last[0] is not state.step:
-            return int(jax.device_get(state.step))
-        return self._last[1]
-
     # --- the update
 
-    def _update(self, state: GraphState) -> tuple[GraphState, Metrics]:
+    def _update(
+        self, state: GraphState, batch: Callable[..., tuple[Any, ...]]
+    ) -> tuple[GraphState, Metrics]:
         home = self._home
-        made = {to: self._batch(state.step, to) for to in dict.fromkeys(self._nodes.placement)}
+        made = {to: batch(to) for to in dict.fromkeys(self._nodes.placement)}
         _, labels, progress, image_index, mixed = made[home]
         extra = len(self._edges.delayed)
         edges, stale = programs.open_and_hear(self._edges, state.stale, state.step)
@@ -208,7 +208,6 @@ class HostStep:
             meet=self._meet,
             **self._options,
         )
-        self._feed.after(state, 1, updated)
         own = slice(self._number_of_nodes)
         return (
             GraphState(
@@ -234,12 +233,14 @@ class HostStep:
                 outputs[d] = outputs[each.sender]
         return outputs
 
-    def _say_ahead(self, state: GraphState) -> dict[int, Any]:
+    def _say_ahead(
+        self, state: GraphState, batch: Callable[..., tuple[Any, ...]]
+    ) -> dict[int, Any]:
         """What this process's stale senders put out for the batches to come."""
         said: dict[int, Any] = {}
         for d in self._shares.said_ahead[self._nodes.me]:
             i, delay, _ = self._edges.delayed[d]
-            images = self._batch(state.step, self._nodes.placement[i], delay)[0]
+            images = batch(self._nodes.placement[i], delay)[0]
             convolution = cpu_convolution().name
             fns, with_stages = self._nodes.task.node_fns[i], self._edges.needs_stages
             forward = programs.frozen_forward(fns, with_stages, convolution)

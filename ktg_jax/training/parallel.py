@@ -128,6 +128,36 @@ class Parallel:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
+    def own_rows(self, size: int) -> np.ndarray:
+        """Which rows of a batch of this size this process's devices compute: int `[b]`.
+
+        Under pmap each device is given all.
+        """
+        if not self.spreads_data:
+            return np.arange(size)
+        share, me = size // len(self.devices), jax.process_index()
+        mine = [i for i, device in enumerate(self.devices) if device.process_index == me]
+        return np.concatenate([np.arange(i * share, (i + 1) * share) for i in mine])
+
+    def split_batch(self, own: np.ndarray, size: int) -> jax.Array:
+        """A batch of this size as an array of `spread`, of which each process has its `own_rows`.
+
+        Args:
+            own: `[b, ...]`, those rows.
+            size: a multiple of the number of devices.
+        """
+        if not self.spreads_data:
+            return self.replicate(own)
+        share, rows = size // len(self.devices), self.own_rows(size)
+        start_of = {int(row): i for i, row in enumerate(rows)}
+
+        def part(index: Any) -> np.ndarray:
+            start = start_of[index[0].start or 0]
+            return own[start : start + share]
+
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.make_array_from_callback((size, *own.shape[1:]), sharding, part)
+
     def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
         """Inside a compiled step: the rows of an array of `spread` that this device computes.
 

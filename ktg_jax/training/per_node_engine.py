@@ -1,16 +1,18 @@
 """Node by node, each in its place: the pieces of the step with one executable a model."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ktg_jax.data.streamed import StreamedImages
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches, labels_of, take_batch
+from ktg_jax.training.counter import Counter
 from ktg_jax.training.delays import delays_of
 from ktg_jax.training.evaluation import evaluation_batch_size
 from ktg_jax.training.gradients import Metrics
@@ -18,9 +20,10 @@ from ktg_jax.training.node_terms import Priors
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.per_node_evaluation import make_per_node_evaluator, spread_over
-from ktg_jax.training.placement import Place, devices_of, node_placement, place, whole
+from ktg_jax.training.placement import Place, devices_of, node_placement, place, split, whole
 from ktg_jax.training.recorded import Feed, Recordings
 from ktg_jax.training.state import GraphState
+from ktg_jax.training.streaming import TrainingFeed
 from ktg_jax.training.task import Step, Task, named
 
 
@@ -85,12 +88,12 @@ class PerNodeEngine:
     ) -> Step:
         """The step of a training: see `Engine`. It makes one update a call."""
         task, placement = self._task, self.placement
-        home, batch = placement[0], batch_maker(self._task, data, key)
+        home, counter = placement[0], Counter()
         arrays = jax.device_put(jax.tree.map(jnp.asarray, edge_arrays(edges)), whole(home))
         if priors is not None:
             priors = [jax.device_put(p, whole(to)) for p, to in zip(priors, placement, strict=True)]
-        feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)))
-
+        feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)), counter)
+        batches_of = batch_maker(task, data, key, delays_of(arrays), counter)
         late = {
             delay: {placement[d.sender] for d in arrays.delayed if d.changes and d.delay == delay}
             for delay in delays_of(arrays)
@@ -98,7 +101,8 @@ class PerNodeEngine:
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
-            made = {to: batch(state.step, to) for to in self._used}
+            batch = batches_of(state)
+            made = {to: batch(to) for to in self._used}
             _, labels, progress, image_index, mixed = made[home]
             rows = feed.rows(state, 1)
             updated, metrics = per_node_step(
@@ -111,47 +115,65 @@ class PerNodeEngine:
                 priors=priors,
                 recorded=programs.rows_of_images(feed.tables, image_index) | rows,
                 mixed=mixed,
-                ahead={
-                    k: {to: batch(state.step, to, k)[0] for to in used} for k, used in late.items()
-                },
+                ahead={k: {to: batch(to, k)[0] for to in used} for k, used in late.items()},
                 **task.options,
             )
-            feed.after(state, 1, updated)
+            counter.after(state, 1, updated)
             return updated, metrics
 
         return step
 
 
 def batch_maker(
-    task: Task, data: dict[Place, Arrays], key: jax.Array
-) -> Callable[..., tuple[Any, ...]]:
-    """`batch(step, place, ahead=0)`: what a place needs of the batch of a step, or of a later one.
+    task: Task,
+    data: dict[Place, Arrays],
+    key: jax.Array,
+    delays: Iterable[int],
+    counter: Counter,
+) -> Callable[[GraphState], Callable[..., tuple[Any, ...]]]:
+    """`batches(state)(place, ahead=0)`: what a place needs of the next batch, or of a later one.
 
     Args:
         task: what is trained.
         data: in each place, as `PerNodeEngine.load` returns it.
         key: what batches are drawn by.
+        delays: how many updates ahead batches will be asked for, too.
+        counter: knows the number of a state's updates.
 
     Returns:
         A function that returns images, labels, the gates' progress, the images' positions, and what
         is mixed into each.
     """
     keys = {to: jax.device_put(key, whole(to)) for to in data}
+    images = next(iter(data.values())).images
+    streamed = isinstance(images, StreamedImages)
+    stream = TrainingFeed(images, task.batches, key, None, delays) if streamed else None
 
-    def batch(step: jax.Array, to: Place, ahead: int = 0) -> tuple[Any, ...]:
-        position = jax.device_put(step + ahead if ahead else step, whole(to))
-        given = data[to], keys[to], position, task.total_steps
-        return _make_batch(*given, batches=task.batches, spread=spread_over(to))
+    def batches(state: GraphState) -> Callable[..., tuple[Any, ...]]:
+        views = None if stream is None else stream.views(counter.number(state))
 
-    return batch
+        def batch(to: Place, ahead: int = 0) -> tuple[Any, ...]:
+            position = jax.device_put(state.step + ahead if ahead else state.step, whole(to))
+            here = data[to]
+            if views is not None:
+                here = here._replace(images=jax.device_put(views[ahead], split(to)))
+            given = here, keys[to], position, task.total_steps
+            return _make_batch(*given, batches=task.batches, spread=spread_over(to))
+
+        return batch
+
+    return batches
 
 
 def _loaded(arrays: Arrays, to: Place) -> Arrays:
-    """The data in a place."""
+    """The data in a place; streamed images stay where they are."""
     spread = spread_over(to)
-    if spread is None:
-        return jax.device_put(Arrays(*map(jnp.asarray, arrays)), to)
-    return arrays.spread_over(spread)
+    if spread is not None:
+        return arrays.spread_over(spread)
+    labels = jax.device_put(jnp.asarray(arrays.labels), to)
+    if arrays.is_streamed:
+        return Arrays(arrays.images, labels)
+    return Arrays(jax.device_put(jnp.asarray(arrays.images), to), labels)
 
 
 @functools.partial(jax.jit, static_argnames=("batches", "spread"))

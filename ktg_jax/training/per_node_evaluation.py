@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from ktg_jax.graph.derived import Ensemble
 from ktg_jax.models.network import NO_NETWORK, NodeFns
 from ktg_jax.models.returned import check_for_labels, errors_of
 from ktg_jax.training import programs
-from ktg_jax.training.batches import Arrays
-from ktg_jax.training.evaluation import Means, evaluation_batch, means_of
+from ktg_jax.training.batches import Arrays, Views
+from ktg_jax.training.evaluation import Means, evaluation_batch, evaluation_batches, means_of
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.parallel import Parallel
 from ktg_jax.training.placement import Place, Placement, devices_of, split
@@ -74,13 +74,11 @@ def make_per_node_evaluator(
     several = math.lcm(*(len(devices_of(place)) for place in used))
     batch_size = -(-batch_size // several) * several
 
+    batches = batches_in_places(batch_size, used)
+
     def evaluate(state: GraphState, data: dict[Place, Arrays]) -> Means:
         sums = []
-        for start in range(0, len(data[placement[0]].labels), batch_size):
-            made = {
-                to: batch_at(data[to], start, size=batch_size, spread=spread_over(to))
-                for to in used
-            }
+        for made in batches(data):
             images = {to: images for to, (images, _, _) in made.items()}
             _, labels, mask = made[placement[0]]
             how: dict[str, Any] = {"placement": placement, "ensembles": ensembles}
@@ -88,6 +86,31 @@ def make_per_node_evaluator(
         return means_of(sums)
 
     return evaluate
+
+
+def batches_in_places(
+    size: int, places: Sequence[Place]
+) -> Callable[[Mapping[Place, Arrays]], Iterator[dict[Place, tuple[Any, ...]]]]:
+    """A function that gives the batches of an evaluation in each place: see `evaluation_batch`.
+
+    Args:
+        size: of a batch.
+        places: that need them; streamed images are read once for all.
+    """
+    one_for_all = evaluation_batches(size, None, lambda views: views)
+
+    def batches(data: Mapping[Place, Arrays]) -> Iterator[dict[Place, tuple[Any, ...]]]:
+        for seen, start in one_for_all(data[places[0]]):
+            here = dict(data)
+            if isinstance(seen.images, Views):
+                for to in places:
+                    images = jax.device_put(seen.images, split(to))
+                    here[to] = data[to]._replace(images=images)
+            yield {
+                to: batch_at(here[to], start, size=size, spread=spread_over(to)) for to in places
+            }
+
+    return batches
 
 
 def spread_over(place: Place) -> Parallel | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.recording import Recording
+from ktg_jax.training.counter import Counter
 from ktg_jax.training.state import GraphState
 
 Recordings = Mapping[int, Recording]
@@ -22,14 +23,17 @@ class Feed:
     Args:
         recordings: of the batches of the training, or static.
         place: puts arrays where the step wants them.
+        counter: knows the number of a state's updates, and is told of each call.
 
     Attributes:
         tables: of static recordings the logits of all training images, float32 `[n, C]`.
     """
 
-    def __init__(self, recordings: Recordings | None, place: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, recordings: Recordings | None, place: Callable[[Any], Any], counter: Counter
+    ) -> None:
         given = recordings or {}
-        self._place = place
+        self._place, self._counter = place, counter
         self._by_step = {i: each for i, each in given.items() if not each.is_static}
         self.tables: Rows = place(
             {
@@ -38,29 +42,14 @@ class Feed:
                 if each.is_static
             }
         )
-        self._last: tuple[Any, int] | None = None
 
     def rows(self, state: GraphState, count: int) -> Rows:
         """The logits for the next updates of a state."""
         if not self._by_step:
             return {}
-        first = self._number(state)
+        first = self._counter.number(state)
         rows = {i: each.rows(first, count) for i, each in self._by_step.items()}
         return self._place({i: each[0] if count == 1 else each for i, each in rows.items()})
-
-    def after(self, state: GraphState, count: int, updated: GraphState) -> None:
-        """Notes that so many updates made one state of another."""
-        if self._by_step:
-            self._last = updated.step, self._number(state) + count
-
-    def _number(self, state: GraphState) -> int:
-        """The number of updates that a state has; the device is not waited for where it is known.
-
-        What the last call returned is most often what the next one is given.
-        """
-        if self._last is None or self._last[0] is not state.step:
-            self._last = state.step, int(jax.device_get(state.step))
-        return self._last[1]
 
 
 def taken(tables: Rows, image_index: jax.Array) -> Rows:

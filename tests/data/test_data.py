@@ -267,7 +267,9 @@ def test_bad_options_are_named(options: dict[str, Any], field: str) -> None:
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"digits, cifar10, cifar100, tiny_imagenet, npz:FILE"):
+    with pytest.raises(
+        InputError, match=r"digits, cifar10, cifar100, tiny_imagenet, tfds:NAME, npz:FILE"
+    ):
         load_dataset("mnist")
 
 

@@ -123,7 +123,7 @@ def test_shares_are_drawn_as_the_papers_do() -> None:
 
 
 @pytest.mark.parametrize("kinds", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
-def test_a_host_makes_the_batches_of_the_device(kinds: dict[str, float]) -> None:
+def test_a_host_makes_the_batches_of_the_device(kinds: dict[str, Any]) -> None:
     batches = Batches(16, 4, max_offset=1, flip=True, **kinds)
     stream = ktg.BatchStream(IMAGES, LABELS, batches, data_seed=3)
     assert {key: stream.facts[key] for key in kinds} == kinds

@@ -1,0 +1,288 @@
+"""Batches of images that stay in their files: read ahead by Grain, in threads or in processes.
+
+The position in the data is the number of the update, as it is of images in memory: a training goes
+on with the very images that it would have seen, from whatever update on. Each process of several
+reads the rows of a batch that its own devices compute.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ktg_jax.data.streamed import StreamedImages
+from ktg_jax.data.views import shifted
+from ktg_jax.errors import InputError, RunError, in_a_line
+from ktg_jax.training.batches import Batches, BatchPlan, Views
+
+_THREADS = 4
+_AHEAD = 4
+"""Batches that are read ahead, of each process."""
+
+
+_WORTH_WORKERS = 4
+"""Batches of an evaluation, for each process that reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """Reads batches of a training, by the number of the update. Can be pickled.
+
+    Attributes:
+        images: the training images.
+        batches: how batches are made.
+        key: the data of the key that they are drawn by, and the name of its implementation.
+        rows: int `[b]`, the rows of each batch to read.
+    """
+
+    images: StreamedImages
+    batches: Batches
+    key: tuple[np.ndarray, str]
+    rows: np.ndarray
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        """Of an update's batch the images, and with mixing the partners: uint8 `[b, H, W, C]`."""
+        plan = _plan(self.batches, self.key[0].tobytes(), self.key[1], number)
+        made = {"images": self._views(plan, self.rows)}
+        if plan.mix is not None:
+            size = self.batches.batch_size
+            made["partners"] = self._next(made["images"], plan, size)
+        return made
+
+    def _views(self, plan: BatchPlan, rows: np.ndarray) -> np.ndarray:
+        mine = jax.tree.map(lambda each: each[rows], plan._replace(mix=None))
+        views = self.images.read(mine.image_index, mine.part)
+        for i, (down, right) in enumerate(mine.offset.tolist()):
+            if down or right or mine.flip[i]:
+                views[i] = shifted(views[i], down, right, bool(mine.flip[i]))
+        return views
+
+    def _next(self, views: np.ndarray, plan: BatchPlan, size: int) -> np.ndarray:
+        """What each image is mixed with: the next one of the batch, where it is read already."""
+        wanted = (self.rows + 1) % size
+        where = {row: i for i, row in enumerate(self.rows.tolist())}
+        missing = np.array([row for row in wanted.tolist() if row not in where], int)
+        others = self._views(plan, missing)
+        where |= {row: len(views) + i for i, row in enumerate(missing.tolist())}
+        known = np.concatenate([views, others])
+        return known[[where[row] for row in wanted.tolist()]]
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationBatch:
+    """Reads batches of an evaluation by their number; the last is filled up. Can be pickled.
+
+    Attributes:
+        images: to evaluate on.
+        size: of each batch.
+        rows: int `[b]`, the rows of each batch to read.
+    """
+
+    images: StreamedImages
+    size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        """The images of a batch: uint8 `[b, H, W, C]`."""
+        indices = number * self.size + self.rows
+        made = np.zeros((len(indices), *self.images.shape[1:]), np.uint8)
+        is_there = indices < len(self.images)
+        made[is_there] = self.images.read(indices[is_there])
+        return {"images": made}
+
+
+class Stream:
+    """Batches one after another, read ahead.
+
+    Args:
+        read: reads a batch by its number; can be pickled where there are workers.
+        end: the number of the last batch, and one.
+        workers: processes that read; 0: threads of this one.
+
+    Attributes:
+        waited: seconds spent in waiting for batches.
+    """
+
+    def __init__(
+        self, read: Callable[[int], dict[str, np.ndarray]], end: int, workers: int = 0
+    ) -> None:
+        self.waited = 0.0
+        self._read, self._end, self._workers = read, end, workers
+        self._batches: Any = None
+        self._at = -1
+
+    def batch(self, number: int) -> dict[str, np.ndarray]:
+        """A batch by its number, which is most often that after the last.
+
+        Raises:
+            InputError: an image that cannot be read.
+            RunError: a worker that has ended.
+        """
+        if self._batches is None or number != self._at:
+            self.close()
+            self._batches, self._at = self._from(number), number
+        start = time.perf_counter()
+        try:
+            batch: dict[str, np.ndarray] = next(self._batches)
+        except (InputError, MemoryError):
+            raise
+        except RuntimeError as error:  # Grain's, where a process was killed
+            raise RunError(f"a process that reads images has ended: {in_a_line(error)}") from error
+        self.waited += time.perf_counter() - start
+        self._at += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends what reads ahead; the next batch starts it again."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def _from(self, first: int) -> Any:
+        """The batches from a number on."""
+        import grain  # type: ignore[import-untyped]  # takes a second: only where needed
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain has some, which are not of our command line
+            flags.FLAGS.mark_as_parsed()
+        threads = 1 if self._workers else _THREADS
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
+        numbers = grain.MapDataset.range(first, self._end)
+        batches = numbers.map(self._read).to_iter_dataset(reading)
+        if self._workers:
+            how = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_AHEAD)
+            batches = batches.mp_prefetch(how, worker_init_fn=_begin_worker)
+        return iter(batches)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Makes a process that reads: on the CPU, stopped by its parent alone, and never without it."""
+    del index, count
+    jax.config.update("jax_platforms", "cpu")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which a terminal sends to all processes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=2 * _AHEAD)
+def _plan(batches: Batches, key: bytes, implementation: str, number: int) -> BatchPlan:
+    """The plan of an update on the host, computed on the CPU where there is one."""
+    with _on_cpu():
+        data = np.frombuffer(key, np.uint32)
+        plan = _compiled_plan(batches, implementation)(data, np.int32(number))
+        return BatchPlan(*jax.device_get(plan))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_plan(batches: Batches, implementation: str) -> Callable[..., BatchPlan]:
+    def plan(data: jax.Array, number: jax.Array) -> BatchPlan:
+        return batches.plan(jax.random.wrap_key_data(data, impl=implementation), number)
+
+    return jax.jit(plan)
+
+
+def _on_cpu() -> Any:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was told of no CPU
+        return nullcontext()
+
+
+class TrainingFeed:
+    """Gives each call of a step the images of its batches.
+
+    Args:
+        images: the training images.
+        batches: how batches are made.
+        key: what they are drawn by.
+        rows: int `[b]`, which rows of a batch this process reads; None: all.
+        delays: how many updates ahead images are wanted, too, as for stale senders.
+
+    Attributes:
+        stream: that they come from.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        batches: Batches,
+        key: jax.Array,
+        rows: np.ndarray | None = None,
+        delays: Iterable[int] = (),
+    ) -> None:
+        known = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
+        rows = np.arange(batches.batch_size) if rows is None else rows
+        read = TrainingBatch(images, batches, known, rows)
+        self.stream = Stream(read, np.iinfo(np.int32).max, images.workers)
+        self._ahead: deque[dict[str, np.ndarray]] = deque()
+        self._first = 0
+        self._delays = (0, *sorted(delays))
+
+    def views(self, number: int, count: int = 1) -> dict[int, Views]:
+        """The images of the updates from a number on, and of those ahead, by how many.
+
+        Returns:
+            uint8 `[b, H, W, C]`; of several updates `[b, count, H, W, C]`.
+        """
+        if not self._first <= number <= self._first + len(self._ahead):
+            self._ahead.clear()
+            self._first = number
+        while self._first < number:
+            self._ahead.popleft()
+            self._first += 1
+        while len(self._ahead) < count + max(self._delays):
+            self._ahead.append(self.stream.batch(self._first + len(self._ahead)))
+        return {delay: self._stacked(delay, count) for delay in self._delays}
+
+    def _stacked(self, start: int, count: int) -> Views:
+        batches = [self._ahead[start + i] for i in range(count)]
+        if count == 1:
+            return Views(**batches[0])
+        return Views(**{k: np.stack([b[k] for b in batches], axis=1) for k in batches[0]})
+
+
+class EvaluationFeed:
+    """Gives an evaluation its batches, again and again.
+
+    Args:
+        images: to evaluate on.
+        size: of each batch.
+        rows: int `[b]`, which rows of a batch this process reads; None: all.
+    """
+
+    def __init__(self, images: StreamedImages, size: int, rows: np.ndarray | None = None) -> None:
+        rows = np.arange(size) if rows is None else rows
+        read = EvaluationBatch(images, size, rows)
+        # Processes take seconds to begin.
+        workers = images.workers if len(read) >= _WORTH_WORKERS * images.workers else 0
+        self._stream = Stream(read, len(read), workers)
+        self._number = len(read)
+
+    def __iter__(self) -> Iterator[Views]:
+        """The images of each batch: uint8 `[b, H, W, C]`."""
+        try:
+            for number in range(self._number):
+                yield Views(**self._stream.batch(number))
+        finally:
+            self._stream.close()
