@@ -19,6 +19,7 @@ from ktg_jax.training import hosts
 from ktg_jax.training.gradients import Metrics
 from ktg_jax.training.loop import Interrupted, train_epochs
 from ktg_jax.training.state import GraphState
+from ktg_jax.training.streaming import close_streams
 
 from .runs import cli, signals
 from .runs.assemble import Run, assemble, load
@@ -124,6 +125,7 @@ def _train(
     files = {"graph.json": fields["graph"]}
     names = [str(node.name) for node in run.graph.nodes]
     with ExitStack() as kept:
+        kept.callback(close_streams)
 
         def begin() -> None:
             if not config.resume and (aside := workdir.set_aside()):

@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _MOST_CHARACTERS = 1000
 """The most characters of a value that a message shows."""
@@ -26,6 +27,10 @@ class InputError(ValueError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"{field}: got {shown(value)}; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes it is the same error."""
+        return type(self), (self.field, self.value, self.allowed)
 
 
 class RunError(RuntimeError):

@@ -9,8 +9,10 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -134,6 +136,7 @@ class Stream:
         if self._batches is None or number != self._at:
             self.close()
             self._batches, self._at = self._from(number), number
+            _open.add(self)
         start = time.perf_counter()
         try:
             batch: dict[str, np.ndarray] = next(self._batches)
@@ -163,9 +166,21 @@ class Stream:
         numbers = grain.MapDataset.range(first, self._end)
         batches = numbers.map(self._read).to_iter_dataset(reading)
         if self._workers:
+            # Not through shared memory, of which containers have little, and which outlives a kill.
+            through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
             how = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_AHEAD)
             batches = batches.mp_prefetch(how, worker_init_fn=_begin_worker)
         return iter(batches)
+
+
+_open: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def close_streams() -> None:
+    """Ends all that reads ahead in this process, and the processes that it began."""
+    for stream in list(_open):
+        stream.close()
 
 
 def _begin_worker(index: int, count: int) -> None:

@@ -1,7 +1,5 @@
 """Loading of data sets: splits, sources, the cache, and what is said about bad data."""
 
-import io
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import pytest
 from data_files import assert_input_error, random_images, save_image
 from PIL import Image
 
+from benchmarks.made_up_data import encoded, write_data_set
 from ktg_jax.data import tfds
 from ktg_jax.data.cache import in_chunks
 from ktg_jax.data.dataset import Dataset, Split, hold_out, limit_split
@@ -716,26 +715,6 @@ def test_the_cache_folder_is_the_argument_the_environment_or_the_users(
 # --- tensorflow-datasets
 
 
-def write_records(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """An array_record file as tensorflow-datasets writes it: serialised `tf.train.Example`s."""
-    from array_record.python.array_record_module import (  # type: ignore[import-untyped]
-        ArrayRecordWriter,
-    )
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, "PNG")
-        example = tf_example_pb2.Example()
-        features = example.features.feature
-        features["image"].bytes_list.value.append(png.getvalue())
-        features["label"].int64_list.value.append(int(label))
-        features["id"].bytes_list.value.append(f"{i:05d}".encode())
-        writer.write(example.SerializeToString())
-    writer.close()
-
-
 CIFAR = {"train": random_images(300, 32, 32, 3), "test": random_images(20, 32, 32, 3, seed=1)}
 
 
@@ -743,27 +722,11 @@ CIFAR = {"train": random_images(300, 32, 32, 3), "test": random_images(20, 32, 3
 def prepared_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CIFAR-10 of 300 + 20 random images; labels 0, 1, ... 9, 0, ..."""
     root = tmp_path_factory.mktemp("cifar")
-    folder = root / "cifar10" / "3.0.2"
-    folder.mkdir(parents=True)
-    for split, images in CIFAR.items():
-        path = folder / f"cifar10-{split}.array_record-00000-of-00001"
-        write_records(path, images, np.arange(len(images)) % 10)
-    info = {
-        "name": "cifar10",
-        "version": "3.0.2",
-        "fileFormat": "array_record",
-        "splits": [
-            {
-                "name": split,
-                "numBytes": "1",
-                "shardLengths": [str(len(images))],
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            }
-            for split, images in CIFAR.items()
-        ],
+    splits = {
+        split: ((encoded(image), i % 10) for i, image in enumerate(images))
+        for split, images in CIFAR.items()
     }
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "label.labels.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    write_data_set(root, "cifar10", splits, 10, (32, 32, 3), version="3.0.2")
     return root
 
 
