@@ -27,7 +27,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("experiments", "graphs", "search", "design", "devices")
+        for name in ("experiments", "graphs", "search", "design", "devices", "streams")
     ),
 )
 

@@ -153,6 +153,7 @@ class Stream:
         if self._batches is not None:
             self._batches.close()
         self._batches = None
+        _open.discard(self)
 
     def _from(self, first: int) -> Any:
         """The batches from a number on."""
@@ -181,6 +182,11 @@ def close_streams() -> None:
     """Ends all that reads ahead in this process, and the processes that it began."""
     for stream in list(_open):
         stream.close()
+
+
+def seconds_waited() -> float:
+    """The time that was spent in waiting for batches of the streams that are open now."""
+    return sum(stream.waited for stream in _open)
 
 
 def _begin_worker(index: int, count: int) -> None:
