@@ -9,7 +9,8 @@ import numpy as np
 
 from ktg_jax.data.cache import OnProgress
 from ktg_jax.data.dataset import Dataset, Split
-from ktg_jax.data.images import ImageForm, form_of, read_images
+from ktg_jax.data.form import ImageForm
+from ktg_jax.data.images import form_of, read_images
 from ktg_jax.data.listing import count_images, find_images, loose_images, named, subfolders
 from ktg_jax.data.splits import by_split
 from ktg_jax.data.streamed import Streaming, all_of, image_files

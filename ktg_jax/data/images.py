@@ -6,13 +6,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ktg_jax.data.cache import OnProgress, in_chunks
+from ktg_jax.data.form import ImageForm
 from ktg_jax.data.memory import empty
 from ktg_jax.data.pictures import decoded, has_frames, is_greyscale, opened, upright
 from ktg_jax.data.views import centre_part, resized
@@ -21,30 +21,6 @@ from ktg_jax.errors import InputError
 _logger = logging.getLogger(__name__)
 
 _LARGE = 2**24  # pixels, of images that are decoded one at a time
-
-
-@dataclass(frozen=True)
-class ImageForm:
-    """What every image of a data set is brought to.
-
-    Attributes:
-        height: in pixels.
-        width: in pixels.
-        greyscale: one channel; otherwise RGB.
-        resize: images of another size are resized; otherwise they are an error.
-        centre: their middle is, in its own proportions; otherwise all of them.
-    """
-
-    height: int
-    width: int
-    greyscale: bool
-    resize: bool = False
-    centre: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.height, self.width, 1 if self.greyscale else 3
 
 
 def form_of(paths: Sequence[Path], image_size: int | None = None) -> ImageForm:

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ktg_jax.data.images import ImageForm, in_form
-from ktg_jax.data.pictures import decoded, opened
+from ktg_jax.data.form import ImageForm
 from ktg_jax.data.views import random_part, resized
 from ktg_jax.errors import InputError
 
@@ -182,6 +181,9 @@ class StreamedImages:
         Raises:
             InputError: names the image that cannot be decoded, or has another size.
         """
+        from ktg_jax.data.images import in_form  # which takes PIL
+        from ktg_jax.data.pictures import decoded, opened
+
         made = np.empty((len(indices), *self.form.shape), np.uint8)
         files = self.source.encoded(self.positions[indices])
         for i, (file, name) in enumerate(files):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ktg_jax.data.cache import OnProgress, cached, in_chunks
 from ktg_jax.data.dataset import Dataset, Split, cached_split
-from ktg_jax.data.images import ImageForm
+from ktg_jax.data.form import ImageForm
 from ktg_jax.data.splits import by_split
 from ktg_jax.data.streamed import ImageRecords, Streaming, all_of, undamaged
 from ktg_jax.errors import InputError

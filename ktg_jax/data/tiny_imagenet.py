@@ -9,7 +9,7 @@ from pathlib import Path
 from ktg_jax.data.cache import OnProgress
 from ktg_jax.data.dataset import Dataset, Split, cached_split
 from ktg_jax.data.folders import Files, images_in, read_files, stream_files
-from ktg_jax.data.images import ImageForm
+from ktg_jax.data.form import ImageForm
 from ktg_jax.data.listing import find_images, named
 from ktg_jax.data.streamed import Streaming
 from ktg_jax.errors import InputError

@@ -5,10 +5,12 @@
 """
 
 import math
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ATTEMPTS = 10
 """How many random parts are tried until one is inside the image."""
@@ -82,13 +84,15 @@ def centre_part(width: int, height: int, wanted: tuple[int, int]) -> Box:
     return _middle(width, height, wanted[1] * scale, wanted[0] * scale)
 
 
-def resized(picture: Image.Image, height: int, width: int, box: Box | None = None) -> np.ndarray:
+def resized(picture: "Image", height: int, width: int, box: Box | None = None) -> np.ndarray:
     """A picture, or a part of it, in another size: bilinear with antialiasing.
 
     Returns:
         uint8 `[height, width, channels]`.
     """
-    made = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    from PIL.Image import Resampling  # only where there are pictures
+
+    made = picture.resize((width, height), Resampling.BILINEAR, box=box)
     return np.asarray(made).reshape(height, width, -1)
 
 

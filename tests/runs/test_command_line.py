@@ -26,7 +26,11 @@ from experiments.search import command as search
 from experiments.search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[Callable[[], None], type, set[str]]] = {
-    "train": (train.main, TrainConfig, {"graph", "data", "training", "speed", "hosts", "folder"}),
+    "train": (
+        train.main,
+        TrainConfig,
+        {"graph", "data", "training", "stream", "speed", "hosts", "folder"},
+    ),
     "evaluate": (evaluate.main, EvaluateConfig, {"evaluation", "file", "export", "speed"}),
     "record": (record.main, RecordConfig, {"recording", "batches", "data", "file", "speed"}),
     "report": (report.main, ReportConfig, set()),
