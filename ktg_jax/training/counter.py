@@ -19,6 +19,6 @@ class Counter:
             self._last = state.step, int(jax.device_get(state.step))
         return self._last[1]
 
-    def after(self, state: GraphState, count: int, updated: GraphState) -> None:
-        """Notes that so many updates made one state of another."""
-        self._last = updated.step, self.number(state) + count
+    def note(self, updated: GraphState, number: int) -> None:
+        """Notes that a state, which may not be computed yet, has so many updates."""
+        self._last = updated.step, number

@@ -174,22 +174,23 @@ class FusedEngine:
         parallel, counter = self._parallel, Counter()
         arrays = jax.tree.map(jnp.asarray, edge_arrays(edges))
         inputs = Inputs(data.on_device, *parallel.replicate((arrays, key, priors)))
-        feed = Feed(recordings, parallel.replicate, counter)
+        feed = Feed(recordings, parallel.replicate)
         size, stream = self._task.batches.batch_size, None
         if data.is_streamed:
             how = self._task.batches, key, parallel.own_rows(size), delays_of(arrays)
             stream = TrainingFeed(data.images, *how)
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
-            given = inputs._replace(tables=feed.tables, rows=feed.rows(state, count))
+            number = counter.number(state)
+            given = inputs._replace(tables=feed.tables, rows=feed.rows(number, count))
             if stream is not None:
-                views = stream.views(counter.number(state), count)
+                views = stream.views(number, count)
                 placed = jax.tree.map(lambda own: parallel.split_batch(own, size), views)
                 given = given._replace(views=placed)
             if parallel.spans_processes:
                 given = given._replace(wishes=parallel.one_each(self.wants_to_stop()))
             made = self._compiled(count)(state, *given)
-            counter.after(state, count, made[0])
+            counter.note(made[0], number + count)
             return made
 
         return step

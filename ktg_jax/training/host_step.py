@@ -27,7 +27,7 @@ from ktg_jax.training.node_terms import Priors, absent
 from ktg_jax.training.per_node import per_node_step
 from ktg_jax.training.per_node_engine import batch_maker
 from ktg_jax.training.placement import Place, Placement, split, whole
-from ktg_jax.training.recorded import Feed, Recordings
+from ktg_jax.training.recorded import Feed, Recordings, Rows
 from ktg_jax.training.shares import shares_of_edges
 from ktg_jax.training.state import GraphState
 from ktg_jax.training.task import Task
@@ -107,9 +107,8 @@ class HostStep:
         given = nodes.owner, edges, task.derived, are_networks, nodes.processes
         self._shares = shares_of_edges(*given)
         self._counter = Counter()
-        self._batches = batch_maker(task, data, key, delays_of(edges), self._counter)
-        to_home = partial(jax.device_put, device=whole(self._home))
-        self._feed = Feed(recordings, to_home, self._counter)
+        self._batches = batch_maker(task, data, key, delays_of(edges))
+        self._feed = Feed(recordings, partial(jax.device_put, device=whole(self._home)))
         self._options = self._local_options(priors)
         self._local_edges = jax.device_put(self._cut(), whole(self._home))
         size, with_stages = task.batches.batch_size, edges.needs_stages
@@ -129,11 +128,12 @@ class HostStep:
     def __call__(self, state: GraphState, count: int) -> tuple[GraphState, Metrics]:
         """Makes an update; its metrics are on their way."""
         del count  # always 1
-        number, batch = self._counter.number(state), self._batches(state)
+        number = self._counter.number(state)
+        batch = self._batches(state, number)
         lag = min((each.delay for each in self._edges.delayed if each.changes), default=_LAG)
         state = self._with_what_was_said(state, number - lag)
         said = self._say_ahead(state, batch)
-        updated, metrics = self._update(state, batch)
+        updated, metrics = self._update(state, batch, self._feed.rows(number, 1))
         rows = programs.metrics_of_nodes(metrics, self._edges)
         message = {
             "said": said,
@@ -141,7 +141,7 @@ class HostStep:
             "stop": self._wants_to_stop(),
         }
         answers = self._mailbox.post(number, message)
-        self._counter.after(state, 1, updated)
+        self._counter.note(updated, number + 1)
         return updated, self._merged(answers)
 
     def wait(self) -> None:
@@ -173,7 +173,7 @@ class HostStep:
     # --- the update
 
     def _update(
-        self, state: GraphState, batch: Callable[..., tuple[Any, ...]]
+        self, state: GraphState, batch: Callable[..., tuple[Any, ...]], rows: Rows
     ) -> tuple[GraphState, Metrics]:
         home = self._home
         made = {to: batch(to) for to in dict.fromkeys(self._nodes.placement)}
@@ -181,9 +181,7 @@ class HostStep:
         extra = len(self._edges.delayed)
         edges, stale = programs.open_and_hear(self._edges, state.stale, state.step)
         gates = programs.closed_alike(self._local_edges.gates, edges.gates, self._edges.gates)
-        recorded = programs.rows_of_images(self._feed.tables, image_index) | self._feed.rows(
-            state, 1
-        )
+        recorded = programs.rows_of_images(self._feed.tables, image_index) | rows
         filled_in = self._blank | recorded  # by `_meet`, where a sender never changes
         late = {
             self._number_of_nodes + d: filled_in[each.sender] if said is None else said

@@ -92,8 +92,8 @@ class PerNodeEngine:
         arrays = jax.device_put(jax.tree.map(jnp.asarray, edge_arrays(edges)), whole(home))
         if priors is not None:
             priors = [jax.device_put(p, whole(to)) for p, to in zip(priors, placement, strict=True)]
-        feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)), counter)
-        batches_of = batch_maker(task, data, key, delays_of(arrays), counter)
+        feed = Feed(recordings, lambda tree: jax.device_put(tree, whole(home)))
+        batches_of = batch_maker(task, data, key, delays_of(arrays))
         late = {
             delay: {placement[d.sender] for d in arrays.delayed if d.changes and d.delay == delay}
             for delay in delays_of(arrays)
@@ -101,10 +101,11 @@ class PerNodeEngine:
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             del count  # always 1
-            batch = batches_of(state)
+            number = counter.number(state)
+            batch = batches_of(state, number)
             made = {to: batch(to) for to in self._used}
             _, labels, progress, image_index, mixed = made[home]
-            rows = feed.rows(state, 1)
+            rows = feed.rows(number, 1)
             updated, metrics = per_node_step(
                 state,
                 {to: images for to, (images, *_) in made.items()},
@@ -118,7 +119,7 @@ class PerNodeEngine:
                 ahead={k: {to: batch(to, k)[0] for to in used} for k, used in late.items()},
                 **task.options,
             )
-            counter.after(state, 1, updated)
+            counter.note(updated, number + 1)
             return updated, metrics
 
         return step
@@ -129,28 +130,27 @@ def batch_maker(
     data: dict[Place, Arrays],
     key: jax.Array,
     delays: Iterable[int],
-    counter: Counter,
-) -> Callable[[GraphState], Callable[..., tuple[Any, ...]]]:
-    """`batches(state)(place, ahead=0)`: what a place needs of the next batch, or of a later one.
+) -> Callable[[GraphState, int], Callable[..., tuple[Any, ...]]]:
+    """`batches(state, number)(place, ahead=0)`: what a place needs of the next batch, or of later.
 
     Args:
         task: what is trained.
         data: in each place, as `PerNodeEngine.load` returns it.
         key: what batches are drawn by.
         delays: how many updates ahead batches will be asked for, too.
-        counter: knows the number of a state's updates.
 
     Returns:
-        A function that returns images, labels, the gates' progress, the images' positions, and what
-        is mixed into each.
+        A function that is given a state and the number of its updates, and returns another, which
+        returns images, labels, the gates' progress, the images' positions, and what is mixed into
+        each.
     """
     keys = {to: jax.device_put(key, whole(to)) for to in data}
     images = next(iter(data.values())).images
     streamed = isinstance(images, StreamedImages)
     stream = TrainingFeed(images, task.batches, key, None, delays) if streamed else None
 
-    def batches(state: GraphState) -> Callable[..., tuple[Any, ...]]:
-        views = None if stream is None else stream.views(counter.number(state))
+    def batches(state: GraphState, number: int) -> Callable[..., tuple[Any, ...]]:
+        views = None if stream is None else stream.views(number)
 
         def batch(to: Place, ahead: int = 0) -> tuple[Any, ...]:
             position = jax.device_put(state.step + ahead if ahead else state.step, whole(to))

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from ktg_jax.recording import Recording
-from ktg_jax.training.counter import Counter
-from ktg_jax.training.state import GraphState
 
 Recordings = Mapping[int, Recording]
 """The recordings of a graph's recorded nodes, by the nodes' indices."""
@@ -23,17 +21,14 @@ class Feed:
     Args:
         recordings: of the batches of the training, or static.
         place: puts arrays where the step wants them.
-        counter: knows the number of a state's updates, and is told of each call.
 
     Attributes:
         tables: of static recordings the logits of all training images, float32 `[n, C]`.
     """
 
-    def __init__(
-        self, recordings: Recordings | None, place: Callable[[Any], Any], counter: Counter
-    ) -> None:
+    def __init__(self, recordings: Recordings | None, place: Callable[[Any], Any]) -> None:
         given = recordings or {}
-        self._place, self._counter = place, counter
+        self._place = place
         self._by_step = {i: each for i, each in given.items() if not each.is_static}
         self.tables: Rows = place(
             {
@@ -43,11 +38,10 @@ class Feed:
             }
         )
 
-    def rows(self, state: GraphState, count: int) -> Rows:
-        """The logits for the next updates of a state."""
+    def rows(self, first: int, count: int) -> Rows:
+        """The logits for so many updates, the first of this number."""
         if not self._by_step:
             return {}
-        first = self._counter.number(state)
         rows = {i: each.rows(first, count) for i, each in self._by_step.items()}
         return self._place({i: each[0] if count == 1 else each for i, each in rows.items()})
 

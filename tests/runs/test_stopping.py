@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from runs import assert_same_end, finished, metrics, train
 
@@ -30,13 +32,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_after(updates: int, workdir: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> int:
-    """Trains until it is asked to stop after so many updates; the update that it stops at."""
+    """Trains until it is asked to stop after so many updates; the update that it stops at.
+
+    That is 0 at the end of an epoch, where nothing has to be kept beside the checkpoint.
+    """
     asked = iter(range(10_000))
     with monkeypatch.context() as patch:
         patch.setattr(signals, "is_waiting", lambda: next(asked) >= updates)
         with pytest.raises(signals.StoppedElsewhere):
             train(workdir, **OPTIONS, **more)
-    return max(checkpoint_epochs(workdir / INTERRUPTED))
+    return max(checkpoint_epochs(workdir / INTERRUPTED), default=0)
 
 
 @pytest.mark.parametrize("updates", [0, 5, UPDATES + 2, 2 * UPDATES + 4])
@@ -92,3 +97,31 @@ def test_between_epochs_nothing_but_the_checkpoint_is_needed(
     assert not (workdir / INTERRUPTED).exists()
     assert "Resuming after epoch 1 of 3" in train(workdir, **OPTIONS)
     assert_same_end(workdir, whole)
+
+
+def test_it_goes_on_in_other_placements_and_on_another_number_of_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part of the training is computed elsewhere; the end is the same, to rounding."""
+    more: dict[str, Any] = {"data_seed": 3}
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    train(whole, **OPTIONS, **more)
+    ways: list[dict[str, Any]] = [
+        {"placement": "data", "engine": "fused"},
+        {"placement": "nodes", "engine": "per_node"},
+        {"placement": "nodes+data", "engine": "per_node"},
+        {"engine": "batched", "steps_per_call": 2},
+    ]
+    for how in ways:
+        stop_after(5, workdir, monkeypatch, **more, **how)
+    one = tuple(jax.local_devices()[:1])
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: list(one))
+    monkeypatch.setattr(jax, "devices", lambda *args, **kwargs: list(one))
+    said = train(workdir, **OPTIONS, **more, engine="fused")
+    assert "on 1 x cpu" in said
+    assert "Resuming" in said
+    assert len(metrics(whole)) == len(metrics(workdir)) == 3
+    for ours, theirs in zip(metrics(workdir), metrics(whole), strict=True):
+        for a, b in zip(ours["nodes"], theirs["nodes"], strict=True):
+            np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(a["val_loss"], b["val_loss"], rtol=5e-3, atol=1e-3)
