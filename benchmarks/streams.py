@@ -149,7 +149,7 @@ def loader(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 def _rate(name: str, root: Path, workers: int, batches: int) -> float:
     """Images a second, once it is under way."""
     dataset = streamed(root, name, workers)
-    feed = TrainingFeed(dataset.train.images, _batches(name, dataset), data_key(0))
+    feed = TrainingFeed(dataset.train.images, _batches(name, dataset), data_key(0), 10**6)
     warm = 8 * max(workers, 1)  # what was read while nobody asked does not count
     for number in range(warm):
         feed.views(number)

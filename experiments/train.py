@@ -286,6 +286,11 @@ class _Training:
                         observe(record)
                     if hosts.any_of(signals.is_waiting()):
                         raise signals.StoppedElsewhere("stopped between epochs")
+            except InputError as error:  # a picture that cannot be read
+                if jax.process_count() == 1:
+                    raise
+                # The others wait for this process, which must not wait for them at its end.
+                raise RunError(str(error)) from None
             except Interrupted as stopped:
                 whole = run.engine.gathered(stopped.state)
                 self._saved.save_interrupted(whole, stopped.so_far)

@@ -11,7 +11,7 @@ from typing import Any
 import ktg_jax as ktg
 import ktg_jax.models
 from ktg_jax.errors import InputError
-from ktg_jax.inputs import parsed_input
+from ktg_jax.inputs import OF_DATA, parsed_input
 
 from .config import TrainConfig
 
@@ -50,7 +50,18 @@ def _whole_graph(config: TrainConfig) -> ktg.Graph:
                 f"nodes[{i}].weights", None, f"weights for node {node.name}: it is frozen"
             )
         ktg.models.check_model(node.model, f"nodes[{i}].model")
+    if config.stream:
+        _check_streamed(graph)
     return graph
+
+
+def _check_streamed(graph: ktg.Graph) -> None:
+    """Raises InputError for what would have to see all images first."""
+    for i, node in enumerate(graph.nodes):
+        if node.outputs is not None:
+            raise InputError(f"nodes[{i}].outputs", node.outputs, "null with --stream")
+        if node.input == OF_DATA:
+            raise InputError(f"nodes[{i}].input", OF_DATA, "mean and std in numbers with --stream")
 
 
 @contextmanager

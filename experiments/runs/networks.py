@@ -70,8 +70,6 @@ def node_input(index: int, node: ktg.Node, dataset: Dataset) -> Input | None:
         return None
     field = f"nodes[{index}].input"
     given = checked_input(field, node.input)
-    if given == OF_DATA and dataset.is_streamed:
-        raise InputError(field, given, "mean and std in numbers with --stream")
     wanted = resolved_input(given, statistics(dataset.train.images) if given == OF_DATA else None)
     check_channels(field, wanted, dataset.image_shape[-1])
     return wanted

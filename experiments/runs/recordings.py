@@ -56,9 +56,6 @@ def recordings_of(config: TrainConfig, graph: ktg.Graph, dataset: Dataset) -> di
     paths = {i: n.outputs for i, n in enumerate(graph.nodes) if n.outputs is not None}
     if not paths:
         return {}
-    if dataset.is_streamed:
-        field, path = next(iter(paths.items()))
-        raise InputError(f"nodes[{field}].outputs", path, "null with --stream")
     batches = batches_of(config, dataset)
     stream = BatchStream(dataset.train.images, dataset.train.labels, batches, seed_of_data(config))
     steps = config.epochs * steps_per_epoch(batches.num_images, batches.batch_size)

@@ -111,8 +111,9 @@ def _streamed(
     folder: Path, files: Mapping[str, Files], image_size: int | None, stream: Streaming
 ) -> dict[str, Split]:
     """The splits of a folder, in the form that some of the training images have."""
-    every = -(-len(files["train"]) // _LOOKED_AT)
-    form = form_of([path for path, _ in files["train"][::every]], image_size)
+    paths = [path for path, _ in files["train"]]
+    looked_at = np.linspace(0, len(paths) - 1, min(_LOOKED_AT, len(paths))).astype(int)
+    form = form_of([paths[i] for i in looked_at], image_size)
     form = replace(form, centre=stream.centre)
     return {split: stream_files(folder, files[split], form, stream) for split in files}
 

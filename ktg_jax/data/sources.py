@@ -72,6 +72,8 @@ def load_dataset(
     """
     if image_size is not None and image_size < MIN_IMAGE_SIZE:
         raise InputError("image_size", image_size, f"{MIN_IMAGE_SIZE} or more")
+    if stream is not None and stream.centre and image_size is None:
+        raise InputError("image_size", None, "pixels, where parts of images are resized to it")
     if not 0 <= val_fraction < 1:
         raise InputError("val_fraction", val_fraction, "0 or more, below 1")
     how: dict[str, Any] = {"with_test": with_test, "cache_dir": cache_dir}

@@ -182,18 +182,20 @@ class StreamedImages:
             InputError: names the image that cannot be decoded, or has another size.
         """
         from ktg_jax.data.images import in_form  # which takes PIL
-        from ktg_jax.data.pictures import decoded, opened
+        from ktg_jax.data.pictures import decoded, is_greyscale, opened
 
         made = np.empty((len(indices), *self.form.shape), np.uint8)
         files = self.source.encoded(self.positions[indices])
         for i, (file, name) in enumerate(files):
             with opened(file, name) as image:
+                if self.form.greyscale and not is_greyscale(image):
+                    raise InputError("data", name, "a grey image, as all that were looked at first")
                 picture = decoded(image, self.form.greyscale, name)
-            if parts is None:
-                made[i] = in_form(picture, self.form, name)
-            else:
-                box = random_part(*picture.size, parts[i])
-                made[i] = resized(picture, self.form.height, self.form.width, box)
+                if parts is None:
+                    made[i] = in_form(picture, self.form, name)
+                else:
+                    box = random_part(*picture.size, parts[i])
+                    made[i] = resized(picture, self.form.height, self.form.width, box)
         return made
 
 

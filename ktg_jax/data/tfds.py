@@ -185,9 +185,16 @@ def _form(name: str, features: Any, image_size: int | None, stream: Streaming | 
     Raises:
         InputError: there are no images with labels, or they differ in size.
     """
-    if not {"image", "label"} <= set(features or ()) or not hasattr(features["label"], "names"):
+    import tensorflow_datasets as tfds
+
+    image, label = (dict(features or {}).get(each) for each in ("image", "label"))
+    is_labelled = isinstance(label, tfds.features.ClassLabel)
+    if not (is_labelled and isinstance(image, tfds.features.Image)):
         raise InputError("data", name, "a data set of images and their labels")
-    height, width, channels = features["image"].shape
+    height, width, channels = image.shape
+    if np.dtype(image.np_dtype) != np.uint8 or channels not in (1, 3):
+        found = f"{name}: {np.dtype(image.np_dtype)}, {channels} channels"
+        raise InputError("data", found, "images of 8 bits, grey or RGB")
     if stream is not None and image_size is not None:
         return ImageForm(image_size, image_size, channels == 1, resize=True, centre=stream.centre)
     if None not in (height, width):

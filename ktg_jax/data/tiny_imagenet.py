@@ -58,7 +58,8 @@ def load_tiny_imagenet(
 
     def read(split: str, files: Files, *index: Path) -> Split:
         if stream is not None:
-            form = ImageForm(size, size, greyscale=False, resize=True, centre=stream.centre)
+            resize = image_size is not None
+            form = ImageForm(size, size, greyscale=False, resize=resize, centre=stream.centre)
             return stream_files(root, files, form, stream)
         return cached_split(
             f"tiny_imagenet-upright-{split}",
@@ -106,7 +107,7 @@ def _annotated_files(annotations: Path, label_of: Mapping[str, int]) -> Files:
     files = []
     for line in _lines(annotations):
         name, class_id = (*line.split("\t"), "")[:2]
-        if class_id not in label_of:
+        if class_id not in label_of or Path(name).name != name:
             raise InputError("data_dir", f"{annotations}: {line}", "a file name, tab, known class")
         files.append((folder / name, label_of[class_id]))
     if folder.is_dir():

@@ -39,7 +39,7 @@ def shifted(image: np.ndarray, down: int, right: int, mirrored: bool) -> np.ndar
     rows, columns = np.arange(height), np.arange(width)
     if mirrored:
         columns = columns[::-1]
-    return image[np.ix_(_reflected(rows + down, height), _reflected(columns + right, width))]
+    return image[np.ix_(reflected(rows + down, height), reflected(columns + right, width))]
 
 
 def random_part(width: int, height: int, numbers: np.ndarray) -> Box:
@@ -101,7 +101,7 @@ def _middle(width: int, height: int, w: float, h: float) -> Box:
     return x, y, x + w, y + h
 
 
-def _reflected(position: np.ndarray, size: int) -> np.ndarray:
+def reflected(position: np.ndarray, size: int) -> np.ndarray:
     """Positions in -size+1 .. 2 size-2 reflected into 0 .. size-1, the border not doubled."""
     position = np.abs(position)
     return np.minimum(position, 2 * (size - 1) - position)

@@ -230,6 +230,9 @@ def take_batch(
         rows: finds images by their positions where they are spread over devices
             (`Parallel.rows`); None: they are all here.
 
+    Raises:
+        InputError: a plan of parts of images that are in memory.
+
     Returns:
         float32 `[B, H, W, C]` in [0, 1], and int `[B]`; of mixed images the label of what has more
         of each: `labels_of` has the other.
@@ -258,6 +261,8 @@ def _views(images: jax.Array | Views, plan: BatchPlan | Mix, find: FindRows | No
     """Each image as it is augmented by itself, or what it is mixed with."""
     if isinstance(images, Views):
         return to_float(images.partners if isinstance(plan, Mix) else images.images)
+    if isinstance(plan, BatchPlan) and plan.part is not None:
+        raise InputError("parts", True, "False with images in memory, which are of one size")
     height, width = images.shape[1:3]
     index = plan.image_index
     if find is not None:

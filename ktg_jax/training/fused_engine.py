@@ -177,8 +177,9 @@ class FusedEngine:
         feed = Feed(recordings, parallel.replicate)
         size, stream = self._task.batches.batch_size, None
         if data.is_streamed:
-            how = self._task.batches, key, parallel.own_rows(size), delays_of(arrays)
-            stream = TrainingFeed(data.images, *how)
+            how = self._task.batches, key, self._task.total_steps
+            rows = parallel.own_rows(size)
+            stream = TrainingFeed(data.images, *how, rows, delays_of(arrays))
 
         def step(state: GraphState, count: int) -> tuple[GraphState, Metrics]:
             number = counter.number(state)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ktg_jax.data.views import reflected
 from ktg_jax.models.pixels import DIVISOR
 from ktg_jax.training.batches import Batches, BatchPlan, data_key
 from ktg_jax.training.mixing import Mix, blended, mixed_labels
@@ -81,13 +82,8 @@ def host_batch(images: np.ndarray, plan: BatchPlan) -> np.ndarray:
 def _views(images: np.ndarray, plan: BatchPlan | Mix) -> np.ndarray:
     height, width = images.shape[1:3]
     rows, columns = np.arange(height)[None], np.arange(width)[None]
-    rows = _reflected(rows + plan.offset[:, :1], height)
+    rows = reflected(rows + plan.offset[:, :1], height)
     columns = np.where(np.asarray(plan.flip)[:, None], columns[:, ::-1], columns)
-    columns = _reflected(columns + plan.offset[:, 1:], width)
+    columns = reflected(columns + plan.offset[:, 1:], width)
     batch = images[np.asarray(plan.image_index)[:, None, None], rows[:, :, None], columns[:, None]]
     return np.asarray(batch, np.float32) / np.float32(DIVISOR)
-
-
-def _reflected(position: np.ndarray, size: int) -> np.ndarray:
-    position = np.abs(position)
-    return np.minimum(position, 2 * (size - 1) - position)

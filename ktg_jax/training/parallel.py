@@ -136,7 +136,8 @@ class Parallel:
         if not self.spreads_data:
             return np.arange(size)
         share, me = size // len(self.devices), jax.process_index()
-        mine = [i for i, device in enumerate(self.devices) if device.process_index == me]
+        of_mesh = self.mesh.devices.flat  # which may have them in another order
+        mine = [i for i, device in enumerate(of_mesh) if device.process_index == me]
         return np.concatenate([np.arange(i * share, (i + 1) * share) for i in mine])
 
     def split_batch(self, own: np.ndarray, size: int) -> jax.Array:

@@ -147,7 +147,8 @@ def batch_maker(
     keys = {to: jax.device_put(key, whole(to)) for to in data}
     images = next(iter(data.values())).images
     streamed = isinstance(images, StreamedImages)
-    stream = TrainingFeed(images, task.batches, key, None, delays) if streamed else None
+    how = task.batches, key, task.total_steps
+    stream = TrainingFeed(images, *how, None, delays) if streamed else None
 
     def batches(state: GraphState, number: int) -> Callable[..., tuple[Any, ...]]:
         views = None if stream is None else stream.views(number)

@@ -6,11 +6,6 @@ reads the rows of a batch that its own devices compute.
 """
 
 import functools
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 import weakref
 from collections import deque
@@ -24,13 +19,12 @@ import numpy as np
 
 from ktg_jax.data.streamed import StreamedImages
 from ktg_jax.data.views import shifted
-from ktg_jax.errors import InputError, RunError, in_a_line
+from ktg_jax.errors import InputError
 from ktg_jax.training.batches import Batches, BatchPlan, Views
+from ktg_jax.training.readers import Batch, Readers
 
 _THREADS = 4
-_AHEAD = 4
-"""Batches that are read ahead, of each process."""
-
+_IMPLEMENTATION = "threefry2x32"
 
 _WORTH_WORKERS = 4
 """Batches of an evaluation, for each process that reads them."""
@@ -52,9 +46,12 @@ class TrainingBatch:
     key: tuple[np.ndarray, str]
     rows: np.ndarray
 
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
+    def __call__(self, number: int) -> Batch:
         """Of an update's batch the images, and with mixing the partners: uint8 `[b, H, W, C]`."""
-        plan = _plan(self.batches, self.key[0].tobytes(), self.key[1], number)
+        data, implementation = self.key
+        with _on_cpu():
+            plan = _compiled_plan(self.batches, implementation)(data, np.int32(number))
+            plan = BatchPlan(*jax.device_get(plan))
         made = {"images": self._views(plan, self.rows)}
         if plan.mix is not None:
             size = self.batches.batch_size
@@ -97,7 +94,7 @@ class EvaluationBatch:
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
 
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
+    def __call__(self, number: int) -> Batch:
         """The images of a batch: uint8 `[b, H, W, C]`."""
         indices = number * self.size + self.rows
         made = np.zeros((len(indices), *self.images.shape[1:]), np.uint8)
@@ -118,15 +115,14 @@ class Stream:
         waited: seconds spent in waiting for batches.
     """
 
-    def __init__(
-        self, read: Callable[[int], dict[str, np.ndarray]], end: int, workers: int = 0
-    ) -> None:
+    def __init__(self, read: Callable[[int], Batch], end: int, workers: int = 0) -> None:
         self.waited = 0.0
         self._read, self._end, self._workers = read, end, workers
+        self._readers: Readers | None = None
         self._batches: Any = None
         self._at = -1
 
-    def batch(self, number: int) -> dict[str, np.ndarray]:
+    def batch(self, number: int) -> Batch:
         """A batch by its number, which is most often that after the last.
 
         Raises:
@@ -139,40 +135,33 @@ class Stream:
             _open.add(self)
         start = time.perf_counter()
         try:
-            batch: dict[str, np.ndarray] = next(self._batches)
-        except (InputError, MemoryError):
+            batch: Batch = next(self._batches)
+        except BaseException:
+            self.close()
             raise
-        except RuntimeError as error:  # Grain's, where a process was killed
-            raise RunError(f"a process that reads images has ended: {in_a_line(error)}") from error
         self.waited += time.perf_counter() - start
         self._at += 1
         return batch
 
     def close(self) -> None:
         """Ends what reads ahead; the next batch starts it again."""
+        if self._readers is not None:
+            self._readers.close()
         if self._batches is not None:
             self._batches.close()
-        self._batches = None
+        self._readers = self._batches = None
         _open.discard(self)
 
     def _from(self, first: int) -> Any:
         """The batches from a number on."""
         import grain  # type: ignore[import-untyped]  # takes a second: only where needed
-        from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # Grain has some, which are not of our command line
-            flags.FLAGS.mark_as_parsed()
-        threads = 1 if self._workers else _THREADS
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
-        numbers = grain.MapDataset.range(first, self._end)
-        batches = numbers.map(self._read).to_iter_dataset(reading)
         if self._workers:
-            # Not through shared memory, of which containers have little, and which outlives a kill.
-            through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-            batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
-            how = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_AHEAD)
-            batches = batches.mp_prefetch(how, worker_init_fn=_begin_worker)
-        return iter(batches)
+            self._readers = Readers(self._read, self._workers)
+        threads = self._workers or _THREADS
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        numbers = grain.MapDataset.range(first, self._end)
+        return iter(numbers.map(self._readers or self._read).to_iter_dataset(reading))
 
 
 _open: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -187,32 +176,6 @@ def close_streams() -> None:
 def seconds_waited() -> float:
     """The time that was spent in waiting for batches of the streams that are open now."""
     return sum(stream.waited for stream in _open)
-
-
-def _begin_worker(index: int, count: int) -> None:
-    """Makes a process that reads: on the CPU, stopped by its parent alone, and never without it."""
-    del index, count
-    jax.config.update("jax_platforms", "cpu")
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which a terminal sends to all processes
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-@functools.lru_cache(maxsize=2 * _AHEAD)
-def _plan(batches: Batches, key: bytes, implementation: str, number: int) -> BatchPlan:
-    """The plan of an update on the host, computed on the CPU where there is one."""
-    with _on_cpu():
-        data = np.frombuffer(key, np.uint32)
-        plan = _compiled_plan(batches, implementation)(data, np.int32(number))
-        return BatchPlan(*jax.device_get(plan))
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,11 +200,15 @@ class TrainingFeed:
         images: the training images.
         batches: how batches are made.
         key: what they are drawn by.
+        end: the number of updates of the training.
         rows: int `[b]`, which rows of a batch this process reads; None: all.
         delays: how many updates ahead images are wanted, too, as for stale senders.
 
     Attributes:
         stream: that they come from.
+
+    Raises:
+        InputError: a key whose random numbers depend on the device.
     """
 
     def __init__(
@@ -249,16 +216,20 @@ class TrainingFeed:
         images: StreamedImages,
         batches: Batches,
         key: jax.Array,
+        end: int,
         rows: np.ndarray | None = None,
         delays: Iterable[int] = (),
     ) -> None:
         known = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
+        if known[1] != _IMPLEMENTATION:
+            allowed = f"{_IMPLEMENTATION} with streams: the same numbers on all devices"
+            raise InputError("jax_default_prng_impl", known[1], allowed)
+        self._delays = (0, *sorted(delays))
         rows = np.arange(batches.batch_size) if rows is None else rows
         read = TrainingBatch(images, batches, known, rows)
-        self.stream = Stream(read, np.iinfo(np.int32).max, images.workers)
-        self._ahead: deque[dict[str, np.ndarray]] = deque()
+        self.stream = Stream(read, end + max(self._delays), images.workers)
+        self._ahead: deque[Batch] = deque()
         self._first = 0
-        self._delays = (0, *sorted(delays))
 
     def views(self, number: int, count: int = 1) -> dict[int, Views]:
         """The images of the updates from a number on, and of those ahead, by how many.

@@ -94,6 +94,18 @@ def test_greyscale_folders_of_one_size_need_no_other(tmp_path: Path) -> None:
     assert streamed.image_shape == (9, 8, 1)
 
 
+def test_a_colour_image_among_grey_ones_is_named(tmp_path: Path) -> None:
+    for i, pixels in enumerate(random_images(1100, 4, 4)):
+        save_image(tmp_path / "train" / "ab"[i % 2] / f"{i:04}.png", pixels)
+    coloured = tmp_path / "train" / "b" / "0003.png"  # of which the first looked at are not
+    save_image(coloured, random_images(1, 4, 4, 3)[0])
+    images = load_dataset(f"folder:{tmp_path}", stream=STREAM).train.images
+    assert images.shape == (1100, 4, 4, 1)
+    with pytest.raises(InputError) as caught:
+        images.read(np.arange(len(images)))
+    assert_input_error(caught.value, "data", str(coloured), "a grey image")
+
+
 def test_what_is_prepared_is_the_same_as_in_memory(tmp_path: Path, cache_dir: Path) -> None:
     root = prepared(tmp_path / "tfds")
     several: list[dict[str, Any]] = [{}, {"image_size": 6}, {"train_limit": 12}]
@@ -144,6 +156,12 @@ def test_images_that_differ_in_size_are_streamed_with_a_size(
     with pytest.raises(InputError) as caught:
         load_dataset("tfds:shapes", root, image_size=12)
     assert_input_error(caught.value, "stream", "true: the images of shapes differ in size")
+
+
+def test_parts_of_images_need_a_size(folder: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_dataset(f"folder:{folder}", stream=Streaming(centre=True))
+    assert_input_error(caught.value, "image_size", "got None; allowed: pixels, where parts")
 
 
 @pytest.mark.parametrize("data", ["digits", "npz:images.npz"])

@@ -1,5 +1,6 @@
 """Runs whose images stay in their files, by the command."""
 
+import dataclasses
 import signal
 import subprocess
 import time
@@ -163,16 +164,18 @@ def test_each_of_several_processes_reads_its_part(
         ({"stream": False, "stream_workers": 2}, "stream_workers: got 2; allowed: 0 without"),
         ({"stream_workers": 1000}, "stream_workers: got 1000; allowed: at most 256"),
         ({"data": "digits"}, "stream: got True; allowed: data that stays in files: cifar10"),
-        ({"inputs": ("data", "none")}, "input: got 'data'; allowed: mean and std in numbers"),
+        ({"inputs": ("data", "none")}, "inputs[0]: got 'data'; allowed: mean and std in numbers"),
+        ({"crop": "resized"}, "image_size: got None; allowed: pixels, where parts of images"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(
     changes: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    config = small(tmp_path / "run", **given(folder, **changes))
-    ended = in_process(train_module.main, *options(config))
-    assert ended.code == 2
-    assert message in ended.err
+    for workdir in (str(tmp_path / "run"), None):  # whose name is made of the data
+        config = dataclasses.replace(small("run", **given(folder, **changes)), workdir=workdir)
+        ended = in_process(train_module.main, *options(config))
+        assert ended.code == 2
+        assert message in ended.err
     assert ended.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

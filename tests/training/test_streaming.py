@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from data_files import save_split
+from data_files import random_images, save_image, save_split
 from engines import How, fused
 from tiny_models import Tiny
 
@@ -43,8 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def data_of(folder: Path, stream: Streaming | None) -> Dataset:
-    return load_dataset(f"folder:{folder}", stream=stream)
+def data_of(folder: Path, stream: Streaming | None, image_size: int | None = None) -> Dataset:
+    return load_dataset(f"folder:{folder}", stream=stream, image_size=image_size)
 
 
 def trained(how: How, dataset: Dataset, axis_name: str | None = None, **more: Any) -> Any:
@@ -103,15 +103,20 @@ def test_workers_read_what_threads_do(folder: Path) -> None:
     threads = trained(how, data_of(folder, Streaming()))
     workers = trained(how, data_of(folder, Streaming(workers=2)))
     chex.assert_trees_all_equal(workers[0], threads[0])
-    assert not [each for each in psutil.Process().children() if "spawn" in str(each.cmdline())]
+    assert not workers_of_this()
+
+
+def read_on(feed: TrainingFeed) -> None:
+    for number in range(1, 200):
+        feed.views(number)
 
 
 def feed_of(folder: Path, rows: np.ndarray | None = None, **more: Any) -> TrainingFeed:
     how = {"workers": more.pop("workers", 0), "centre": more.pop("centre", False)}
-    images = data_of(folder, Streaming(**how)).train.images
+    images = data_of(folder, Streaming(**how), 8 if how["centre"] else None).train.images
     delays = more.pop("delays", ())
     batches = Batches(21, **{"batch_size": 8, "max_offset": 1, "flip": True, **more})
-    return TrainingFeed(images, batches, data_key(5), rows, delays)
+    return TrainingFeed(images, batches, data_key(5), 1000, rows, delays)
 
 
 def test_a_feed_goes_on_from_anywhere(folder: Path) -> None:
@@ -179,23 +184,63 @@ def test_an_image_that_cannot_be_read_is_named(workers: int, tmp_path: Path) -> 
     close_streams()
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which a batch does not fit into a pipe."""
+    folder = tmp_path_factory.mktemp("large")
+    for name in "ab":
+        for i in range(12):
+            save_image(folder / "train" / name / f"{i}.png", random_images(1, 96, 96, 3, seed=i)[0])
+    return folder
+
+
+def workers_of_this() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [each for each in children if "spawn_main" in str(each.cmdline())]
+
+
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_an_error(folder: Path) -> None:
-    feed = feed_of(folder, workers=1)
+def test_a_worker_that_is_killed_is_an_error_soon(large: Path) -> None:
+    feed = feed_of(large, workers=2)
     feed.views(0)
-    (worker,) = [
-        each for each in psutil.Process().children() if "spawn_main" in str(each.cmdline())
-    ]
+    worker, _ = workers_of_this()
     for each in (signal.SIGTERM, signal.SIGINT):  # as of a terminal: not its affair
         worker.send_signal(each)
     time.sleep(0.2)
     assert worker.is_running()
     os.kill(worker.pid, signal.SIGKILL)
-
-    def read_on() -> None:
-        for number in range(1, 200):
-            feed.views(number)
-
+    start = time.monotonic()
     with pytest.raises(RunError, match="a process that reads images has ended"):
-        read_on()
+        read_on(feed)
+    assert time.monotonic() - start < 10
+    assert not workers_of_this()
+
+
+@pytest.mark.slow
+def test_workers_that_are_busy_are_ended_at_once(large: Path) -> None:
+    feed = feed_of(large, workers=2)
+    feed.views(0)
+    start = time.monotonic()
+    feed.stream.close()
+    assert time.monotonic() - start < 5
+    assert not workers_of_this()
+    np.testing.assert_array_equal(feed.views(3)[0].images, feed_of(large).views(3)[0].images)
     close_streams()
+
+
+@pytest.mark.slow
+def test_workers_draw_what_this_process_draws(folder: Path) -> None:
+    before = jax.config.values["jax_threefry_partitionable"]
+    jax.config.update("jax_threefry_partitionable", not before)
+    try:
+        here, there = feed_of(folder).views(1)[0], feed_of(folder, workers=1).views(1)[0]
+        np.testing.assert_array_equal(here.images, there.images)
+    finally:
+        jax.config.update("jax_threefry_partitionable", before)
+        close_streams()
+
+
+def test_keys_that_differ_between_devices_are_refused(folder: Path) -> None:
+    images, batches = data_of(folder, Streaming()).train.images, Batches(21, 8)
+    with pytest.raises(InputError, match="jax_default_prng_impl: got 'rbg'; allowed: threefry2x32"):
+        TrainingFeed(images, batches, jax.random.key(0, impl="rbg"), 10)
