@@ -154,7 +154,12 @@ def load_teacher(config: TeacherOptions, dataset: Dataset) -> Teacher:
 
 
 def say_what_it_saw(teacher: Teacher, console: Console) -> None:
-    """Says where a teacher that is given was trained on other images than the student will be."""
+    """Says where a teacher that is given saw other images than the student will, or is not done."""
+    if not _is_file(teacher.source) and _split(teacher.source)[0].result is None:
+        cli.say(
+            console,
+            "The teacher's training is not finished: it is taken as after its last epoch so far.",
+        )
     if teacher.saw_others:
         cli.say(
             console,
