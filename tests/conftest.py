@@ -10,7 +10,7 @@ import jax
 import pytest
 
 # What the helpers assert is explained, as in the tests themselves.
-pytest.register_assert_rewrite("carried", "represents", "runs", "searches")
+pytest.register_assert_rewrite("carried", "represents", "runs", "searches", "several_processes")
 
 from postgres import postgres_server, postgres_url  # noqa: E402
 

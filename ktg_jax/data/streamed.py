@@ -147,9 +147,6 @@ class StreamedImages:
     positions: np.ndarray
     workers: int = 0
 
-    dtype = np.dtype(np.uint8)
-    ndim = 4
-
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`[n, h, w, c]`."""

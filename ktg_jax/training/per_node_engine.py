@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ktg_jax.data.streamed import StreamedImages
 from ktg_jax.edge_arrays import EdgeArrays, edge_arrays
 from ktg_jax.training import programs
 from ktg_jax.training.batches import Arrays, Batches, labels_of, take_batch
@@ -145,10 +144,10 @@ def batch_maker(
         each.
     """
     keys = {to: jax.device_put(key, whole(to)) for to in data}
-    images = next(iter(data.values())).images
-    streamed = isinstance(images, StreamedImages)
-    how = task.batches, key, task.total_steps
-    stream = TrainingFeed(images, *how, None, delays) if streamed else None
+    first, stream = next(iter(data.values())), None
+    if first.is_streamed:
+        how = task.batches, key, task.total_steps
+        stream = TrainingFeed(first.images, *how, delays=delays)
 
     def batches(state: GraphState, number: int) -> Callable[..., tuple[Any, ...]]:
         views = None if stream is None else stream.views(number)

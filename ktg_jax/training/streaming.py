@@ -1,4 +1,4 @@
-"""Batches of images that stay in their files: read ahead by Grain, in threads or in processes.
+"""Batches of images that stay in their files, read ahead by Grain: in threads, or by workers.
 
 The position in the data is the number of the update, as it is of images in memory: a training goes
 on with the very images that it would have seen, from whatever update on. Each process of several
@@ -37,25 +37,22 @@ class TrainingBatch:
     Attributes:
         images: the training images.
         batches: how batches are made.
-        key: the data of the key that they are drawn by, and the name of its implementation.
+        key: the data of the key that they are drawn by, of threefry2x32.
         rows: int `[b]`, the rows of each batch to read.
     """
 
     images: StreamedImages
     batches: Batches
-    key: tuple[np.ndarray, str]
+    key: np.ndarray
     rows: np.ndarray
 
     def __call__(self, number: int) -> Batch:
         """Of an update's batch the images, and with mixing the partners: uint8 `[b, H, W, C]`."""
-        data, implementation = self.key
         with _on_cpu():
-            plan = _compiled_plan(self.batches, implementation)(data, np.int32(number))
-            plan = BatchPlan(*jax.device_get(plan))
+            plan = jax.device_get(_compiled_plan(self.batches)(self.key, np.int32(number)))
         made = {"images": self._views(plan, self.rows)}
         if plan.mix is not None:
-            size = self.batches.batch_size
-            made["partners"] = self._next(made["images"], plan, size)
+            made["partners"] = self._next(made["images"], plan)
         return made
 
     def _views(self, plan: BatchPlan, rows: np.ndarray) -> np.ndarray:
@@ -66,9 +63,9 @@ class TrainingBatch:
                 views[i] = shifted(views[i], down, right, bool(mine.flip[i]))
         return views
 
-    def _next(self, views: np.ndarray, plan: BatchPlan, size: int) -> np.ndarray:
-        """What each image is mixed with: the next one of the batch, where it is read already."""
-        wanted = (self.rows + 1) % size
+    def _next(self, views: np.ndarray, plan: BatchPlan) -> np.ndarray:
+        """What each image is mixed with, the next one of the batch; most are read already."""
+        wanted = (self.rows + 1) % self.batches.batch_size
         where = {row: i for i, row in enumerate(self.rows.tolist())}
         missing = np.array([row for row in wanted.tolist() if row not in where], int)
         others = self._views(plan, missing)
@@ -179,9 +176,9 @@ def seconds_waited() -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_plan(batches: Batches, implementation: str) -> Callable[..., BatchPlan]:
+def _compiled_plan(batches: Batches) -> Callable[..., BatchPlan]:
     def plan(data: jax.Array, number: jax.Array) -> BatchPlan:
-        return batches.plan(jax.random.wrap_key_data(data, impl=implementation), number)
+        return batches.plan(jax.random.wrap_key_data(data, impl=_IMPLEMENTATION), number)
 
     return jax.jit(plan)
 
@@ -220,13 +217,13 @@ class TrainingFeed:
         rows: np.ndarray | None = None,
         delays: Iterable[int] = (),
     ) -> None:
-        known = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
-        if known[1] != _IMPLEMENTATION:
+        implementation = str(jax.random.key_impl(key))
+        if implementation != _IMPLEMENTATION:
             allowed = f"{_IMPLEMENTATION} with streams: the same numbers on all devices"
-            raise InputError("jax_default_prng_impl", known[1], allowed)
+            raise InputError("jax_default_prng_impl", implementation, allowed)
         self._delays = (0, *sorted(delays))
         rows = np.arange(batches.batch_size) if rows is None else rows
-        read = TrainingBatch(images, batches, known, rows)
+        read = TrainingBatch(images, batches, np.asarray(jax.random.key_data(key)), rows)
         self.stream = Stream(read, end + max(self._delays), images.workers)
         self._ahead: deque[Batch] = deque()
         self._first = 0

@@ -178,8 +178,6 @@ def test_the_middle_of_an_image_and_random_parts(folder: Path) -> None:
     found = images.read(np.arange(10))
     assert found.shape == (10, 8, 8, 3)
     assert (found != whole.read(np.arange(10))).any()
-    all_of_it = np.zeros((10, 1, 4))
-    all_of_it[:, :, 0] = 1.0  # the largest area: seldom of a ratio that fits
     parts = images.read(np.arange(10), np.random.default_rng(0).random((10, 10, 4)))
     assert parts.shape == found.shape
     assert (parts != found).any()

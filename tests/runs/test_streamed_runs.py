@@ -2,12 +2,10 @@
 
 import dataclasses
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from data_files import save_split
@@ -23,7 +21,7 @@ from runs import (
     start,
     train,
 )
-from test_hosts import assert_alike, ends_of, free_port
+from several_processes import assert_alike, ends_of, started
 
 from experiments import evaluate as evaluate_module
 from experiments import train as train_module
@@ -140,17 +138,7 @@ def test_a_picture_that_cannot_be_read_ends_it_with_its_name(workers: int, tmp_p
 def test_each_of_several_processes_reads_its_part(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
-    config = small(tmp_path / "run", **given(folder, mixup=0.3))
-    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
-    processes: list[subprocess.Popen[str]] = [
-        start(
-            "experiments.train",
-            *(*options(config), *where, "--process-id", str(i)),
-            cwd=tmp_path,
-            cache=tmp_path / "cache",
-        )
-        for i in range(2)
-    ]
+    processes = started(2, tmp_path / "run", tmp_path, **given(folder, mixup=0.3))
     ended = ends_of(processes)
     assert [each.code for each in ended] == [0, 0], ended
     train(tmp_path / "alone", **given(folder, mixup=0.3))
@@ -190,4 +178,3 @@ def test_other_files_are_other_data(folder: Path, tmp_path: Path) -> None:
     ended = in_process(train_module.main, *options(config))
     assert ended.code == 2
     assert "data_facts.train_crc32" in ended.err
-    assert np.isfinite(result(tmp_path / "run")["target"]["test_loss"] or 0.0)
