@@ -209,7 +209,7 @@ def memory(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         made = subprocess.run(
             [sys.executable, "-m", "benchmarks.streams", "--child", given],
             check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,  # what goes wrong there is to be seen
             text=True,
         )
         rows.append({"images": images, **json.loads(made.stdout.splitlines()[-1])})
@@ -226,7 +226,8 @@ def _held(root: str, limit: int) -> dict[str, Any]:
         ktg.graphs.mutual(["cnn"]),
         ktg.sgd(0.1),
     )
-    task = Task([fns], optimizer, _batches("many", dataset), dataset.image_shape, 1000)
+    batches, steps = _batches("many", dataset), number // BATCH + 60
+    task = Task([fns], optimizer, batches, dataset.image_shape, steps)
     sample = jnp.zeros((1, *dataset.image_shape))
     state = ktg.init_state(graph, [fns], optimizer, jax.random.key(0), sample)
     engine = PerNodeEngine(task, state, jax.local_devices())

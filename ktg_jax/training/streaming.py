@@ -105,7 +105,7 @@ class Stream:
 
     Args:
         read: reads a batch by its number; can be pickled where there are workers.
-        end: the number of the last batch, and one.
+        end: the number before which batches are read ahead; later ones when they are asked for.
         workers: processes that read; 0: threads of this one.
 
     Attributes:
@@ -126,6 +126,8 @@ class Stream:
             InputError: an image that cannot be read.
             RunError: a worker that has ended.
         """
+        if number >= self._end:
+            return self._read(number)
         if self._batches is None or number != self._at:
             self.close()
             self._batches, self._at = self._from(number), number

@@ -111,12 +111,14 @@ def read_on(feed: TrainingFeed) -> None:
         feed.views(number)
 
 
-def feed_of(folder: Path, rows: np.ndarray | None = None, **more: Any) -> TrainingFeed:
+def feed_of(
+    folder: Path, rows: np.ndarray | None = None, end: int = 1000, **more: Any
+) -> TrainingFeed:
     how = {"workers": more.pop("workers", 0), "centre": more.pop("centre", False)}
     images = data_of(folder, Streaming(**how), 8 if how["centre"] else None).train.images
     delays = more.pop("delays", ())
     batches = Batches(21, **{"batch_size": 8, "max_offset": 1, "flip": True, **more})
-    return TrainingFeed(images, batches, data_key(5), 1000, rows, delays)
+    return TrainingFeed(images, batches, data_key(5), end, rows, delays)
 
 
 def test_a_feed_goes_on_from_anywhere(folder: Path) -> None:
@@ -128,6 +130,13 @@ def test_a_feed_goes_on_from_anywhere(folder: Path) -> None:
     np.testing.assert_array_equal(both, np.stack(inorder[2:4], axis=1))
     assert feed.stream.waited > 0
     feed.stream.close()
+
+
+def test_a_feed_goes_on_beyond_the_end_of_the_training(folder: Path) -> None:
+    feed, wanted = feed_of(folder, end=2, mixup=1.0), feed_of(folder, mixup=1.0)
+    for number in range(5):
+        chex.assert_trees_all_equal(feed.views(number), wanted.views(number))
+    close_streams()
 
 
 def test_batches_ahead_are_those_that_come(folder: Path) -> None:
