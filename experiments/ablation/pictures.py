@@ -1,15 +1,20 @@
 """The arms' curves: validation accuracy, and the distance of their kernels from the prior's."""
 
+import math
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from ktg_jax.draw import save_figure, style
 from ktg_jax.mpl import Axes, Figure, MaxNLocator, matplotlib
 
+MOST_PLOTS, MOST_NAMES = 4, 16
+"""Plots beside each other, and names of arms beneath each other at their right."""
+
 
 def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
-    """Draws mean curves over seeds, a colour an arm; distances only where arms have priors.
+    """Draws mean curves over seeds, a look an arm; distances only where arms have priors.
 
     They are drawn for the kernels that the priors of all these arms speak of.
 
@@ -20,12 +25,15 @@ def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
     entries = results["entries"]
     of_arms = [entry["prior_kernels"] for entry in entries if entry["prior_kernels"]]
     kernels = [k for k in min(of_arms, key=len, default=[]) if all(k in of for of in of_arms)]
+    plots, columns = 1 + len(kernels), math.ceil(len(entries) / MOST_NAMES)
+    rows, across = math.ceil(plots / MOST_PLOTS), min(plots, MOST_PLOTS)
     with style():
-        figure = Figure(figsize=(3.2 * (1 + len(kernels)), 3), layout="constrained")
-        accuracy, *distances = figure.subplots(1, 1 + len(kernels), squeeze=False)[0]
-        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        for i, entry in enumerate(entries):
-            look = {"color": colours[i % len(colours)], "label": entry["name"]}
+        size = 3.2 * across + 1.2 * (columns - 1), 3 * rows
+        figure = Figure(figsize=size, layout="constrained")
+        accuracy, *others = figure.subplots(rows, across, squeeze=False).flat
+        distances, unused = others[: len(kernels)], others[len(kernels) :]
+        for look, entry in zip(_looks(len(entries)), entries, strict=True):
+            look["label"] = entry["name"]
             if entry["val_accuracy_by_epoch"]:
                 _plot(accuracy, [100 * a for a in entry["val_accuracy_by_epoch"]], look)
             if entry["prior_kernels"]:
@@ -35,11 +43,21 @@ def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
         accuracy.set(ylabel="validation accuracy (%)")
         for kernel, ax in zip(kernels, distances, strict=True):
             ax.set(ylabel="distance from the prior", title=kernel.removesuffix(".kernel"))
+        for ax in unused:
+            ax.remove()
         handles = accuracy.get_lines()
         if handles:
-            figure.legend(handles=handles, loc="outside right upper")
+            figure.legend(handles=handles, loc="outside right upper", ncols=columns)
         for path in paths:
             save_figure(figure, path)
+
+
+def _looks(count: int) -> list[dict[str, Any]]:
+    """So many different ones: other colours, and when there are no more, other lines."""
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    lines = ("solid", "dashed", "dotted", "dashdot")
+    all_looks = [{"color": colour, "linestyle": line} for line in lines for colour in colours]
+    return list(islice(cycle(all_looks), count))
 
 
 def _plot(ax: Axes, values: Sequence[float], look: dict[str, Any]) -> None:

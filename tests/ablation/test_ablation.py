@@ -15,6 +15,7 @@ from runs import assert_same_end, compiled_once, in_process, metrics, options, r
 
 import ktg_jax as ktg
 from experiments.ablation import command as ablation
+from experiments.ablation import pictures
 from experiments.ablation.arms import ARMS, Setting, chosen
 from experiments.ablation.config import AblationConfig, check
 from experiments.ablation.study import first_epoch
@@ -464,3 +465,14 @@ def test_a_folder_of_another_study_is_refused(whole: Path) -> None:
     ended = in_process(ablation.main, *options(small(whole.parent, prior_weight=3.0)))
     assert ended.code == 2
     assert "(differing: prior_weight: 1.0, now 3.0)" in ended.err
+
+
+def test_no_two_of_all_arms_look_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    drawn: list[Any] = []
+    arm = {"val_accuracy_by_epoch": [0.1, 0.2], "prior_kernels": None}
+    pictures.draw_arms({"entries": [arm | {"name": name} for name in ARMS]}, [tmp_path / "a.svg"])
+    lines = drawn[0].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == list(ARMS)
+    assert len(ARMS) > 20  # more than there are colours
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(ARMS)
