@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import cycle, islice
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from ktg_jax.mpl import Axes, Figure, MaxNLocator, matplotlib
 
 MOST_PLOTS, MOST_NAMES = 4, 16
 """Plots beside each other, and names of arms beneath each other at their right."""
+
+LINES = ("solid", "dashed", "dotted", "dashdot")
+"""When there are no more colours the lines change."""
 
 
 def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
@@ -32,8 +35,10 @@ def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
         figure = Figure(figsize=size, layout="constrained")
         accuracy, *others = figure.subplots(rows, across, squeeze=False).flat
         distances, unused = others[: len(kernels)], others[len(kernels) :]
-        for look, entry in zip(_looks(len(entries)), entries, strict=True):
-            look["label"] = entry["name"]
+        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        looks = cycle(product(LINES, colours))
+        for (line, colour), entry in zip(looks, entries, strict=False):
+            look = {"color": colour, "linestyle": line, "label": entry["name"]}
             if entry["val_accuracy_by_epoch"]:
                 _plot(accuracy, [100 * a for a in entry["val_accuracy_by_epoch"]], look)
             if entry["prior_kernels"]:
@@ -50,14 +55,6 @@ def draw_arms(results: dict[str, Any], paths: Sequence[Path]) -> None:
             figure.legend(handles=handles, loc="outside right upper", ncols=columns)
         for path in paths:
             save_figure(figure, path)
-
-
-def _looks(count: int) -> list[dict[str, Any]]:
-    """So many different ones: other colours, and when there are no more, other lines."""
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    lines = ("solid", "dashed", "dotted", "dashdot")
-    all_looks = [{"color": colour, "linestyle": line} for line in lines for colour in colours]
-    return list(islice(cycle(all_looks), count))
 
 
 def _plot(ax: Axes, values: Sequence[float], look: dict[str, Any]) -> None:
